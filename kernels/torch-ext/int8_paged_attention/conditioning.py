@@ -1,0 +1,71 @@
+"""Exact transforms that take outliers out of a row before it is quantized with a single scale.
+
+* Rotation: keys and values are multiplied by an orthonormal Hadamard matrix, queries likewise (q.k does
+  not change), and the output is rotated back.
+* Key centring: a fixed vector per head is subtracted from every key. It lowers all scores of a query
+  by the same amount, which softmax does not see.
+
+New rows, queries and outputs pass through one function each, in one order of float32 operations, so that every
+backend that follows it produces the same bits.
+"""
+
+from __future__ import annotations
+
+import math
+
+import torch
+
+from .storage import KvCacheQuant
+
+ROTATIONS = ("hadamard",)
+
+
+def hadamard_block(head_dim: int) -> int:
+    """Size of the Hadamard blocks on the diagonal: the largest power of two that divides ``head_dim``."""
+    return head_dim & -head_dim
+
+
+def hadamard(x: torch.Tensor) -> torch.Tensor:
+    """Multiply the rows of ``x`` (``[..., head_dim]``, float32 or float64) by the orthonormal Hadamard matrix.
+
+    Fast Walsh-Hadamard transform: butterflies ``(a + b, a - b)`` at distance 1, 2, 4, ..., then one
+    multiplication by ``1 / sqrt(n)``. The matrix is symmetric, so the function is its own inverse. Where
+    ``head_dim`` is no power of two, the matrix is block-diagonal (`hadamard_block`).
+    """
+    n = hadamard_block(x.shape[-1])
+    distance = 1
+    y = x
+    while distance < n:
+        pairs = y.reshape(*x.shape[:-1], x.shape[-1] // (2 * distance), 2, distance)
+        a, b = pairs[..., 0, :], pairs[..., 1, :]
+        y = torch.stack((a + b, a - b), dim=-2).reshape(x.shape)
+        distance *= 2
+    return y * torch.tensor(1 / math.sqrt(n), dtype=x.dtype, device=x.device)
+
+
+def condition_keys(k: torch.Tensor, cache: KvCacheQuant) -> torch.Tensor:
+    """Float32 key rows ``[batch, num_kv_heads, tokens, head_dim]`` as they are quantized."""
+    if cache.key_center is not None:
+        k = k - cache.key_center[:, None]
+    return hadamard(k) if cache.rotation else k
+
+
+def condition_values(v: torch.Tensor, cache: KvCacheQuant) -> torch.Tensor:
+    """Float32 value rows as they are quantized."""
+    return hadamard(v) if cache.rotation else v
+
+
+def condition_query(q: torch.Tensor, cache: KvCacheQuant) -> torch.Tensor:
+    """Queries ``[..., head_dim]`` that score the stored keys as the original queries score the original ones."""
+    return hadamard(q) if cache.rotation else q
+
+
+def restore_output(out: torch.Tensor, cache: KvCacheQuant) -> torch.Tensor:
+    """Weighted sums of stored values ``[..., v_head_dim]`` -> weighted sums of the original values."""
+    return hadamard(out) if cache.rotation else out
+
+
+def restore_keys(k: torch.Tensor, cache: KvCacheQuant) -> torch.Tensor:
+    """Dequantized stored keys ``[batch, num_kv_heads, tokens, head_dim]`` -> keys as the model computed them."""
+    k = hadamard(k) if cache.rotation else k
+    return k if cache.key_center is None else k + cache.key_center[:, None]

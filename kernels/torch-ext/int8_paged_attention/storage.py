@@ -1,0 +1,124 @@
+"""Where the quantized keys and values of one attention layer live.
+
+The memory layout is defined here and nowhere else. DESIGN.md section 2 gives the reasons.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+
+#: How the int8 tile of one (block, head) is ordered in memory. Shapes are the same for all.
+#:
+#: ``row_major``
+#:     K ``[block_size, head_dim]``, V ``[block_size, v_head_dim]``.
+#: ``v_transposed``
+#:     K as ``row_major``; V ``[v_head_dim, block_size]``, so that both products of attention find
+#:     the axis they sum over contiguous.
+#: ``dot4``
+#:     K ``[head_dim / 4, block_size, 4]``, V ``[block_size / 4, v_head_dim, 4]``: four consecutive
+#:     elements of the axis that is summed over lie together, as VNNI and SDOT instructions read them.
+TILE_ORDERS = ("row_major", "v_transposed", "dot4")
+
+
+@dataclass(eq=False)
+class KvCacheQuant:
+    """Paged int8 keys and values of one attention layer, with one float16 scale per token and head.
+
+    Args:
+        k: int8 ``[num_kv_heads, num_blocks, block_size, head_dim]``, values in [-127, 127].
+        v: int8 ``[num_kv_heads, num_blocks, block_size, v_head_dim]``.
+        k_scales: float16 ``[num_kv_heads, num_blocks, block_size]``; a key row is
+            ``k_scales * k``. NaN marks a row that held NaN or infinity.
+        v_scales: float16, same shape, for the values.
+        backend: name of the backend that reads and writes the tiles.
+        tile_order: one of ``TILE_ORDERS``: the order of the int8 values inside a tile.
+        rotation: ``"hadamard"`` when rows were rotated before quantization, or ``None``.
+        key_center: float32 ``[num_kv_heads, head_dim]`` subtracted from every key before rotation and
+            quantization, or ``None``. Must not change while the blocks hold tokens.
+    """
+
+    k: torch.Tensor
+    v: torch.Tensor
+    k_scales: torch.Tensor
+    v_scales: torch.Tensor
+    backend: str = "reference"
+    tile_order: str = "row_major"
+    rotation: str | None = None
+    key_center: torch.Tensor | None = None
+
+    @property
+    def num_kv_heads(self) -> int:
+        return self.k.shape[0]
+
+    @property
+    def num_blocks(self) -> int:
+        return self.k.shape[1]
+
+    @property
+    def block_size(self) -> int:
+        """Tokens per block."""
+        return self.k.shape[2]
+
+    @property
+    def head_dim(self) -> int:
+        return self.k.shape[3]
+
+    @property
+    def v_head_dim(self) -> int:
+        return self.v.shape[3]
+
+    @property
+    def device(self) -> torch.device:
+        return self.k.device
+
+    @property
+    def bytes_per_token(self) -> int:
+        """Bytes that one token takes in this layer: int8 values and scales, all heads."""
+        return self.num_kv_heads * (self.head_dim + self.v_head_dim + 2 * self.k_scales.element_size())
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes allocated for all blocks of this layer."""
+        return self.num_blocks * self.block_size * self.bytes_per_token
+
+
+def tiles_to_rows(tiles: torch.Tensor, tile_order: str, *, values: bool) -> torch.Tensor:
+    """Undo the tile order: ``[..., block_size, dim]`` as stored -> ``[..., block_size, dim]`` of token rows."""
+    *lead, block_size, dim = tiles.shape
+    if tile_order == "dot4" and values:
+        return tiles.reshape(*lead, block_size // 4, dim, 4).transpose(-1, -2).reshape(tiles.shape)
+    if tile_order == "dot4":
+        return tiles.reshape(*lead, dim // 4, block_size, 4).transpose(-2, -3).reshape(tiles.shape)
+    if tile_order == "v_transposed" and values:
+        return tiles.reshape(*lead, dim, block_size).transpose(-1, -2)
+    return tiles
+
+
+def write_rows(
+    store: torch.Tensor, tile_order: str, blocks: torch.Tensor, slots: torch.Tensor, rows: torch.Tensor, *, values: bool
+) -> None:
+    """Write int8 token rows into their tiles, in place.
+
+    Args:
+        store: int8 ``[num_kv_heads, num_blocks, block_size, dim]``, modified in place.
+        tile_order: one of ``TILE_ORDERS``.
+        blocks: int64 ``[tokens]`` block of each token.
+        slots: int64 ``[tokens]`` place of each token in its block.
+        rows: int8 ``[num_kv_heads, tokens, dim]``.
+        values: whether ``store`` holds values (their tiles are ordered differently from keys).
+    """
+    heads, num_blocks, block_size, dim = store.shape
+    tokens = rows.shape[1]
+    if tile_order == "dot4" and values:
+        tiles = store.view(heads, num_blocks, block_size // 4, dim, 4)
+        tiles[:, blocks, slots // 4, :, slots % 4] = rows.transpose(0, 1)
+    elif tile_order == "dot4":
+        tiles = store.view(heads, num_blocks, dim // 4, block_size, 4)
+        tiles[:, blocks, :, slots] = rows.view(heads, tokens, dim // 4, 4).transpose(0, 1)
+    elif tile_order == "v_transposed" and values:
+        tiles = store.view(heads, num_blocks, dim, block_size)
+        tiles[:, blocks, :, slots] = rows.transpose(0, 1)
+    else:
+        store[:, blocks, slots] = rows
