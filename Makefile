@@ -1,0 +1,64 @@
+# `make demo` and `make test` work on a fresh clone that has only Python (3.10 or newer), a C compiler and make.
+# Without a C compiler they work too, with a slower CPU backend.
+
+PYTHON ?= python3
+VENV ?= .venv
+BIN := $(VENV)/bin
+PIP := $(BIN)/python -m pip --disable-pip-version-check
+PYTEST := $(BIN)/python -m pytest
+# One torch thread per worker: two workers on two cores would otherwise fight for them.
+WORKERS ?= 2
+PARALLEL := OMP_NUM_THREADS=1 $(PYTEST) -n $(WORKERS) --dist loadfile
+
+# Reinstalled when one of these changes; Python sources are used in place.
+SOURCES := pyproject.toml constraints.txt $(wildcard setup.py) $(wildcard kernels/torch-ext/*/cpu_src/*)
+DEV := $(VENV)/.installed-dev
+# The development environment contains everything that the demo needs.
+DEMO := $(if $(wildcard $(DEV)),$(DEV),$(VENV)/.installed-demo)
+
+.DEFAULT_GOAL := help
+.PHONY: help demo info test test-fast lint types format notebooks clean
+
+help:  ## Show this list
+	@sed -n 's/^\([a-z-]*\):.*## /\1|/p' $(MAKEFILE_LIST) | while IFS='|' read -r name text; do printf '  make %-10s %s\n' "$$name" "$$text"; done
+
+demo: $(DEMO)  ## Compare DynamicCache with PagedInt8Cache on a real model
+	@$(BIN)/hf-int8-paged demo
+
+info: $(DEMO)  ## Show versions and the backends of this machine
+	@$(BIN)/hf-int8-paged info
+
+test: $(DEV)  ## Run all tests
+	$(PARALLEL)
+
+test-fast: $(DEV)  ## Run the tests that need neither minutes nor a real model
+	$(PARALLEL) -m "not slow and not gpu"
+
+lint: $(DEV)  ## Check style
+	$(BIN)/ruff check
+	$(BIN)/ruff format --check
+
+types: $(DEV)  ## Check types
+	$(BIN)/mypy
+
+format: $(DEV)  ## Rewrite the sources in the project's style
+	$(BIN)/ruff check --fix
+	$(BIN)/ruff format
+
+notebooks: $(DEV)  ## Run the notebooks on the demo model and store their output
+	$(BIN)/jupyter execute --inplace examples/*.ipynb
+
+clean:  ## Remove the environment, builds and caches of tools
+	rm -rf $(VENV) build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis .benchmarks
+	find hf_int8_paged kernels tests eval examples -name __pycache__ -prune -exec rm -rf {} +
+	find hf_int8_paged kernels -name '*.so' -delete
+
+$(BIN)/python:
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 10) and "Python 3.10 or newer is needed, and $(PYTHON) is " + sys.version.split()[0] + "; name another one: make PYTHON=python3.12")'
+	$(PYTHON) -m venv $(VENV)
+
+# torch first and under the constraints: resolved with the rest, its newest release and all it brings might be fetched.
+$(VENV)/.installed-%: $(SOURCES) | $(BIN)/python
+	$(PIP) install -q -c constraints.txt torch
+	$(PIP) install -q -c constraints.txt -e ".[$*]"
+	@touch $@
