@@ -1,4 +1,13 @@
-"""A paged INT8 KV cache for Hugging Face Transformers."""
+"""A paged INT8 KV cache for Hugging Face Transformers.
 
-__all__: list[str] = []
+Importing the package registers the attention implementation ``"int8_paged"`` with transformers and changes nothing else.
+"""
+
+from .attention import register as _register
+from .cache import PagedInt8Cache
+from .pool import CacheFullError, PagedInt8Pool
+
+__all__ = ["CacheFullError", "PagedInt8Cache", "PagedInt8Pool"]
 __version__ = "0.1.0"
+
+_register()

@@ -23,6 +23,7 @@ from .storage import TILE_ORDERS, KvCacheQuant
 __all__ = [
     "BACKENDS",
     "FLOAT_DTYPES",
+    "MAX_DECODE_ROWS",
     "MAX_HEAD_DIM",
     "TILE_ORDERS",
     "KvCacheQuant",
@@ -203,9 +204,13 @@ def int8_paged_decode_attention(
     check_tensor(q, "q", shape=(batch, None, None, cache.head_dim), dtypes=dtypes, device=device)
     num_q_heads, q_len = q.shape[1:3]
     if num_q_heads == 0 or num_q_heads % cache.num_kv_heads:
-        raise ValueError(f"q has {num_q_heads} heads, which is no multiple of the cache's {cache.num_kv_heads} KV heads")
+        raise ValueError(
+            f"q has {num_q_heads} heads, which is no multiple of the cache's {cache.num_kv_heads} KV heads"
+        )
     if not 1 <= q_len <= MAX_DECODE_ROWS:
-        raise ValueError(f"q_len must be between 1 and {MAX_DECODE_ROWS}, got {q_len}; gather_dense serves longer chunks")
+        raise ValueError(
+            f"q_len must be between 1 and {MAX_DECODE_ROWS}, got {q_len}; gather_dense serves longer chunks"
+        )
     check_tensor(block_table, "block_table", shape=(None, None), dtypes=(torch.int32,), device=device)
     check_tensor(context_lens, "context_lens", shape=(batch,), dtypes=(torch.int32,), device=device)
     check_block_ids(block_table, "block_table", cache.num_blocks)

@@ -1,0 +1,181 @@
+"""The ``int8_paged`` attention and mask functions: routing only.
+
+=====================================  =================================================================
+keys and values                        route
+=====================================  =================================================================
+first prompt                           SDPA on the fresh full-precision keys and values
+few rows over a context                decode attention straight from the int8 blocks
+long chunk over a context              SDPA on the dequantized past and the fresh chunk
+unusual mask, or not our cache         SDPA on dense keys and values: same answer, slower
+=====================================  =================================================================
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from transformers import AttentionInterface, AttentionMaskInterface
+from transformers.integrations.sdpa_attention import sdpa_attention_forward
+from transformers.masking_utils import causal_mask_function, sdpa_mask
+
+from .dense_attention import dense_attention
+from .kernels import MAX_DECODE_ROWS
+from .views import PagedView
+
+#: The name under which both functions are registered: ``attn_implementation="int8_paged"``.
+NAME = "int8_paged"
+#: Attribute of a mask that says it is causal (and the layer's window) with this padding mask, and nothing else.
+_PADDING = "_int8_paged_padding"
+
+
+def int8_paged_mask(
+    batch_size: int,
+    q_length: int,
+    kv_length: int,
+    q_offset: int = 0,
+    kv_offset: int = 0,
+    mask_function: Callable = causal_mask_function,
+    attention_mask: torch.Tensor | None = None,
+    local_size: int | None = None,
+    allow_is_causal_skip: bool = True,
+    **kwargs: Any,
+) -> torch.Tensor | None:
+    """The mask for `int8_paged_attention`: transformers' SDPA mask, except where decode attention needs less.
+
+    Args:
+        batch_size: sequences.
+        q_length: query rows per sequence.
+        kv_length: keys that the mask covers.
+        q_offset: position of the first query row.
+        kv_offset: position of the first key.
+        mask_function: transformers' pattern, called with index tensors.
+        attention_mask: bool ``[batch_size, seen tokens]``, True for tokens, or ``None`` without padding.
+        local_size: window or chunk size of the pattern, if it has one.
+        allow_is_causal_skip: whether ``None`` may stand for a causal mask.
+
+    Returns:
+        ``None`` where nothing but causality and the layer's window restricts attention; a view of the padding
+        mask, ``[batch_size, 1, 1, kv_length]``, for a single row; else bool ``[batch_size, 1, q_length, kv_length]``.
+    """
+    padding = None
+    plain = (
+        q_length <= MAX_DECODE_ROWS and q_offset > 0 and _only_causal(mask_function, local_size, q_offset, kv_offset)
+    )
+    if plain and attention_mask is not None:
+        padding = attention_mask[:, kv_offset : kv_offset + kv_length]
+        if padding.shape[1] < kv_length:
+            padding = torch.nn.functional.pad(padding, (0, kv_length - padding.shape[1]))
+    if plain and q_length == 1:
+        return None if padding is None else padding[:, None, None, :]
+    mask = sdpa_mask(
+        batch_size=batch_size,
+        q_length=q_length,
+        kv_length=kv_length,
+        q_offset=q_offset,
+        kv_offset=kv_offset,
+        mask_function=mask_function,
+        attention_mask=attention_mask,
+        local_size=local_size,
+        allow_is_causal_skip=allow_is_causal_skip,
+        **kwargs,
+    )
+    if plain and mask is not None:
+        setattr(mask, _PADDING, (padding,))
+    return mask
+
+
+def int8_paged_attention(
+    module: torch.nn.Module,
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    attention_mask: torch.Tensor | None,
+    dropout: float = 0.0,
+    scaling: float | None = None,
+    is_causal: bool | None = None,
+    softcap: float | None = None,
+    s_aux: torch.Tensor | None = None,
+    position_bias: torch.Tensor | None = None,
+    **kwargs: Any,
+) -> tuple[torch.Tensor, None]:
+    """Attention for transformers' ``AttentionInterface`` that reads `PagedInt8Cache` without dequantizing it.
+
+    Args:
+        module: the model's attention module.
+        query: ``[batch, num_q_heads, q_len, head_dim]``.
+        key: what the cache returned, ``[batch, num_kv_heads, tokens, head_dim]``: a lazy view or a tensor.
+        value: likewise.
+        attention_mask: what `int8_paged_mask` returned, or any mask that SDPA takes.
+        dropout: dropout probability on the weights; only dense routes apply it.
+        scaling: factor on q.k, default ``head_dim ** -0.5``.
+        is_causal: whether rows are causal among themselves; default the module's own attribute.
+        softcap: bound on the scores.
+        s_aux: attention sink logits ``[num_q_heads]``.
+        position_bias: additive bias on the scores.
+
+    Returns:
+        ``[batch, q_len, num_q_heads, v_head_dim]``, and ``None`` for the weights, which are never formed.
+    """
+    if isinstance(key, PagedView) and isinstance(value, PagedView):
+        if key.from_blocks and position_bias is None and not dropout:
+            causal = is_causal if is_causal is not None else getattr(module, "is_causal", True)
+            decodable, key_mask = _as_key_mask(attention_mask, query, key, causal)
+            if decodable and value.layer is key.layer:
+                scale = query.shape[-1] ** -0.5 if scaling is None else scaling
+                return key.layer.decode(query, scale, key.stop, key_mask, key.start, softcap, s_aux), None
+        key, value = key.dense(), value.dense()
+    if softcap is None and s_aux is None:
+        return sdpa_attention_forward(
+            module,
+            query,
+            key,
+            value,
+            attention_mask,
+            dropout=dropout,
+            scaling=scaling,
+            is_causal=is_causal,
+            position_bias=position_bias,
+            **kwargs,
+        )
+    if position_bias is not None:
+        raise ValueError("int8_paged attention takes either a position_bias or softcap and sinks, not both")
+    causal = is_causal if is_causal is not None else getattr(module, "is_causal", True)
+    return dense_attention(query, key, value, attention_mask, dropout, scaling, causal, softcap, s_aux), None
+
+
+def _as_key_mask(
+    mask: torch.Tensor | None, query: torch.Tensor, key: PagedView, causal: bool
+) -> tuple[bool, torch.Tensor | None]:
+    """Whether decode attention can serve this mask, and the mask over keys, bool ``[batch, keys]``, that it takes."""
+    batch, _, q_len, _ = query.shape
+    if q_len > 1 and not causal:
+        return False, None
+    if mask is None:
+        return q_len <= MAX_DECODE_ROWS, None
+    if q_len == 1 and mask.dtype == torch.bool and mask.shape[1:3] == (1, 1) and mask.shape[3] == key.shape[2]:
+        # Whatever its pattern, the mask of a single row is a mask over keys.
+        return True, mask[:, 0, 0].expand(batch, -1)
+    padding = getattr(mask, _PADDING, None)
+    if padding is None or q_len > MAX_DECODE_ROWS or mask.shape[2:] != (q_len, key.shape[2]):
+        return False, None
+    return True, padding[0]
+
+
+def _only_causal(mask_function: Callable, local_size: int | None, q_offset: int, kv_offset: int) -> bool:
+    """Whether the pattern is causal, or causal with exactly the window that the keys' offset shows, and nothing else."""
+    if mask_function is causal_mask_function:
+        return True
+    window_names = ["sliding_window_overlay.<locals>.inner_mask", causal_mask_function.__qualname__]
+    parts = [cell.cell_contents for cell in getattr(mask_function, "__closure__", None) or ()]
+    if mask_function.__qualname__ != "and_masks.<locals>.and_mask" or len(parts) != 1:
+        return False
+    names = [getattr(part, "__qualname__", "") for part in parts[0]]
+    return names == window_names and local_size is not None and kv_offset == max(q_offset - local_size + 1, 0)
+
+
+def register() -> None:
+    """Make ``attn_implementation="int8_paged"`` known to transformers; nothing else changes."""
+    AttentionInterface.register(NAME, int8_paged_attention)
+    AttentionMaskInterface.register(NAME, int8_paged_mask)

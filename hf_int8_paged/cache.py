@@ -1,0 +1,166 @@
+"""`PagedInt8Cache`: transformers' ``Cache`` face of the paged int8 pool."""
+
+from __future__ import annotations
+
+import torch
+from transformers import PreTrainedConfig
+from transformers.cache_utils import Cache, DummyLayer, get_layer_types_and_kwargs
+
+from .kernels import resolve_backend, why_unavailable
+from .layers import PagedInt8Layer
+from .pool import PagedInt8Pool
+from .sequences import Sequences
+
+
+class PagedInt8Cache(Cache):
+    """A KV cache of int8 blocks with one float16 scale per token and KV head.
+
+    Pass it to ``model.generate(past_key_values=...)`` or to a model's forward. With
+    ``attn_implementation="int8_paged"`` decode attention reads the blocks directly; any other attention implementation
+    works through a dequantized copy.
+
+    Args:
+        config: the model's config: how many layers there are, and which of them have a sliding window.
+        block_size: tokens per block, a multiple of 16.
+        backend: ``"reference"``, ``"cpu"`` or ``"triton"``; ``None`` takes the best one for the device of
+            each layer's keys. A backend asked for by name never falls back to another.
+        max_cache_len: most tokens per sequence, or ``None`` for no limit. Beyond it `CacheFullError` is raised,
+            and the cache stays valid at its old length.
+        max_tokens: most tokens of all sequences together, rounded down to blocks, or ``None``.
+        device: where the model will run. A backend that cannot serve it is refused now; without ``device``, one that
+            can serve no device of this machine.
+
+    Example:
+
+    ```python
+    >>> import torch
+    >>> from transformers import LlamaConfig, LlamaForCausalLM
+    >>> from hf_int8_paged import PagedInt8Cache
+
+    >>> config = LlamaConfig(vocab_size=100, hidden_size=64, intermediate_size=64, num_hidden_layers=2,
+    ...                      num_attention_heads=2, attn_implementation="int8_paged")
+    >>> model = LlamaForCausalLM(config).eval()
+    >>> cache = PagedInt8Cache(model.config)
+    >>> out = model.generate(torch.tensor([[1, 2, 3]]), past_key_values=cache, max_new_tokens=5, do_sample=False)
+    >>> cache.get_seq_length()
+    7
+
+    ```
+    """
+
+    def __init__(
+        self,
+        config: PreTrainedConfig,
+        *,
+        block_size: int = 16,
+        backend: str | None = None,
+        max_cache_len: int | None = None,
+        max_tokens: int | None = None,
+        device: torch.device | str | None = None,
+    ):
+        if block_size <= 0 or block_size % 16:
+            raise ValueError(f"block_size must be a positive multiple of 16, got {block_size}")
+        for name, limit in (("max_cache_len", max_cache_len), ("max_tokens", max_tokens)):
+            if limit is not None and limit < 1:
+                raise ValueError(f"{name} must be at least 1, got {limit}")
+        _check_backend(backend, device, block_size)
+        self.pool = PagedInt8Pool(block_size, backend, max_tokens)
+        self._sequences = Sequences(self.pool, max_cache_len)
+        super().__init__(layers=_layers_for(config.get_text_config(decoder=True), self._sequences))
+
+    def update(
+        self, key_states: torch.Tensor, value_states: torch.Tensor, layer_idx: int, *args, **kwargs
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """Append a layer's new keys and values, and return lazy views of all that attention may see.
+
+        If it raises, every layer is back at the length it had before this forward pass.
+
+        Args:
+            key_states: ``[batch, num_kv_heads, new_tokens, head_dim]``.
+            value_states: ``[batch, num_kv_heads, new_tokens, v_head_dim]``.
+            layer_idx: index of the layer.
+
+        Raises:
+            ValueError: shapes, dtype, device or number of layers are not those of this cache.
+            CacheFullError: a limit is reached.
+        """
+        sequences = self._sequences
+        try:
+            if layer_idx >= len(self.layers):
+                raise ValueError(
+                    f"layer {layer_idx} was updated, but the cache was made for a model with {len(self.layers)} layers; "
+                    "make it from this model's config"
+                )
+            return self.layers[layer_idx].update(key_states, value_states, *args, **kwargs)
+        except Exception:
+            layer = self.layers[min(layer_idx, len(self.layers) - 1)]
+            if layer_idx >= len(self.layers) or layer.length < sequences.length:
+                self._forget_from(sequences.step_start)
+            raise
+
+    @property
+    def nbytes_allocated(self) -> int:
+        """Bytes of keys, values and scales allocated, all layers."""
+        return self.pool.nbytes_allocated
+
+    @property
+    def nbytes_used(self) -> int:
+        """Bytes of the blocks that hold tokens, all layers; at most one block per sequence and layer more than the
+        tokens themselves take."""
+        return self.pool.nbytes_used
+
+    def reset(self) -> None:
+        """Forget all tokens. The memory stays allocated."""
+        self._forget_from(0)
+
+    def crop(self, tokens_to_remove: int) -> None:
+        raise NotImplementedError("crop is not supported by PagedInt8Cache yet: no assisted or prompt-lookup decoding")
+
+    def reorder_cache(self, beam_idx: torch.LongTensor) -> None:
+        raise NotImplementedError("reorder_cache is not supported by PagedInt8Cache yet: no beam search")
+
+    def batch_repeat_interleave(self, repeats: int) -> None:
+        raise NotImplementedError("batch_repeat_interleave is not supported by PagedInt8Cache yet")
+
+    def batch_select_indices(self, indices: torch.Tensor) -> None:
+        raise NotImplementedError("batch_select_indices is not supported by PagedInt8Cache yet")
+
+    def activate_past_recording(self) -> None:
+        raise NotImplementedError("PagedInt8Cache cannot be rolled back yet: no assisted or prompt-lookup decoding")
+
+    def __deepcopy__(self, memo: dict) -> PagedInt8Cache:
+        raise NotImplementedError("deepcopy is not supported by PagedInt8Cache yet")
+
+    def _forget_from(self, length: int) -> None:
+        self._sequences.truncate(length)
+        for layer in self.layers:
+            if isinstance(layer, PagedInt8Layer):
+                layer.length = min(layer.length, length)
+
+
+def _check_backend(backend: str | None, device: torch.device | str | None, block_size: int) -> None:
+    """Raise ``ValueError`` for a backend that cannot serve ``device``, or any device of this machine."""
+    if device is not None:
+        resolve_backend(backend, torch.device(device), block_size)
+    elif backend is not None:
+        accelerator = torch.accelerator.current_accelerator(check_available=True)
+        devices = [torch.device("cpu")] + ([accelerator] if accelerator is not None else [])
+        if all(why_unavailable(backend, d, block_size) is not None for d in devices):
+            resolve_backend(backend, devices[-1], block_size)
+
+
+def _layers_for(config: PreTrainedConfig, sequences: Sequences) -> list[PagedInt8Layer | DummyLayer]:
+    layers: list[PagedInt8Layer | DummyLayer] = []
+    for index, (layer_type, kwargs) in enumerate(zip(*get_layer_types_and_kwargs(config))):
+        if layer_type == "full_attention":
+            layers.append(PagedInt8Layer(index, sequences))
+        elif layer_type == "sliding_attention":
+            layers.append(PagedInt8Layer(index, sequences, kwargs["sliding_window"]))
+        elif layer_type == "dummy":
+            layers.append(DummyLayer())
+        else:
+            raise NotImplementedError(
+                f"layer {index} of this {config.model_type} model is of type {layer_type!r}, which PagedInt8Cache does not "
+                "support yet; it supports full_attention and sliding_attention"
+            )
+    return layers

@@ -1,0 +1,261 @@
+"""The cache layers: transformers' ``CacheLayerMixin`` face over a pool, a block table and the kernels."""
+
+from __future__ import annotations
+
+import logging
+from types import ModuleType
+
+import torch
+from transformers.cache_utils import CacheLayerMixin
+
+from .kernels import FLOAT_DTYPES, KvCacheQuant, load_backend
+from .sequences import Group, Sequences
+from .views import PagedView
+
+logger = logging.getLogger(__name__)
+_already_said: set[str] = set()
+
+
+def _say_once(level: int, message: str) -> None:
+    if message not in _already_said:
+        _already_said.add(message)
+        logger.log(level, message)
+
+
+class PagedInt8Layer(CacheLayerMixin):
+    """Keys and values of one attention layer, as paged int8.
+
+    ``update`` quantizes and appends; it returns lazy views (`views.PagedView`) of the whole context. Where the
+    tokens lie is the business of the cache's `Sequences`, shared by its layers.
+
+    Args:
+        index: the layer's index in the model.
+        sequences: lengths and block tables of the cache.
+        window: sliding window in tokens, or ``None`` for full attention.
+    """
+
+    is_compileable = False
+    is_croppable = False
+
+    def __init__(self, index: int, sequences: Sequences, window: int | None = None):
+        self.index = index
+        self.sequences = sequences
+        self.group: Group = sequences.add_group(window)
+        self.length = 0
+        self.dtype: torch.dtype | None = None
+        self.device: torch.device | None = None
+        self._backend: ModuleType | None = None
+        self._key_shape: tuple[int, ...] = ()
+        self._value_shape: tuple[int, ...] = ()
+
+    # -- what transformers calls -----------------------------------------------------------------------------------
+
+    @property
+    def is_sliding(self) -> bool:
+        return self.group.window is not None
+
+    @property
+    def is_initialized(self) -> bool:
+        return self._backend is not None
+
+    @property
+    def batch_size(self) -> int:
+        return self.sequences.batch_size or -1
+
+    def lazy_initialization(self, key_states: torch.Tensor, value_states: torch.Tensor) -> None:
+        """Allocate the layer's blocks for the heads, widths, dtype and device of its first keys and values."""
+        if key_states.dtype not in FLOAT_DTYPES or value_states.dtype != key_states.dtype:
+            raise ValueError(
+                f"layer {self.index}: keys and values must both be float32, float16 or bfloat16, "
+                f"got {key_states.dtype} and {value_states.dtype}"
+            )
+        self.sequences.pool.add_layer(self.index, self.group.name, key_states, value_states)
+        self.dtype, self.device = key_states.dtype, key_states.device
+        self._key_shape = (key_states.shape[1], key_states.shape[3])
+        self._value_shape = (value_states.shape[1], value_states.shape[3])
+        self._backend = load_backend(self.storage.backend)
+
+    def update(
+        self, key_states: torch.Tensor, value_states: torch.Tensor, *args, **kwargs
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """Append new tokens and return lazy views of all keys and values that attention may see.
+
+        Stored keys and values carry no gradient.
+
+        Args:
+            key_states: ``[batch, num_kv_heads, new_tokens, head_dim]``, float32, float16 or bfloat16.
+            value_states: ``[batch, num_kv_heads, new_tokens, v_head_dim]``.
+
+        Returns:
+            Views of keys and values, ``[batch, num_kv_heads, tokens, head_dim]``.
+
+        Raises:
+            ValueError: shape, dtype or device are not those of the layer's first keys and values.
+            CacheFullError: a limit is reached. The cache is unchanged.
+        """
+        sequences, group = self.sequences, self.group
+        batch, heads, new_tokens, head_dim = key_states.shape
+        if self._backend is not None:
+            self._check(key_states, value_states)
+        start, stop = self.length, self.length + new_tokens
+        if start == sequences.length:
+            sequences.advance(batch, new_tokens)
+        elif start != sequences.step_start or stop != sequences.length or batch != sequences.batch_size:
+            raise ValueError(
+                f"layer {self.index} holds {start} tokens and got {new_tokens} more for {batch} sequences, while the "
+                f"layers before it hold {sequences.length} for {sequences.batch_size}; was a forward pass interrupted? "
+                "reset() the cache"
+            )
+        if self._backend is None:
+            self.lazy_initialization(key_states, value_states)
+        if key_states.requires_grad and torch.is_grad_enabled():
+            _say_once(
+                logging.WARNING,
+                "PagedInt8Cache stores keys and values without gradient, so nothing is learned through the cache; "
+                "run generation under torch.no_grad().",
+            )
+        table, lens = group.table.ids_on(self.device), group.lens_on(self.device, start)
+        self._backend.append(key_states.detach(), value_states.detach(), self.storage, table, lens)
+        self.length = stop
+        first = group.first_visible(start)
+        fresh = not sequences.from_blocks
+        shape = (batch, heads, stop - first)
+        return (
+            PagedView(self, False, (*shape, head_dim), key_states, first, key_states if fresh else None),
+            PagedView(self, True, (*shape, value_states.shape[3]), key_states, first, value_states if fresh else None),
+        )
+
+    def get_seq_length(self) -> int:
+        return self.length
+
+    def get_max_length(self) -> int:
+        if self.group.window is not None:
+            return self.group.window
+        return -1 if self.sequences.max_cache_len is None else self.sequences.max_cache_len
+
+    def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
+        """Number of keys that the mask covers, and the position of the first."""
+        first = self.group.first_visible(self.length)
+        return self.length + query_length - first, first
+
+    @property
+    def keys(self) -> torch.Tensor | None:
+        """A lazy view of the stored keys, or ``None`` before the first token."""
+        return self._stored(values=False)
+
+    @property
+    def values(self) -> torch.Tensor | None:
+        """A lazy view of the stored values, or ``None`` before the first token."""
+        return self._stored(values=True)
+
+    def reset(self) -> None:
+        raise NotImplementedError("a single layer cannot be reset: layers share their block table; reset the cache")
+
+    def reorder_cache(self, beam_idx: torch.LongTensor) -> None:
+        raise NotImplementedError("reorder_cache is not supported by PagedInt8Cache yet: no beam search")
+
+    def crop(self, tokens_to_remove: int) -> None:
+        raise NotImplementedError("crop is not supported by PagedInt8Cache yet: no assisted or prompt-lookup decoding")
+
+    def offload(self) -> None:
+        raise NotImplementedError("offload is not supported by PagedInt8Cache: the blocks stay on their device")
+
+    # -- what views and the attention function call ----------------------------------------------------------------
+
+    @property
+    def storage(self) -> KvCacheQuant:
+        """The layer's blocks."""
+        storage = self.sequences.pool.storage(self.index)
+        assert storage is not None, "no tokens yet"
+        return storage
+
+    @property
+    def epoch(self) -> int:
+        return self.group.epoch
+
+    def gather(self, start: int, stop: int, dtype: torch.dtype) -> tuple[torch.Tensor, torch.Tensor]:
+        """Dense keys and values of positions ``start`` to ``stop``, ``[batch, num_kv_heads, stop - start, dim]``."""
+        table, lens = self.group.table.ids_on(self.device), self.group.lens_on(self.device, self.length)
+        return self._backend.gather(self.storage, table, lens, start, stop, dtype)
+
+    def decode(
+        self,
+        query: torch.Tensor,
+        scale: float,
+        stop: int,
+        key_mask: torch.Tensor | None,
+        key_mask_start: int,
+        softcap: float | None,
+        sinks: torch.Tensor | None,
+    ) -> torch.Tensor:
+        """Attention of the newest rows straight from the blocks.
+
+        Args:
+            query: ``[batch, num_q_heads, q_len, head_dim]``, at positions ``stop - q_len`` to ``stop``.
+            scale: factor on q.k.
+            stop: tokens in the context, the query's own included.
+            key_mask: bool ``[batch, columns]`` or ``None``, as in ``int8_paged_decode_attention``.
+            key_mask_start: position of the mask's first column.
+            softcap: bound on the scores, or ``None``.
+            sinks: ``[num_q_heads]`` or ``None``.
+
+        Returns:
+            ``[batch, q_len, num_q_heads, v_head_dim]``, contiguous.
+        """
+        batch, num_q_heads, q_len, _ = query.shape
+        group, device = self.group, self.device
+        out = query.new_empty(batch, q_len, num_q_heads, self._value_shape[1])
+        self._backend.decode(
+            out.transpose(1, 2),
+            query,
+            self.storage,
+            group.table.ids_on(device),
+            group.lens_on(device, stop),
+            scale,
+            None,
+            key_mask,
+            key_mask_start,
+            group.window,
+            softcap,
+            sinks,
+        )
+        return out
+
+    def note_dense_read(self) -> None:
+        """Say once that another attention implementation reads a dequantized copy."""
+        if self.sequences.from_blocks:
+            _say_once(
+                logging.WARNING,
+                "PagedInt8Cache is read by another attention implementation, through a dequantized copy: right, but slow. "
+                'For the fast path call model.set_attn_implementation("int8_paged").',
+            )
+
+    # -- internals -------------------------------------------------------------------------------------------------
+
+    def _check(self, key_states: torch.Tensor, value_states: torch.Tensor) -> None:
+        heads, head_dim = self._key_shape
+        v_heads, v_head_dim = self._value_shape
+        batch, new_tokens = key_states.shape[0], key_states.shape[2]
+        if key_states.shape != (batch, heads, new_tokens, head_dim) or value_states.shape != (
+            batch,
+            v_heads,
+            new_tokens,
+            v_head_dim,
+        ):
+            raise ValueError(
+                f"layer {self.index} holds {heads} KV heads of width {head_dim} (values {v_head_dim}), but keys "
+                f"{list(key_states.shape)} and values {list(value_states.shape)} came; is this another model's cache?"
+            )
+        if key_states.dtype != self.dtype or value_states.dtype != self.dtype or key_states.device != self.device:
+            raise ValueError(
+                f"layer {self.index} holds {self.dtype} on {self.device}, but keys came as {key_states.dtype} on "
+                f"{key_states.device} and values as {value_states.dtype}; use one cache per dtype and device"
+            )
+
+    def _stored(self, *, values: bool) -> torch.Tensor | None:
+        if not self.length:
+            return None
+        heads, dim = self._value_shape if values else self._key_shape
+        first = self.group.first_visible(self.length)
+        shape = (self.sequences.batch_size, heads, self.length - first, dim)
+        return PagedView(self, values, shape, torch.empty(0, dtype=self.dtype, device=self.device), first, None)

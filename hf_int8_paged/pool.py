@@ -1,0 +1,139 @@
+"""The blocks of all layers: storage, growth, budget."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Iterable, Mapping
+
+import torch
+
+from .block_table import RUN_LENGTH, BlockAllocator
+from .kernels import KvCacheQuant, alloc_paged_int8_layer, copy_blocks
+
+#: A pool that has to grow grows by at least this fraction, so that copying stays rare.
+GROWTH = 0.25
+
+
+class CacheFullError(RuntimeError):
+    """The cache's limit is reached. Raised before anything is written: the cache stays valid at its old length."""
+
+
+class PagedInt8Pool:
+    """Paged int8 storage of a model's layers.
+
+    Layers of one *group* (all full-attention layers, or all layers of one sliding window) use the same
+    block ids, each in its own tensors, so one block table serves them all.
+
+    Args:
+        block_size: tokens per block, a multiple of 16.
+        backend: name of the kernel backend, or ``None`` for the best one of each layer's device.
+        max_tokens: slots that any group may have at most (a hard limit), or ``None``.
+    """
+
+    def __init__(self, block_size: int = 16, backend: str | None = None, max_tokens: int | None = None):
+        self.block_size = block_size
+        self.backend = backend
+        self.max_tokens = max_tokens
+        self.allocators: dict[str, BlockAllocator] = {}
+        self._storage: dict[int, KvCacheQuant] = {}
+        self._members: dict[str, list[int]] = {}
+
+    def add_group(self, group: str) -> BlockAllocator:
+        """The allocator of ``group``, made if need be."""
+        self._members.setdefault(group, [])
+        return self.allocators.setdefault(group, BlockAllocator())
+
+    def add_layer(self, layer: int, group: str, key_states: torch.Tensor, value_states: torch.Tensor) -> None:
+        """Allocate a layer's blocks with the heads, widths and device of its first keys and values.
+
+        Args:
+            layer: index of the layer.
+            group: its group, which says how many blocks.
+            key_states: ``[batch, num_kv_heads, tokens, head_dim]``.
+            value_states: ``[batch, num_kv_heads, tokens, v_head_dim]``.
+        """
+        self._storage[layer] = alloc_paged_int8_layer(
+            self.allocators[group].num_blocks,
+            self.block_size,
+            key_states.shape[1],
+            key_states.shape[3],
+            v_head_dim=value_states.shape[3],
+            device=key_states.device,
+            backend=self.backend,
+        )
+        self._members[group].append(layer)
+
+    def storage(self, layer: int) -> KvCacheQuant | None:
+        """The layer's blocks as they are now; growth replaces the object. None before the layer's first token."""
+        return self._storage.get(layer)
+
+    def ensure_free(self, needed: Mapping[str, int]) -> None:
+        """Make sure that each group has the given number of free blocks; grow where it has not.
+
+        Raises:
+            CacheFullError: a group would exceed ``max_tokens``. No group has grown then.
+        """
+        targets = {}
+        for group, count in needed.items():
+            allocator = self.allocators[group]
+            if count <= allocator.num_free:
+                continue
+            least = allocator.num_used + count
+            target = least
+            if allocator.num_blocks:
+                target = max(least, allocator.num_blocks + max(int(allocator.num_blocks * GROWTH), RUN_LENGTH))
+            if self.max_tokens is not None:
+                most = self.max_tokens // self.block_size
+                if least > most:
+                    raise CacheFullError(
+                        f"the cache needs {least} blocks of {self.block_size} tokens, but max_tokens={self.max_tokens} "
+                        f"allows {most}; free sequences, shorten the prompt or raise max_tokens"
+                    )
+                target = min(target, most)
+            targets[group] = target
+        for group, target in targets.items():
+            for layer in self._members[group]:
+                self._storage[layer] = _grown(self._storage[layer], target)
+            self.allocators[group].grow(target)
+
+    def copy(self, group: str, pairs: Iterable[tuple[int, int]]) -> None:
+        """Copy blocks, (source, destination) each, in all layers of a group."""
+        pairs = list(pairs)
+        if not pairs:
+            return
+        src, dst = torch.tensor(pairs, dtype=torch.int32).T.contiguous()
+        for layer in self._members[group]:
+            storage = self._storage[layer]
+            copy_blocks(storage, src.to(storage.device), dst.to(storage.device))
+
+    @property
+    def nbytes_allocated(self) -> int:
+        """Bytes of int8 values and scales allocated, all layers."""
+        return sum(storage.nbytes for storage in self._storage.values())
+
+    @property
+    def nbytes_used(self) -> int:
+        """Bytes of the blocks that hold tokens, all layers."""
+        return sum(
+            self.allocators[group].num_used * self.block_size * self._storage[layer].bytes_per_token
+            for group, layers in self._members.items()
+            for layer in layers
+        )
+
+
+def _grown(old: KvCacheQuant, num_blocks: int) -> KvCacheQuant:
+    """A larger storage with the old blocks in front. The caller drops ``old`` before the next layer grows."""
+    new = alloc_paged_int8_layer(
+        num_blocks,
+        old.block_size,
+        old.num_kv_heads,
+        old.head_dim,
+        v_head_dim=old.v_head_dim,
+        device=old.device,
+        backend=old.backend,
+        tile_order=old.tile_order,
+        rotation=old.rotation,
+    )
+    for field in ("k", "v", "k_scales", "v_scales"):
+        getattr(new, field)[:, : old.num_blocks].copy_(getattr(old, field))
+    return dataclasses.replace(new, key_center=old.key_center)

@@ -1,0 +1,115 @@
+"""The sequences of one cache: a block table per layer group, all advanced together, before any layer writes."""
+
+from __future__ import annotations
+
+import torch
+
+from .block_table import BlockTable
+from .kernels import MAX_DECODE_ROWS
+from .pool import CacheFullError, PagedInt8Pool
+
+
+class Group:
+    """The layers of one cache that share a block table: the same window, or none.
+
+    Args:
+        name: the pool's name for the group.
+        table: block table of the group's layers.
+        window: sliding window in tokens (a query sees ``window`` positions, its own included), or ``None``.
+    """
+
+    def __init__(self, name: str, table: BlockTable, window: int | None):
+        self.name = name
+        self.table = table
+        self.window = window
+        #: Counts the times that tokens were dropped or moved; views made before are no longer valid.
+        self.epoch = 0
+        self._lens: dict[tuple[torch.device, int], torch.Tensor] = {}
+
+    def first_visible(self, position: int) -> int:
+        """First position that a query at ``position`` sees."""
+        return 0 if self.window is None else max(position - self.window + 1, 0)
+
+    def lens_on(self, device: torch.device, length: int) -> torch.Tensor:
+        """int32 ``[batch]``, all ``length``, made on the device once per step and shared by the group's layers."""
+        key = (device, length)
+        lens = self._lens.get(key)
+        if lens is None or len(lens) != self.table.batch_size:
+            if len(self._lens) > 4:
+                self._lens.clear()
+            lens = self._lens[key] = torch.full((self.table.batch_size,), length, dtype=torch.int32, device=device)
+        return lens
+
+
+class Sequences:
+    """Lengths and block tables of one cache's sequences.
+
+    The first layer that a forward pass updates calls `advance`, which finds blocks for the new tokens in
+    every group. If that fails, nothing has changed; after it, no layer can run out of blocks.
+    """
+
+    def __init__(self, pool: PagedInt8Pool, max_cache_len: int | None = None):
+        self.pool = pool
+        self.max_cache_len = max_cache_len
+        self.groups: dict[str, Group] = {}
+        self.length = 0
+        self.batch_size: int | None = None
+        #: Where the newest tokens start, and whether attention reads them from the blocks.
+        self.step_start = 0
+        self.from_blocks = False
+
+    def add_group(self, window: int | None) -> Group:
+        """The group of layers with this window, made if need be."""
+        name = "full_attention" if window is None else f"sliding_attention_{window}"
+        if name not in self.groups:
+            table = BlockTable(self.pool.add_group(name), self.pool.block_size)
+            self.groups[name] = Group(name, table, window)
+        return self.groups[name]
+
+    def advance(self, batch: int, new_tokens: int) -> None:
+        """Find blocks for ``new_tokens`` more tokens per sequence, in every group.
+
+        Raises:
+            ValueError: the batch size changed.
+            CacheFullError: ``max_cache_len`` or the pool's budget would be exceeded.
+        """
+        if self.batch_size not in (None, batch):
+            raise ValueError(
+                f"the cache holds {self.batch_size} sequences, but keys of {batch} came; "
+                "use one cache per batch, or reset() it first"
+            )
+        start, stop = self.length, self.length + new_tokens
+        if self.max_cache_len is not None and stop > self.max_cache_len:
+            raise CacheFullError(
+                f"{stop} tokens per sequence asked for, but max_cache_len is {self.max_cache_len}; the cache still holds "
+                f"{start}; shorten the prompt, lower max_new_tokens or raise max_cache_len"
+            )
+        # Short steps read their own tokens from the blocks, like every later token does. Long chunks and first
+        # prompts have them at hand in full precision.
+        from_blocks = start > 0 and new_tokens <= MAX_DECODE_ROWS
+        keep_from, needed = {}, {}
+        for name, group in self.groups.items():
+            group.epoch += group.table.drop_before(group.first_visible(start))
+            keep_from[name] = 0 if from_blocks else group.first_visible(stop)
+            needed[name] = group.table.blocks_needed(batch, new_tokens, keep_from[name])
+        self.pool.ensure_free(needed)
+        for name, group in self.groups.items():
+            self.pool.copy(name, group.table.extend(batch, new_tokens, keep_from[name]))
+        self.step_start, self.length, self.batch_size, self.from_blocks = start, stop, batch, from_blocks
+
+    def truncate(self, length: int) -> None:
+        """Forget all tokens from position ``length`` on."""
+        for group in self.groups.values():
+            group.table.truncate(length)
+            group.epoch += 1
+        self.length = length
+        if length == 0:
+            self.clear()
+
+    def clear(self) -> None:
+        """Forget all sequences and give their blocks back to the pool."""
+        for group in self.groups.values():
+            group.table.clear()
+            group.epoch += 1
+        self.length = self.step_start = 0
+        self.batch_size = None
