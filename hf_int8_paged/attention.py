@@ -164,7 +164,7 @@ def _as_key_mask(
 
 
 def _only_causal(mask_function: Callable, local_size: int | None, q_offset: int, kv_offset: int) -> bool:
-    """Whether the pattern is causal, or causal with exactly the window that the keys' offset shows, and nothing else."""
+    """Whether the pattern is causal, or causal with exactly the window that the keys' offset shows, no more."""
     if mask_function is causal_mask_function:
         return True
     window_names = ["sliding_window_overlay.<locals>.inner_mask", causal_mask_function.__qualname__]

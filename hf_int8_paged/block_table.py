@@ -113,10 +113,10 @@ class BlockAllocator:
 
     def _next_block(self, after: int) -> int:
         block = after + 1
-        if 0 < block < self.num_blocks and self._ref_counts[block] == 0:
-            # The middle of a run is this sequence's own; a new run only if no other sequence is in it.
-            if block % RUN_LENGTH or self._is_whole(block // RUN_LENGTH):
-                return block
+        is_free = 0 < block < self.num_blocks and self._ref_counts[block] == 0
+        # The middle of a run is this sequence's own; a new run only if no other sequence is in it.
+        if is_free and (block % RUN_LENGTH or self._is_whole(block // RUN_LENGTH)):
+            return block
         run = self._whole_runs.lowest(self._is_whole)
         if run is None:
             run = self._partial_runs.lowest(self._has_free)
@@ -187,7 +187,7 @@ class BlockTable:
             self._set(row, len(self.rows[row]) - 1, private)
             copies.append((block, private))
         first, last = self._new_columns(new_tokens, keep_from)
-        for row, blocks in enumerate(self.rows):
+        for blocks in self.rows:
             blocks.extend([HOLE] * (min(first, last) - len(blocks)))
             if last > first:
                 after = next((b for b in reversed(blocks) if b != HOLE), HOLE)

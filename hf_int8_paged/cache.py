@@ -84,18 +84,18 @@ class PagedInt8Cache(Cache):
             ValueError: shapes, dtype, device or number of layers are not those of this cache.
             CacheFullError: a limit is reached.
         """
-        sequences = self._sequences
+        layer = self.layers[layer_idx] if layer_idx < len(self.layers) else None
         try:
-            if layer_idx >= len(self.layers):
+            if layer is None:
                 raise ValueError(
-                    f"layer {layer_idx} was updated, but the cache was made for a model with {len(self.layers)} layers; "
-                    "make it from this model's config"
+                    f"layer {layer_idx} was updated, but the cache was made for a model with {len(self.layers)} "
+                    "layers; make it from this model's config"
                 )
-            return self.layers[layer_idx].update(key_states, value_states, *args, **kwargs)
+            return layer.update(key_states, value_states, *args, **kwargs)  # type: ignore[union-attr]
         except Exception:
-            layer = self.layers[min(layer_idx, len(self.layers) - 1)]
-            if layer_idx >= len(self.layers) or layer.length < sequences.length:
-                self._forget_from(sequences.step_start)
+            # A layer that is behind is the one that ended this forward pass; one that is not has changed nothing.
+            if layer is None or (isinstance(layer, PagedInt8Layer) and layer.length < self._sequences.length):
+                self._forget_from(self._sequences.step_start)
             raise
 
     @property
@@ -149,7 +149,7 @@ def _check_backend(backend: str | None, device: torch.device | str | None, block
             resolve_backend(backend, devices[-1], block_size)
 
 
-def _layers_for(config: PreTrainedConfig, sequences: Sequences) -> list[PagedInt8Layer | DummyLayer]:
+def _layers_for(config: PreTrainedConfig, sequences: Sequences) -> list:
     layers: list[PagedInt8Layer | DummyLayer] = []
     for index, (layer_type, kwargs) in enumerate(zip(*get_layer_types_and_kwargs(config))):
         if layer_type == "full_attention":
@@ -160,7 +160,7 @@ def _layers_for(config: PreTrainedConfig, sequences: Sequences) -> list[PagedInt
             layers.append(DummyLayer())
         else:
             raise NotImplementedError(
-                f"layer {index} of this {config.model_type} model is of type {layer_type!r}, which PagedInt8Cache does not "
-                "support yet; it supports full_attention and sliding_attention"
+                f"layer {index} of this {config.model_type} model is of type {layer_type!r}, which PagedInt8Cache "
+                "does not support yet; it supports full_attention and sliding_attention"
             )
     return layers

@@ -39,8 +39,8 @@ def dense_attention(
     num_kv_heads, kv_len = key.shape[1:3]
     scaling = head_dim**-0.5 if scaling is None else scaling
     if mask is None and causal and q_len > 1:
-        rows = torch.arange(kv_len - q_len, kv_len, device=query.device)
-        mask = torch.arange(kv_len, device=query.device) <= rows[:, None]
+        positions = torch.arange(kv_len - q_len, kv_len, device=query.device)
+        mask = torch.arange(kv_len, device=query.device) <= positions[:, None]
     group = num_q_heads // num_kv_heads
     q = query.reshape(batch, num_kv_heads, group, q_len, head_dim)
     rows_at_once = max(1, SCORE_BYTES // (4 * batch * num_q_heads * max(kv_len, 1)))

@@ -37,26 +37,25 @@ class PagedInt8Layer(CacheLayerMixin):
     is_compileable = False
     is_croppable = False
 
+    # Set by lazy_initialization.
+    dtype: torch.dtype
+    device: torch.device
+    _backend: ModuleType
+    _key_shape: tuple[int, int]
+    _value_shape: tuple[int, int]
+
     def __init__(self, index: int, sequences: Sequences, window: int | None = None):
         self.index = index
         self.sequences = sequences
         self.group: Group = sequences.add_group(window)
         self.length = 0
-        self.dtype: torch.dtype | None = None
-        self.device: torch.device | None = None
-        self._backend: ModuleType | None = None
-        self._key_shape: tuple[int, ...] = ()
-        self._value_shape: tuple[int, ...] = ()
+        self.is_initialized = False
 
     # -- what transformers calls -----------------------------------------------------------------------------------
 
     @property
     def is_sliding(self) -> bool:
         return self.group.window is not None
-
-    @property
-    def is_initialized(self) -> bool:
-        return self._backend is not None
 
     @property
     def batch_size(self) -> int:
@@ -74,6 +73,7 @@ class PagedInt8Layer(CacheLayerMixin):
         self._key_shape = (key_states.shape[1], key_states.shape[3])
         self._value_shape = (value_states.shape[1], value_states.shape[3])
         self._backend = load_backend(self.storage.backend)
+        self.is_initialized = True
 
     def update(
         self, key_states: torch.Tensor, value_states: torch.Tensor, *args, **kwargs
@@ -95,7 +95,7 @@ class PagedInt8Layer(CacheLayerMixin):
         """
         sequences, group = self.sequences, self.group
         batch, heads, new_tokens, head_dim = key_states.shape
-        if self._backend is not None:
+        if self.is_initialized:
             self._check(key_states, value_states)
         start, stop = self.length, self.length + new_tokens
         if start == sequences.length:
@@ -106,7 +106,7 @@ class PagedInt8Layer(CacheLayerMixin):
                 f"layers before it hold {sequences.length} for {sequences.batch_size}; was a forward pass interrupted? "
                 "reset() the cache"
             )
-        if self._backend is None:
+        if not self.is_initialized:
             self.lazy_initialization(key_states, value_states)
         if key_states.requires_grad and torch.is_grad_enabled():
             _say_once(
@@ -139,12 +139,12 @@ class PagedInt8Layer(CacheLayerMixin):
         return self.length + query_length - first, first
 
     @property
-    def keys(self) -> torch.Tensor | None:
+    def keys(self) -> torch.Tensor | None:  # type: ignore[override]
         """A lazy view of the stored keys, or ``None`` before the first token."""
         return self._stored(values=False)
 
     @property
-    def values(self) -> torch.Tensor | None:
+    def values(self) -> torch.Tensor | None:  # type: ignore[override]
         """A lazy view of the stored values, or ``None`` before the first token."""
         return self._stored(values=True)
 
@@ -226,8 +226,8 @@ class PagedInt8Layer(CacheLayerMixin):
         if self.sequences.from_blocks:
             _say_once(
                 logging.WARNING,
-                "PagedInt8Cache is read by another attention implementation, through a dequantized copy: right, but slow. "
-                'For the fast path call model.set_attn_implementation("int8_paged").',
+                "PagedInt8Cache is read by another attention implementation, through a dequantized copy: right, "
+                'but slow. For the fast path call model.set_attn_implementation("int8_paged").',
             )
 
     # -- internals -------------------------------------------------------------------------------------------------
@@ -253,7 +253,7 @@ class PagedInt8Layer(CacheLayerMixin):
             )
 
     def _stored(self, *, values: bool) -> torch.Tensor | None:
-        if not self.length:
+        if not self.length or self.sequences.batch_size is None:
             return None
         heads, dim = self._value_shape if values else self._key_shape
         first = self.group.first_visible(self.length)

@@ -81,8 +81,8 @@ class Sequences:
         start, stop = self.length, self.length + new_tokens
         if self.max_cache_len is not None and stop > self.max_cache_len:
             raise CacheFullError(
-                f"{stop} tokens per sequence asked for, but max_cache_len is {self.max_cache_len}; the cache still holds "
-                f"{start}; shorten the prompt, lower max_new_tokens or raise max_cache_len"
+                f"{stop} tokens per sequence asked for, but max_cache_len is {self.max_cache_len}; the cache still "
+                f"holds {start}; shorten the prompt, lower max_new_tokens or raise max_cache_len"
             )
         # Short steps read their own tokens from the blocks, like every later token does. Long chunks and first
         # prompts have them at hand in full precision.

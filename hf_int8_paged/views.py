@@ -1,7 +1,7 @@
 """Lazy keys and values: what a paged int8 layer's ``update`` returns.
 
-`transformers` hands the keys and values that a cache returns to an attention function. A `PagedView` stands for the dense
-tensor in both senses: our attention function recognises it and reads the int8 blocks; any other operation
+transformers hands the keys and values that a cache returns to an attention function. A `PagedView` stands for the
+dense tensor in both senses: our attention function recognises it and reads the int8 blocks; any other operation
 gets the dequantized dense tensor. So every attention implementation computes the right thing.
 """
 
@@ -22,7 +22,7 @@ class PagedView(torch.Tensor):
 
     Attributes:
         layer: the cache layer.
-        values: whether this is the layer's values, else its keys.
+        is_values: whether this is the layer's values, else its keys.
         start: position of the first token.
         stop: position after the last token.
         fresh: the full-precision rows of the newest tokens if attention should see those instead of their
@@ -30,7 +30,7 @@ class PagedView(torch.Tensor):
     """
 
     layer: PagedInt8Layer
-    values: bool
+    is_values: bool
     start: int
     stop: int
     fresh: torch.Tensor | None
@@ -39,7 +39,7 @@ class PagedView(torch.Tensor):
     def __new__(
         cls,
         layer: PagedInt8Layer,
-        values: bool,
+        is_values: bool,
         shape: tuple[int, int, int, int],
         like: torch.Tensor,
         start: int,
@@ -50,14 +50,14 @@ class PagedView(torch.Tensor):
     def __init__(
         self,
         layer: PagedInt8Layer,
-        values: bool,
+        is_values: bool,
         shape: tuple[int, int, int, int],
         like: torch.Tensor,
         start: int,
         fresh: torch.Tensor | None,
     ):
         self.layer = layer
-        self.values = values
+        self.is_values = is_values
         self.start = start
         self.stop = start + shape[2]
         self.fresh = fresh
@@ -65,7 +65,7 @@ class PagedView(torch.Tensor):
         self._dense: torch.Tensor | None = None
 
     # Operations reach __torch_dispatch__ as they are, not wrapped a second time.
-    __torch_function__ = torch._C._disabled_torch_function_impl
+    __torch_function__ = torch._C._disabled_torch_function_impl  # type: ignore[assignment]
 
     def dense(self) -> torch.Tensor:
         """The dense tensor: dequantized past, and the newest tokens in full precision where ``fresh`` has them.
@@ -82,7 +82,7 @@ class PagedView(torch.Tensor):
             past_stop = self.stop - (0 if self.fresh is None else self.fresh.shape[2])
             past = None
             if past_stop > self.start:
-                past = self.layer.gather(self.start, past_stop, self.dtype)[self.values]
+                past = self.layer.gather(self.start, past_stop, self.dtype)[self.is_values]
             parts = [x for x in (past, self.fresh) if x is not None]
             self._dense = parts[0] if len(parts) == 1 else torch.cat(parts, dim=2)
         return self._dense
@@ -92,14 +92,16 @@ class PagedView(torch.Tensor):
         """Whether the blocks hold everything that attention should see."""
         return self.fresh is None
 
-    def __repr__(self, *, tensor_contents: Any = None) -> str:
-        kind = "values" if self.values else "keys"
+    def __repr__(self, **_: Any) -> str:  # type: ignore[override]
+        kind = "values" if self.is_values else "keys"
         return (
             f"PagedView({kind} of positions {self.start} to {self.stop}, shape={tuple(self.shape)}, dtype={self.dtype})"
         )
 
     @classmethod
-    def __torch_dispatch__(cls, func: Callable, types: Any, args: tuple = (), kwargs: dict | None = None) -> Any:
+    def __torch_dispatch__(  # type: ignore[override]
+        cls, func: Callable, types: Any, args: tuple = (), kwargs: dict | None = None
+    ) -> Any:
         layer = next(x for x in torch.utils._pytree.tree_leaves((args, kwargs)) if isinstance(x, PagedView)).layer
         layer.note_dense_read()
         args, kwargs = tree_map_only(PagedView, PagedView.dense, (args, kwargs or {}))

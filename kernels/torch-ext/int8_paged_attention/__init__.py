@@ -304,6 +304,7 @@ def _backend_of(cache: KvCacheQuant, override: str | None):
         return load_backend(cache.backend)
     if override != "reference":
         raise ValueError(
-            f"the cache's tiles belong to backend {cache.backend!r}; only 'reference' reads others' tiles, not {override!r}"
+            f"the cache's tiles belong to backend {cache.backend!r}; only 'reference' reads others' tiles, "
+            f"not {override!r}"
         )
     return load_backend("reference")

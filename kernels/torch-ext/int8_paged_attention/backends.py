@@ -25,7 +25,9 @@ BACKENDS = tuple(_MODULES)
 def load_backend(name: str) -> ModuleType:
     """The backend module called ``name``; imports what it needs only now."""
     if name not in _MODULES:
-        raise ValueError(f"unknown backend {name!r}; choose one of {', '.join(BACKENDS)}, or None for the device's best")
+        raise ValueError(
+            f"unknown backend {name!r}; choose one of {', '.join(BACKENDS)}, or None for the device's best"
+        )
     return importlib.import_module(_MODULES[name], __package__)
 
 

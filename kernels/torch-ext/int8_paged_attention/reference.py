@@ -136,7 +136,9 @@ def decode(
     v, v_scales, _ = gather_quantized(cache, block_table, context_lens, 0, length, values=True)
     q_rows = q.to(compute).reshape(batch, cache.num_kv_heads, group, q_len, head_dim)
     k_dense = (k.to(compute) * k_scales[..., None].to(compute))[:, :, None]  # [batch, kv_heads, 1, length, head_dim]
-    scores = scale * (condition_query(q_rows, cache) @ k_dense.transpose(-1, -2))  # [batch, kv_heads, group, q_len, length]
+    scores = scale * (
+        condition_query(q_rows, cache) @ k_dense.transpose(-1, -2)
+    )  # [batch, kv_heads, group, q_len, length]
     if cache.key_center is not None:
         scores = scores + scale * (q_rows @ cache.key_center.to(compute)[:, None, :, None])
     if softcap is not None:
