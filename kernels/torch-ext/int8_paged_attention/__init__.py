@@ -13,6 +13,7 @@ from .checks import (
     FLOAT_DTYPES,
     MAX_HEAD_DIM,
     check_block_ids,
+    check_destinations,
     check_geometry,
     check_lengths,
     check_tensor,
@@ -131,15 +132,15 @@ def int8_kv_append_paged(
 
     Source: ``int8_kv_append_paged`` of the Rust engine; arithmetic in DESIGN.md section 2.
     """
-    batch, tokens = block_table.shape[0], k_new.shape[2] if k_new.ndim == 4 else None
     device, heads = cache.device, cache.num_kv_heads
-    check_tensor(k_new, "k_new", shape=(batch, heads, None, cache.head_dim), dtypes=FLOAT_DTYPES, device=device)
-    check_tensor(v_new, "v_new", shape=(batch, heads, tokens, cache.v_head_dim), dtypes=(k_new.dtype,), device=device)
     check_tensor(block_table, "block_table", shape=(None, None), dtypes=(torch.int32,), device=device)
+    batch, max_blocks = block_table.shape
+    check_tensor(k_new, "k_new", shape=(batch, heads, None, cache.head_dim), dtypes=FLOAT_DTYPES, device=device)
+    tokens = k_new.shape[2]
+    check_tensor(v_new, "v_new", shape=(batch, heads, tokens, cache.v_head_dim), dtypes=(k_new.dtype,), device=device)
     check_tensor(context_lens_before, "context_lens_before", shape=(batch,), dtypes=(torch.int32,), device=device)
     check_block_ids(block_table, "block_table", cache.num_blocks)
-    capacity = block_table.shape[1] * cache.block_size
-    check_lengths(context_lens_before, "context_lens_before + new tokens", capacity - k_new.shape[2])
+    check_lengths(context_lens_before, "context_lens_before", max_blocks * cache.block_size, new_tokens=tokens)
     _backend_of(cache, backend).append(k_new, v_new, cache, block_table, context_lens_before)
 
 
@@ -198,7 +199,9 @@ def int8_paged_decode_attention(
 
     Source: ``int8_paged_decode_attention`` of the Rust engine; tests/kernels/test_decode.py shows its use.
     """
-    batch, device = block_table.shape[0], cache.device
+    device = cache.device
+    check_tensor(block_table, "block_table", shape=(None, None), dtypes=(torch.int32,), device=device)
+    batch = block_table.shape[0]
     module = _backend_of(cache, backend)
     dtypes = (*FLOAT_DTYPES, torch.float64) if module.NAME == "reference" else FLOAT_DTYPES
     check_tensor(q, "q", shape=(batch, None, None, cache.head_dim), dtypes=dtypes, device=device)
@@ -290,12 +293,14 @@ def copy_blocks(cache: KvCacheQuant, src: torch.Tensor, dst: torch.Tensor, *, ba
         dst: int32 ``[count]`` block ids to write: no id twice, and none that stands in ``src``.
 
     Raises:
-        ValueError: wrong shape, dtype or device; on the CPU also an id out of range.
+        ValueError: wrong shape, dtype or device; on the CPU also an id out of range, or one that is copied to twice
+            or copied from and to.
     """
     check_tensor(src, "src", shape=(None,), dtypes=(torch.int32,), device=cache.device)
     check_tensor(dst, "dst", shape=(src.shape[0],), dtypes=(torch.int32,), device=cache.device)
     for name, ids in (("src", src), ("dst", dst)):
         check_block_ids(ids, name, cache.num_blocks, lowest=0)
+    check_destinations(src, dst)
     _backend_of(cache, backend).copy(cache, src, dst)
 
 

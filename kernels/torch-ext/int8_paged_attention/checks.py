@@ -57,10 +57,21 @@ def check_block_ids(ids: torch.Tensor, name: str, num_blocks: int, *, lowest: in
             raise ValueError(f"{name} holds block id {wrong}, but the cache has {num_blocks} blocks")
 
 
-def check_lengths(lengths: torch.Tensor, name: str, capacity: int) -> None:
-    """Check that lengths lie in [0, capacity]; only where they are on the host."""
+def check_destinations(src: torch.Tensor, dst: torch.Tensor) -> None:
+    """Check that no block is copied to twice, or copied from and to; only where the ids are on the host."""
+    if dst.device.type != "cpu" or not dst.numel():
+        return
+    ids, counts = torch.cat((dst, src.unique())).unique(return_counts=True)
+    twice = ids[counts > 1]
+    if len(twice):
+        raise ValueError(f"dst must not hold a block id twice, nor one of src, got {int(twice[0])}")
+
+
+def check_lengths(lengths: torch.Tensor, name: str, capacity: int, *, new_tokens: int = 0) -> None:
+    """Check that lengths lie in [0, capacity - new_tokens]; only where they are on the host."""
     if lengths.device.type == "cpu" and lengths.numel():
         lowest, highest = (int(x) for x in torch.aminmax(lengths))
-        if lowest < 0 or highest > capacity:
+        if lowest < 0 or highest + new_tokens > capacity:
             wrong = lowest if lowest < 0 else highest
-            raise ValueError(f"{name} must be between 0 and {capacity} (what block_table covers), got {wrong}")
+            more = f" plus {new_tokens} new tokens" if new_tokens else ""
+            raise ValueError(f"{name} must be between 0 and {capacity} (what block_table covers), got {wrong}{more}")
