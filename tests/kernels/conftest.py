@@ -7,6 +7,7 @@ import shutil
 
 import pytest
 import torch
+
 from hf_int8_paged.kernels import why_unavailable
 
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"

@@ -13,6 +13,7 @@ from typing import Any
 
 import numpy as np
 import torch
+
 from hf_int8_paged.kernels import KvCacheQuant, alloc_paged_int8_layer
 
 POISON = 127  # int8 value of a slot that nobody may read; its scale is NaN

@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+
 from hf_int8_paged.kernels import TILE_ORDERS, int8_paged_decode_attention
 
 from .attention_oracle import assert_close, dense_attention, error_bound

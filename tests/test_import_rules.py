@@ -1,0 +1,138 @@
+"""Who may import whom (DESIGN.md section 8), and what importing the package does to the process."""
+
+from __future__ import annotations
+
+import ast
+import os
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parent.parent
+PACKAGE = ROOT / "hf_int8_paged"
+KERNELS = ROOT / "kernels" / "torch-ext" / "int8_paged_attention"
+
+#: For each module of the core, the modules of the package that it may import. Front ends (the command line, the demo)
+#: may import all of them, and none of them a front end.
+MAY_IMPORT: dict[str, set[str]] = {
+    "block_table": set(),
+    "pool": {"block_table", "kernels"},
+    "sequences": {"pool", "block_table", "kernels"},
+    "views": set(),
+    "layers": {"sequences", "pool", "views", "kernels"},
+    "cache": {"layers", "sequences", "pool", "kernels"},
+    "dense_attention": set(),
+    "attention": {"dense_attention", "views", "kernels"},
+}
+
+
+def imports(path: Path) -> Iterator[tuple[int, str]]:
+    """(relative level, dotted name) of each import that runs; those under ``if TYPE_CHECKING`` do not."""
+    tree = ast.parse(path.read_text(encoding="utf-8"), str(path))
+    for node in ast.walk(tree):
+        if isinstance(node, ast.If) and ast.unparse(node.test).endswith("TYPE_CHECKING"):
+            node.body = []
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Import):
+            yield from ((0, alias.name) for alias in node.names)
+        elif isinstance(node, ast.ImportFrom) and node.module:
+            yield node.level, node.module
+        elif isinstance(node, ast.ImportFrom):
+            yield from ((node.level, alias.name) for alias in node.names)
+
+
+@pytest.mark.parametrize("path", sorted(KERNELS.rglob("*.py")), ids=lambda path: path.name)
+def test_kernels_import_only_themselves_torch_triton_and_the_standard_library(path: Path) -> None:
+    for level, name in imports(path):
+        top = name.split(".")[0]
+        assert level <= len(path.relative_to(KERNELS).parts), f"{path.name} imports from outside the kernels: {name}"
+        if level == 0:
+            assert top in {"torch", "triton", *sys.stdlib_module_names}, f"{path.name} imports {name}"
+            assert top != "triton" or path.name.startswith("triton_"), f"{path.name} imports triton"
+
+
+@pytest.mark.parametrize("module", MAY_IMPORT)
+def test_the_layers_of_the_package_import_downwards_only(module: str) -> None:
+    inside = {
+        name.removeprefix("hf_int8_paged.").split(".")[0]
+        for level, name in imports(PACKAGE / f"{module}.py")
+        if level or name.split(".")[0] == "hf_int8_paged"
+    }
+    assert inside <= MAY_IMPORT[module], f"{module}.py must not import {sorted(inside - MAY_IMPORT[module])}"
+
+
+@pytest.mark.parametrize("path", sorted(PACKAGE.rglob("*.py")), ids=lambda path: path.name)
+def test_the_package_leaves_triton_to_the_kernels(path: Path) -> None:
+    assert not [name for _, name in imports(path) if name.split(".")[0] in ("triton", "tests", "eval", "examples")]
+
+
+def test_the_kernels_folder_is_no_package() -> None:
+    """With the repository root on sys.path it would shadow PyPI's `kernels`, which transformers imports."""
+    assert not (ROOT / "kernels" / "__init__.py").exists()
+    assert not (ROOT / "kernels" / "torch-ext" / "__init__.py").exists()
+
+
+def run_python(code: str) -> None:
+    result = subprocess.run(
+        [sys.executable, "-c", code],
+        cwd=Path(__file__).parent,
+        env={**os.environ, "HF_HUB_OFFLINE": "1"},
+        capture_output=True,
+        text=True,
+        timeout=300,
+    )
+    assert result.returncode == 0, result.stderr[-3000:]
+
+
+def test_the_package_works_where_triton_is_not_installed() -> None:
+    run_python(
+        """
+import sys
+sys.modules["triton"] = None
+import hf_int8_paged, torch
+from hf_int8_paged.kernels import alloc_paged_int8_layer, why_unavailable
+alloc_paged_int8_layer(2, 16, 1, 64)
+assert "triton" in why_unavailable("triton", torch.device("cuda"))
+"""
+    )
+
+
+def test_importing_the_package_changes_nothing_but_two_registered_names() -> None:
+    """Every attribute of every loaded transformers and torch module, and of transformers' classes, before and after."""
+    run_python(
+        """
+import sys, types
+import torch, transformers
+import transformers.cache_utils, transformers.generation.utils, transformers.masking_utils, transformers.modeling_utils
+import transformers.models.llama.modeling_llama
+from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS
+from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
+
+def namespaces():
+    for name, module in sorted(sys.modules.items()):
+        if isinstance(module, types.ModuleType) and name.split(".")[0] in ("transformers", "torch"):
+            yield name, vars(module)
+            for key, value in list(vars(module).items()):
+                if isinstance(value, type) and name.startswith("transformers") and value.__module__ == name:
+                    yield f"{name}.{key}", vars(value)
+
+before = {name: dict(namespace) for name, namespace in namespaces()}
+attention, masks = dict(ALL_ATTENTION_FUNCTIONS), dict(ALL_MASK_ATTENTION_FUNCTIONS)
+import hf_int8_paged
+
+new_attention, new_masks = dict(ALL_ATTENTION_FUNCTIONS), dict(ALL_MASK_ATTENTION_FUNCTIONS)
+assert callable(new_attention.pop("int8_paged")) and callable(new_masks.pop("int8_paged"))
+assert (new_attention, new_masks) == (attention, masks)
+after = {name: dict(namespace) for name, namespace in namespaces()}
+changed = [
+    f"{name}.{key}"
+    for name, namespace in before.items()
+    for key, value in namespace.items()
+    if after[name].get(key) is not value
+]
+assert not changed, changed
+"""
+    )
