@@ -25,6 +25,11 @@ def device_of(backend: str) -> torch.device:
     return torch.device("cuda" if backend == "triton" and not interpreted else "cpu")
 
 
+def int32_on(backend: str) -> dict[str, Any]:
+    """Keywords of a tensor of block ids or lengths."""
+    return {"dtype": torch.int32, "device": device_of(backend)}
+
+
 def tile_offsets(tile_order: str, block_size: int, dim: int, *, values: bool) -> np.ndarray:
     """Offset in its tile of element d of token t, ``[block_size, dim]``."""
     t, d = np.arange(block_size)[:, None], np.arange(dim)[None]
@@ -176,29 +181,28 @@ def make_case(
         k += mu.numpy()[:, None]
     keys, values = np.full_like(k, np.nan), np.full_like(v, np.nan)
     tokens = [(b, p) for b, n in enumerate(lens) for p in range(n) if table[b, p // block_size] >= 0]
-    b, p = np.array(tokens, dtype=np.int64).reshape(-1, 2).T
+    sequence, p = np.array(tokens, dtype=np.int64).reshape(-1, 2).T
     for dense, rows, is_values in ((keys, k, False), (values, v, True)):
-        # Rows of all sequences, [kv_heads, tokens, dim]; numpy moves the advanced axes to the front.
-        rows = store_rows(
-            cache, table[b, p // block_size], p % block_size, rows[b, :, p].transpose(1, 0, 2), values=is_values
-        )
-        dense[b, :, p] = rows.transpose(1, 0, 2)
+        # numpy moves the advanced axes to the front.
+        new = rows[sequence, :, p].transpose(1, 0, 2)  # [kv_heads, tokens of all sequences, dim]
+        rows = store_rows(cache, table[sequence, p // block_size], p % block_size, new, values=is_values)
+        dense[sequence, :, p] = rows.transpose(1, 0, 2)
 
-    place = {"device": device_of(backend)}
+    device, int32 = device_of(backend), int32_on(backend)
     options: dict[str, Any] = {"window": window, "softcap": softcap}
     if kv_start is not None:
-        options["kv_start"] = torch.tensor(kv_start, dtype=torch.int32, **place)
+        options["kv_start"] = torch.tensor(kv_start, **int32)
     if key_mask is not None:
         mask = rng.random((batch, max(lens) - key_mask_start)) < key_mask
-        options["key_mask"] = torch.from_numpy(mask).to(**place)
+        options["key_mask"] = torch.from_numpy(mask).to(device)
         options["key_mask_start"] = key_mask_start
     if sinks:
-        options["sinks"] = torch.from_numpy(rng.standard_normal(kv_heads * group)).to(dtype).to(**place)
+        options["sinks"] = torch.from_numpy(rng.standard_normal(kv_heads * group)).to(dtype).to(device)
     case = Case(
         cache=cache,
-        block_table=torch.from_numpy(table).to(**place),
-        context_lens=torch.tensor(lens, dtype=torch.int32, **place),
-        q=torch.from_numpy(q).to(dtype).to(**place),
+        block_table=torch.from_numpy(table).to(device),
+        context_lens=torch.tensor(lens, **int32),
+        q=torch.from_numpy(q).to(dtype).to(device),
         scale=head_dim**-0.5,
         keys=keys,
         values=values,

@@ -10,7 +10,7 @@ import torch
 
 from hf_int8_paged.kernels import KvCacheQuant, gather_dense, int8_kv_append_paged
 
-from .helpers import device_of, poisoned_layer, quantize, snapshot, write_slots
+from .helpers import device_of, int32_on, poisoned_layer, quantize, snapshot, write_slots
 
 wide = pytest.mark.wide
 DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
@@ -187,7 +187,7 @@ def test_a_faulty_row_is_marked_by_a_nan_scale_and_zeros(backend: str) -> None:
     device = device_of(backend)
     k, v = normal(1, 1, 3, 32).to(device), normal(1, 1, 3, 32, seed=1).to(device)
     k[0, 0, 1, 7], v[0, 0, 2, 31] = torch.nan, -torch.inf
-    int32 = {"dtype": torch.int32, "device": device}
+    int32 = int32_on(backend)
     table, before = torch.zeros(1, 1, **int32), torch.zeros(1, **int32)
     int8_kv_append_paged(k, v, cache, table, before)
     assert cache.k_scales[0, 0].isnan().nonzero().flatten().tolist() == [1]
@@ -240,7 +240,7 @@ def test_one_row_expanded_over_the_batch(backend: str) -> None:
 def test_nothing_to_append_changes_nothing(backend: str, shape: tuple[int, ...]) -> None:
     cache = poisoned_layer(backend, 4, 16, 2, 64)
     before = snapshot(cache)
-    int32 = {"dtype": torch.int32, "device": device_of(backend)}
+    int32 = int32_on(backend)
     rows = torch.empty(shape, device=device_of(backend))
     int8_kv_append_paged(rows, rows, cache, torch.zeros(shape[0], 2, **int32), torch.zeros(shape[0], **int32))
     for name, bits in snapshot(cache).items():
@@ -251,7 +251,7 @@ def test_appending_token_by_token_equals_appending_at_once(backend: str) -> None
     k, v = normal(2, 2, 21, 32), normal(2, 2, 21, 32, seed=1)
     device = device_of(backend)
     k, v = k.to(device), v.to(device)
-    int32 = {"dtype": torch.int32, "device": device}
+    int32 = int32_on(backend)
     table, lens = torch.tensor([[3, 0, 4], [2, 5, 1]], **int32), torch.tensor([4, 17], **int32)
     once, stepwise = (poisoned_layer(backend, 6, 16, 2, 32, rotation="hadamard") for _ in range(2))
     int8_kv_append_paged(k, v, once, table, lens)

@@ -22,7 +22,7 @@ from hf_int8_paged.kernels import (
     resolve_backend,
 )
 
-from .helpers import device_of, poisoned_layer, snapshot
+from .helpers import device_of, int32_on, poisoned_layer, snapshot
 
 BATCH, TOKENS, HEADS, DIM, V_DIM, BLOCKS, BLOCK_SIZE = 2, 3, 2, 64, 32, 5, 16
 META = torch.device("meta")
@@ -33,7 +33,7 @@ Arguments = SimpleNamespace
 def arguments(backend: str) -> Arguments:
     """Arguments that work: each test spoils one."""
     device = device_of(backend)
-    int32 = {"dtype": torch.int32, "device": device}
+    int32 = int32_on(backend)
     return SimpleNamespace(
         cache=poisoned_layer(backend, BLOCKS, BLOCK_SIZE, HEADS, DIM, v_head_dim=V_DIM),
         block_table=torch.tensor([[0, 1], [2, 3]], **int32),

@@ -9,7 +9,7 @@ import torch
 from hf_int8_paged.kernels import alloc_paged_int8_layer, int8_kv_append_paged, int8_paged_decode_attention
 from hf_int8_paged.kernels.conditioning import hadamard, hadamard_block
 
-from .helpers import device_of, hadamard_matrix
+from .helpers import device_of, hadamard_matrix, int32_on
 
 
 @pytest.mark.parametrize(("dim", "block"), [(1, 1), (7, 1), (20, 4), (32, 32), (80, 16), (96, 32), (256, 256)])
@@ -43,7 +43,7 @@ def decode_error(backend: str, *, rotation: str | None, center: bool, softcap: f
     if cache.key_center is not None:
         cache.key_center.copy_(torch.from_numpy(k[0].mean(1)))
     new_k, new_v, new_q = (torch.from_numpy(x).float().to(device) for x in (k, v, q))
-    int32 = {"dtype": torch.int32, "device": device}
+    int32 = int32_on(backend)
     table, lens = torch.arange(7, **int32)[None], torch.tensor([tokens], **int32)
     int8_kv_append_paged(new_k, new_v, cache, table, lens - tokens)
     out = int8_paged_decode_attention(new_q, cache, table, lens, dim**-0.5, softcap=softcap)

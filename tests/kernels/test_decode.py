@@ -32,7 +32,7 @@ def check(case: Case) -> torch.Tensor:
     return out
 
 
-SHAPES = {
+SHAPES: dict[str, dict[str, Any]] = {
     "one_token_in_the_cache": dict(lens=(1,)),
     "MHA": dict(lens=(37,), kv_heads=2, head_dim=64),
     "GQA_of_2_batch_2_ragged": dict(lens=(5, 50), group=2, head_dim=32),
@@ -52,7 +52,7 @@ SHAPES = {
     "sixteen_query_rows_MQA_of_16": dict(lens=(51,), kv_heads=1, group=16, head_dim=32, q_len=16),
     "more_query_rows_than_tokens": dict(lens=(3, 20), q_len=5),
 }
-WIDE_SHAPES = {
+WIDE_SHAPES: dict[str, dict[str, Any]] = {
     "batch_5_ragged": dict(lens=(1, 16, 17, 130, 333), kv_heads=3, group=3),
     "batch_3_block_of_32_q_len_2": dict(lens=(31, 64, 97), kv_heads=3, group=4, head_dim=128, block_size=32, q_len=2),
     "batch_3_block_of_128": dict(lens=(127, 129, 300), kv_heads=4, group=2, head_dim=80, block_size=128),
@@ -75,7 +75,7 @@ def test_attention_over_blocks_in_any_order(backend: str, shape: dict[str, Any])
     check(make_case(backend, **shape))
 
 
-OPTIONS = {
+OPTIONS: dict[str, dict[str, Any]] = {
     "kv_start_skips_left_padding": dict(kv_start=(0, 19, 37)),
     "window_of_1": dict(window=1),
     "window_inside_a_block": dict(window=5),
@@ -97,8 +97,8 @@ OPTIONS = {
         rotation="hadamard", center=True, holes=((2, 1),),
     ),
 }  # fmt: skip
-OPTION_SHAPES = {"three_rows": dict(lens=(9, 40, 53), group=2, head_dim=32, q_len=3)}
-WIDE_OPTION_SHAPES = {
+OPTION_SHAPES: dict[str, dict[str, Any]] = {"three_rows": dict(lens=(9, 40, 53), group=2, head_dim=32, q_len=3)}
+WIDE_OPTION_SHAPES: dict[str, dict[str, Any]] = {
     "one_row": dict(lens=(20, 64, 333), kv_heads=3, group=3, head_dim=64),
     "head_dim_80_to_96_block_of_32": dict(lens=(33, 95, 100), head_dim=80, v_head_dim=96, block_size=32, q_len=2),
     "sixteen_rows_MQA": dict(lens=(16, 70, 150), kv_heads=1, group=16, head_dim=128, q_len=16),

@@ -10,7 +10,7 @@ import torch
 
 from hf_int8_paged.kernels import copy_blocks, gather_dense
 
-from .helpers import Case, device_of, make_case, poisoned_layer, snapshot
+from .helpers import Case, device_of, int32_on, make_case, poisoned_layer, snapshot
 
 SHAPES: dict[str, dict[str, Any]] = {
     "one_token": dict(lens=(1,), head_dim=32),
@@ -66,7 +66,7 @@ def test_gather_of_a_range(backend: str, start: int, stop: int) -> None:
 
 
 def test_gather_of_no_sequences_or_no_blocks(backend: str) -> None:
-    int32 = {"dtype": torch.int32, "device": device_of(backend)}
+    int32 = int32_on(backend)
     cache = poisoned_layer(backend, 2, 16, 3, 64, v_head_dim=96)
     k, v = gather_dense(cache, torch.zeros(0, 2, **int32), torch.zeros(0, **int32))
     assert (k.shape, v.shape) == ((0, 3, 32, 64), (0, 3, 32, 96))
