@@ -1,0 +1,109 @@
+/* Paged int8 KV cache on the CPU: the structs that Python fills, and the kernels that each instruction set provides.
+ *
+ * Plain C11 with GNU vector types; no torch and no Python headers. Layout and arithmetic: ../storage.py,
+ * ../conditioning.py and ../reference.py, DESIGN.md sections 2 and 6. All offsets are 64 bit.
+ */
+#ifndef INT8_PAGED_H
+#define INT8_PAGED_H
+
+#include <stdint.h>
+
+#define INT8_PAGED_EXPORT __attribute__((visibility("default")))
+
+enum { MAX_DIM = 256, SUBTILE = 16 };
+enum { DTYPE_FLOAT32, DTYPE_FLOAT16, DTYPE_BFLOAT16 };
+enum { OK = 0, BAD_LENGTH = -1, BAD_BLOCK = -2, NO_MEMORY = -3 };
+
+/* Constant for a layer. Tiles in `dot4` order; every field is 8 bytes wide, as in all structs that Python fills. */
+typedef struct {
+    int8_t *k, *v;
+    uint16_t *k_scales, *v_scales;
+    const float *key_center; /* [num_kv_heads, head_dim] or NULL */
+    int64_t num_kv_heads, num_blocks, block_size, head_dim, v_head_dim;
+    int64_t rotate;
+} Layer;
+
+typedef struct {
+    const int32_t *ids; /* [batch, max_blocks] */
+    int64_t stride, max_blocks;
+    const int32_t *lengths; /* [batch] */
+} Table;
+
+/* Strides count elements; the last axis is contiguous. */
+typedef struct {
+    const void *k_new, *v_new;
+    int64_t k_strides[3], v_strides[3];
+    int64_t dtype, batch, tokens;
+    Table table; /* lengths: before this call */
+} AppendCall;
+
+typedef struct {
+    void *out;
+    const void *q;
+    int64_t out_strides[3], q_strides[3];
+    int64_t dtype, batch, num_q_heads, q_len;
+    Table table;
+    double scale;
+    const int32_t *kv_start; /* [batch] or NULL */
+    const uint8_t *key_mask; /* [batch, mask_columns] or NULL */
+    int64_t mask_stride, mask_columns, mask_start;
+    int64_t window;      /* 0: none */
+    double softcap;      /* 0: none */
+    const float *sinks;  /* [num_q_heads] or NULL */
+} DecodeCall;
+
+typedef struct {
+    void *k_out, *v_out; /* [batch, num_kv_heads, stop - start, dim], contiguous */
+    int64_t dtype, batch, start, stop;
+    Table table;
+} GatherCall;
+
+/* One decode call, cut into work items (sequence, kv head, row block, split of the context). */
+typedef struct {
+    const Layer *layer;
+    const DecodeCall *call;
+    int64_t group, rows, row_blocks, splits, split_tokens;
+    float *partials; /* [sequence, kv head, row block][split][partial_rows][partial_floats], NULL if splits == 1 */
+    int64_t partial_rows, partial_floats;
+    int32_t *pending; /* splits that have not finished, per [sequence, kv head, row block] */
+} DecodePlan;
+
+enum { ROW_BLOCK = 32 }; /* query rows per work item */
+enum { PARTIAL_HEAD = 2 }; /* floats in front of a partial output row: maximum and sum of its softmax */
+
+typedef struct {
+    const char *name;
+    int (*supported)(void);
+    void (*append_rows)(const Layer *, const AppendCall *, int64_t begin, int64_t end);
+    void (*decode_item)(const DecodePlan *, int64_t item);
+    void (*gather_blocks)(const Layer *, const GatherCall *, int64_t begin, int64_t end);
+    void (*hadamard_rows)(float *out, const float *x, int64_t rows, int64_t dim);
+} Kernels;
+
+extern const Kernels int8_paged_portable;
+#if defined(__x86_64__)
+extern const Kernels int8_paged_avx512vnni, int8_paged_avxvnni, int8_paged_avx2;
+#elif defined(__aarch64__)
+extern const Kernels int8_paged_neon;
+#endif
+
+static inline int64_t min_i64(int64_t a, int64_t b) { return a < b ? a : b; }
+static inline int64_t max_i64(int64_t a, int64_t b) { return a > b ? a : b; }
+static inline int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
+
+/* Tokens [*begin, *end) that some query row of a sequence sees, before key_mask. */
+static inline void visible_range(const DecodeCall *call, int64_t sequence, int64_t *begin, int64_t *end)
+{
+    const int64_t length = call->table.lengths[sequence];
+    int64_t first = call->kv_start ? max_i64(call->kv_start[sequence], 0) : 0;
+    if (call->window) first = max_i64(first, length - call->q_len - call->window + 1);
+    int64_t last = length;
+    if (call->key_mask) {
+        first = max_i64(first, call->mask_start);
+        last = min_i64(last, call->mask_start + call->mask_columns);
+    }
+    *begin = first - first % SUBTILE;
+    *end = max_i64(last, *begin);
+}
+
+#endif

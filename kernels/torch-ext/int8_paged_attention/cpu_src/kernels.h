@@ -1,0 +1,6 @@
+/* The kernels of one instruction set: include after its dot_*.h. */
+#include "append.h"
+#include "decode.h"
+
+#define KERNELS(isa, is_supported) \
+    const Kernels int8_paged_##isa = {#isa, is_supported, append_rows, decode_item, gather_blocks, hadamard_rows}
