@@ -1,0 +1,148 @@
+"""The command ``hf-int8-paged``: ``demo`` and ``info``."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+from collections.abc import Sequence
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from .demo import Comparison, Run
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run the command line; the exit status is 0, or 1 after an error that was printed."""
+    options = _parser().parse_args(arguments)
+    try:
+        return options.run(options)
+    except KeyboardInterrupt:
+        return 130
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(prog="hf-int8-paged", description="A paged INT8 KV cache for transformers.")
+    commands = parser.add_subparsers(required=True, metavar="demo|info")
+
+    demo = commands.add_parser("demo", help="generate with DynamicCache and with PagedInt8Cache, and compare")
+    demo.add_argument("--model", help="a causal language model: name on the hub or folder (SmolLM2-135M-Instruct)")
+    demo.add_argument("--prompt", help="text; default a passage of about 550 tokens and a question about it")
+    demo.add_argument("--max-new-tokens", type=_positive, default=64, metavar="N", help="tokens to generate (64)")
+    demo.add_argument("--device", help="such as cpu or cuda; default the accelerator if there is one")
+    demo.add_argument(
+        "--dtype", choices=("float32", "float16", "bfloat16"), help="default float32 on the CPU, else bfloat16"
+    )
+    demo.add_argument("--json", action="store_true", help="print the result as JSON")
+    demo.set_defaults(run=_demo)
+
+    info = commands.add_parser("info", help="versions, backends, and what is missing")
+    info.add_argument("--json", action="store_true", help="print it as JSON")
+    info.set_defaults(run=_info)
+    return parser
+
+
+def _positive(text: str) -> int:
+    if not text.isdecimal() or int(text) < 1:
+        raise argparse.ArgumentTypeError(f"must be a whole number of at least 1, got {text!r}")
+    return int(text)
+
+
+def _info(options: argparse.Namespace) -> int:
+    from .info import as_text, collect
+
+    info = collect()
+    print(json.dumps(info, indent=2) if options.json else as_text(info))
+    return 0
+
+
+def _demo(options: argparse.Namespace) -> int:
+    try:
+        from rich.console import Console
+        from rich.progress import BarColumn, MofNCompleteColumn, Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
+    except ImportError as error:
+        return _error(f"{error}; install what the demo needs: pip install 'hf-int8-paged[demo]'")
+    from .demo import compare, default_prompt, load
+    from .demo_model import DemoModelError
+
+    columns = (
+        SpinnerColumn(),
+        TextColumn("{task.description}"),
+        BarColumn(),
+        MofNCompleteColumn(),
+        TimeElapsedColumn(),
+    )
+    progress = Progress(*columns, console=Console(file=sys.stderr), transient=True)
+    try:
+        with progress:
+            loading = progress.add_task("loading", total=None)
+            on_step = lambda step: progress.update(loading, description=step)  # noqa: E731
+            model, tokenizer = load(options.model, options.device, options.dtype, on_step)
+            progress.remove_task(loading)
+            count = options.max_new_tokens
+            tasks = {name: progress.add_task(name, total=count) for name in ("DynamicCache", "PagedInt8Cache")}
+            prompt = default_prompt() if options.prompt is None else options.prompt
+            result = compare(model, tokenizer, prompt, count, lambda name: progress.advance(tasks[name]))
+    except (DemoModelError, NotImplementedError, ValueError) as error:
+        return _error(str(error))
+    if options.json:
+        print(json.dumps(result.as_dict(), indent=2))
+    else:
+        _print_comparison(result)
+    return 0
+
+
+def _error(message: str) -> int:
+    print(f"hf-int8-paged: error: {message}", file=sys.stderr)
+    return 1
+
+
+def _print_comparison(result: Comparison) -> None:
+    from rich.console import Console
+    from rich.filesize import decimal
+    from rich.panel import Panel
+    from rich.table import Table
+    from rich.text import Text
+
+    from .demo import common_prefix
+
+    dense, int8 = result.dynamic, result.int8
+    console = Console()
+    shared = dense.text[: common_prefix(dense.text, int8.text)]
+    for run in (dense, int8):
+        text = Text(shared).append(run.text[len(shared) :], style="yellow")
+        console.print(Panel(text, title=f"{run.cache}, attention {run.attention}", title_align="left"))
+
+    def row(name: str, cell, ratio: float | None) -> None:
+        table.add_row(name, cell(dense), cell(int8), "" if ratio is None else f"{ratio:.1%}")
+
+    def per_token(run: Run) -> str:
+        return "-" if run.ms_per_token is None else f"{run.ms_per_token:.1f} ms"
+
+    table = Table("", dense.cache, int8.cache, "int8 / dense")
+    for column in table.columns[1:]:
+        column.justify = "right"
+    row("bytes of K and V in use", lambda run: decimal(run.bytes_in_use), result.bytes_ratio)
+    row(
+        "bytes of K and V allocated",
+        lambda run: decimal(run.bytes_allocated),
+        int8.bytes_allocated / dense.bytes_allocated,
+    )
+    times = dense.ms_per_token and int8.ms_per_token and int8.ms_per_token / dense.ms_per_token
+    row("time per token (median)", per_token, times)
+    row(
+        "time to the first token",
+        lambda run: f"{run.first_token_ms:.0f} ms",
+        int8.first_token_ms / dense.first_token_ms,
+    )
+    console.print(table)
+    threads = f", {result.torch_threads} threads" if result.device == "cpu" else ""
+    console.print(
+        f"{result.model}, {result.dtype} on {result.device}{threads}; int8 backend: {', '.join(int8.backends)}\n"
+        f"{result.prompt_tokens} prompt tokens, {len(dense.tokens)} and {len(int8.tokens)} greedy tokens, "
+        f"of which the first {result.agreement} agree",
+        highlight=False,
+        soft_wrap=True,
+    )
+    if "reference" in int8.backends:
+        console.print("The reference backend is right but slow; `hf-int8-paged info` says what a faster one needs.")
