@@ -49,6 +49,7 @@ class PagedInt8Layer(CacheLayerMixin):
         self.sequences = sequences
         self.group: Group = sequences.add_group(window)
         self.length = 0
+        sequences.layers.append(self)
         self.is_initialized = False
 
     # -- what transformers calls -----------------------------------------------------------------------------------

@@ -2,11 +2,20 @@
 
 from __future__ import annotations
 
+from typing import Protocol
+
 import torch
 
 from .block_table import BlockTable
 from .kernels import MAX_DECODE_ROWS
 from .pool import CacheFullError, PagedInt8Pool
+
+
+class HasLength(Protocol):
+    """What `Sequences` needs to know of a layer."""
+
+    index: int
+    length: int
 
 
 class Group:
@@ -52,6 +61,7 @@ class Sequences:
         self.pool = pool
         self.max_cache_len = max_cache_len
         self.groups: dict[str, Group] = {}
+        self.layers: list[HasLength] = []
         self.length = 0
         self.batch_size: int | None = None
         #: Where the newest tokens start, and whether attention reads them from the blocks.
@@ -70,13 +80,20 @@ class Sequences:
         """Find blocks for ``new_tokens`` more tokens per sequence, in every group.
 
         Raises:
-            ValueError: the batch size changed.
+            ValueError: the batch size changed, or the last forward pass left layers out.
             CacheFullError: ``max_cache_len`` or the pool's budget would be exceeded.
         """
         if self.batch_size not in (None, batch):
             raise ValueError(
                 f"the cache holds {self.batch_size} sequences, but keys of {batch} came; "
                 "use one cache per batch, or reset() it first"
+            )
+        left_out = [layer.index for layer in self.layers if layer.length != self.length]
+        if left_out:
+            raise ValueError(
+                f"the cache was made for {len(self.layers)} attention layers, but the model updated only "
+                f"{len(self.layers) - len(left_out)} of them (not layer {left_out[0]}): another model's cache, or a "
+                "forward pass that was interrupted; make the cache from this model's config, or reset() it"
             )
         start, stop = self.length, self.length + new_tokens
         if self.max_cache_len is not None and stop > self.max_cache_len:

@@ -1,0 +1,176 @@
+"""`generate` with the paged cache: the same tokens under every attention implementation, and the oracle's logits."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from transformers import Cache, DynamicCache
+
+from hf_int8_paged import PagedInt8Cache
+from tests.models import IMPLEMENTATIONS, TINY, FakeQuantizedCache, random_ids, tiny_model
+
+GREEDY = {"do_sample": False, "pad_token_id": 0}
+
+
+def generate(model, ids, cache: Cache | None = None, **kwargs):
+    cache = PagedInt8Cache(model.config) if cache is None else cache
+    return model.generate(ids, past_key_values=cache, **GREEDY | kwargs)
+
+
+@torch.no_grad()
+def logits_per_step(model, ids: torch.Tensor, prompt: int, cache: Cache, chunk: int = 1) -> torch.Tensor:
+    """Feed a prompt, then the rest in chunks; logits ``[batch, tokens, vocabulary]`` of every position."""
+    pieces = [ids[:, :prompt], *ids[:, prompt:].split(chunk, dim=1)]
+    return torch.cat([model(piece, past_key_values=cache, use_cache=True).logits for piece in pieces], dim=1)
+
+
+def assert_like_oracle(model, ids: torch.Tensor, prompt: int, chunk: int = 1, **cache_options) -> None:
+    """Logits at every step equal the fake-quantized model's, but for rounding.
+
+    Rounding (float32 sums in another order; the native kernels' 15-bit queries and weights) changes logits by about
+    1e-5, and now and then tips an element of a later key over a rounding tie: one step of int8, where quantization
+    itself moves every element by up to half a step. So the difference stays a fraction of what quantization changes:
+    a tenth in the mean square, a quarter at its largest. One wrong or missing key exceeds both.
+    """
+    model.set_attn_implementation("eager")
+    exact = logits_per_step(model, ids, prompt, DynamicCache(config=model.config), chunk)
+    oracle = logits_per_step(model, ids, prompt, FakeQuantizedCache(model.config), chunk)
+    model.set_attn_implementation("int8_paged")
+    ours = logits_per_step(model, ids, prompt, PagedInt8Cache(model.config, **cache_options), chunk)
+    effect, difference = oracle - exact, ours - oracle
+    assert effect.abs().max() > 0, "quantization left no trace: the oracle is not reading the quantized cache"
+    assert difference.square().mean() <= (effect / 10).square().mean()
+    assert difference.abs().max() <= effect.abs().max() / 4
+
+
+@pytest.mark.parametrize("name", TINY)
+def test_logits_at_every_step_are_those_of_the_fake_quantized_model(name):
+    assert_like_oracle(tiny_model(name), random_ids(2, 90, seed=3), prompt=37)
+
+
+@pytest.mark.parametrize("name", ["llama", "mistral", "gemma2"])
+@pytest.mark.parametrize("chunk", [3, 16, 17, 40], ids=lambda n: f"chunks_of_{n}")
+def test_logits_of_chunks_are_those_of_the_fake_quantized_model(name, chunk):
+    assert_like_oracle(tiny_model(name), random_ids(2, 120, seed=4), prompt=29, chunk=chunk)
+
+
+@pytest.mark.parametrize("prompt", range(1, 34), ids=lambda n: f"prompt_of_{n}")
+def test_every_prompt_length_modulo_the_block_size(prompt):
+    assert_like_oracle(tiny_model("llama"), random_ids(1, prompt + 20, seed=prompt), prompt)
+
+
+@pytest.mark.parametrize("block_size", [16, 32, 64, 128], ids=lambda n: f"blocks_of_{n}")
+def test_every_block_size(block_size):
+    assert_like_oracle(tiny_model("mistral"), random_ids(3, 200, seed=5), prompt=61, block_size=block_size)
+
+
+@pytest.mark.parametrize("name", TINY)
+def test_every_attention_implementation_generates_the_same_tokens(name):
+    model, ids = tiny_model(name), random_ids(2, 37)
+    texts = {}
+    for implementation in IMPLEMENTATIONS[name]:
+        model.set_attn_implementation(implementation)
+        texts[implementation] = generate(model, ids, max_new_tokens=40)
+    for implementation, tokens in texts.items():
+        assert torch.equal(tokens, texts["int8_paged"]), implementation
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
+def test_half_precision_models_generate(dtype):
+    model = tiny_model("llama").to(dtype)
+    model.set_attn_implementation("int8_paged")
+    cache = PagedInt8Cache(model.config)
+    tokens = generate(model, random_ids(2, 21), cache, max_new_tokens=12)
+    assert tokens.shape == (2, 33)
+    assert cache.layers[0].keys.dtype == dtype
+
+
+@pytest.mark.parametrize("name", ["llama", "mistral", "gemma2"])
+def test_a_left_padded_batch_equals_its_prompts_alone(name):
+    model = tiny_model(name)
+    model.set_attn_implementation("int8_paged")
+    prompts = [random_ids(1, n, seed=n) for n in (7, 16, 33, 50)]
+    width = max(p.shape[1] for p in prompts)
+    ids = torch.cat([torch.nn.functional.pad(p, (width - p.shape[1], 0)) for p in prompts])
+    mask = torch.tensor([[0] * (width - p.shape[1]) + [1] * p.shape[1] for p in prompts])
+    together = generate(model, ids, attention_mask=mask, max_new_tokens=24)[:, width:]
+    alone = [generate(model, p, max_new_tokens=24)[0, p.shape[1] :] for p in prompts]
+    for row, expected in zip(together, alone):
+        assert torch.equal(row, expected)
+
+
+@pytest.mark.parametrize("name", ["llama", "mistral"])
+@pytest.mark.parametrize("size", [5, 16, 32, 64], ids=lambda n: f"chunks_of_{n}")
+def test_chunked_prefill_reads_its_past_from_the_cache(name, size):
+    """Token for token what the oracle gives, chunk by chunk."""
+    model, ids = tiny_model(name), random_ids(2, 101)
+    model.set_attn_implementation("eager")
+    expected = generate(model, ids, FakeQuantizedCache(model.config), max_new_tokens=16, prefill_chunk_size=size)
+    model.set_attn_implementation("int8_paged")
+    assert torch.equal(generate(model, ids, max_new_tokens=16, prefill_chunk_size=size), expected)
+
+
+@pytest.mark.parametrize("name", ["llama", "gemma2"])
+def test_a_cache_is_used_for_several_turns(name):
+    model, turns = tiny_model(name), [random_ids(1, n, seed=n) for n in (23, 5, 40, 1)]
+    conversations = {}
+    for implementation, cache_class in (("eager", FakeQuantizedCache), ("int8_paged", PagedInt8Cache)):
+        model.set_attn_implementation(implementation)
+        cache, ids = cache_class(model.config), torch.empty(1, 0, dtype=torch.long)
+        for turn in turns:
+            ids = generate(model, torch.cat([ids, turn], dim=1), cache, max_new_tokens=11)
+        conversations[implementation] = ids
+    assert torch.equal(conversations["int8_paged"], conversations["eager"])
+
+
+def test_sampling_with_a_seed_is_the_same_under_every_implementation():
+    model, ids = tiny_model("llama"), random_ids(2, 30)
+    samples = []
+    for implementation in IMPLEMENTATIONS["llama"]:
+        model.set_attn_implementation(implementation)
+        torch.manual_seed(7)
+        samples.append(generate(model, ids, do_sample=True, temperature=0.7, max_new_tokens=20))
+    assert all(torch.equal(sample, samples[0]) for sample in samples)
+
+
+def test_a_cache_is_empty_again_after_reset():
+    model, ids = tiny_model("mistral"), random_ids(2, 50)
+    model.set_attn_implementation("int8_paged")
+    cache = PagedInt8Cache(model.config)
+    first = generate(model, ids, cache, max_new_tokens=30)
+    allocated = cache.nbytes_allocated
+    cache.reset()
+    assert cache.get_seq_length() == 0
+    assert cache.nbytes_used == 0
+    assert torch.equal(generate(model, ids, cache, max_new_tokens=30), first)
+    assert cache.nbytes_allocated == allocated
+    cache.reset()
+    assert generate(model, random_ids(5, 9), cache, max_new_tokens=3).shape == (5, 12)
+
+
+def test_unusual_masks_take_the_dense_route_and_are_obeyed():
+    """A 4-D mask that hides one key from one step: the answer is that of dense attention over the same cache."""
+    model, ids = tiny_model("llama"), random_ids(1, 40)
+    mask = torch.ones(1, 1, 1, 40, dtype=torch.bool)
+    mask[..., 17] = False
+    logits = {}
+    for implementation in ("int8_paged", "sdpa"):
+        model.set_attn_implementation(implementation)
+        cache = PagedInt8Cache(model.config)
+        with torch.no_grad():
+            model(ids[:, :39], past_key_values=cache)
+            plain = model(ids[:, 39:], past_key_values=cache, attention_mask=None).logits
+            cache.reset()
+            model(ids[:, :39], past_key_values=cache)
+            logits[implementation] = model(ids[:, 39:], past_key_values=cache, attention_mask=mask).logits
+    spread = plain.abs().max()
+    assert (logits["int8_paged"] - logits["sdpa"]).abs().max() < 1e-4 * spread
+    assert (logits["int8_paged"] - plain).abs().max() > 1e-3 * spread
+
+
+def test_without_our_cache_the_attention_function_is_plain_attention():
+    model, ids = tiny_model("gemma2"), random_ids(2, 45)
+    model.set_attn_implementation("eager")
+    expected = model.generate(ids, max_new_tokens=20, **GREEDY)
+    model.set_attn_implementation("int8_paged")
+    assert torch.equal(model.generate(ids, max_new_tokens=20, **GREEDY), expected)
