@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import ctypes
 import math
 import mmap
@@ -22,9 +23,7 @@ def empty(shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> t
         return torch.empty(shape, dtype=dtype, device=device)
     memory = mmap.mmap(-1, size + HUGE_PAGE, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
     offset = -ctypes.addressof(ctypes.c_char.from_buffer(memory)) % HUGE_PAGE
-    try:
+    with contextlib.suppress(OSError):  # a kernel without transparent huge pages
         memory.madvise(mmap.MADV_HUGEPAGE, offset, size - size % HUGE_PAGE)
-    except OSError:  # a kernel without transparent huge pages
-        pass
     # The tensor's storage keeps the mapping alive, and unmaps it with itself.
     return torch.frombuffer(memory, dtype=dtype, count=count, offset=offset).view(shape)

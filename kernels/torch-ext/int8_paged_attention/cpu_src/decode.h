@@ -6,6 +6,9 @@
 
 #include <stdatomic.h>
 
+/* Loops over registers: unrolled before registers are assigned. */
+#define UNROLL _Pragma("GCC unroll 16")
+
 /* Integer products of `rows` query rows with `subtiles` subtiles from s on; terms from `term` on.
  * The next tile is prefetched line by line as this one is read. */
 INLINE void key_products(const State *st, int r0, const Tile *tile, const Tile *next, int s, int64_t step_bytes,
@@ -15,24 +18,24 @@ INLINE void key_products(const State *st, int r0, const Tile *tile, const Tile *
     enum { VECTORS = SUBTILE / LANES };
     Ints sum[MAX_TILE_ROWS][4][VECTORS][TERMS];
     const int64_t bytes = st->head_dim / 4 * step_bytes;
-    for (int r = 0; r < rows; r++)
-        for (int u = 0; u < subtiles; u++)
-            for (int v = 0; v < VECTORS; v++)
-                for (int t = 0; t < terms; t++) sum[r][u][v][t] = ints_set1(st->offset[r0 + r][term + t]);
+    UNROLL for (int r = 0; r < rows; r++)
+        UNROLL for (int u = 0; u < subtiles; u++)
+            UNROLL for (int v = 0; v < VECTORS; v++)
+                UNROLL for (int t = 0; t < terms; t++) sum[r][u][v][t] = ints_set1(st->offset[r0 + r][term + t]);
     const uint8_t *q = st->q[r0][term];
     for (int64_t at = 0; at < bytes; at += step_bytes, q += TERM_BYTES)
-        for (int u = 0; u < subtiles; u++) {
+        UNROLL for (int u = 0; u < subtiles; u++) {
             __builtin_prefetch(next->k[s + u] + at);
-            for (int v = 0; v < VECTORS; v++) {
+            UNROLL for (int v = 0; v < VECTORS; v++) {
                 const Keys k = load_keys(tile->k[s + u] + at + v * LANES * 4);
-                for (int r = 0; r < rows; r++)
-                    for (int t = 0; t < terms; t++)
+                UNROLL for (int r = 0; r < rows; r++)
+                    UNROLL for (int t = 0; t < terms; t++)
                         sum[r][u][v][t] = dot_keys(sum[r][u][v][t], k, q + r * sizeof st->q[0] + t * sizeof st->q[0][0]);
             }
         }
-    for (int r = 0; r < rows; r++)
-        for (int u = 0; u < subtiles; u++)
-            for (int v = 0; v < VECTORS; v++) {
+    UNROLL for (int r = 0; r < rows; r++)
+        UNROLL for (int u = 0; u < subtiles; u++)
+            UNROLL for (int v = 0; v < VECTORS; v++) {
                 float *dst = scores[r] + (s + u) * SUBTILE + v * LANES;
                 if (term == TERMS)
                     add_ints(dst, sum[r][u][v][0], 1.0f / REST_STEPS);
@@ -47,25 +50,25 @@ INLINE void value_products(State *st, int r0, const Tile *tile, const Tile *next
                            const int rows, const int vectors, const int part)
 {
     Ints sum[MAX_TILE_ROWS][4][TERMS];
-    for (int r = 0; r < rows; r++)
-        for (int j = 0; j < vectors; j++)
-            for (int t = 0; t < TERMS; t++) sum[r][j][t] = ints_set1(0);
+    UNROLL for (int r = 0; r < rows; r++)
+        UNROLL for (int j = 0; j < vectors; j++)
+            UNROLL for (int t = 0; t < TERMS; t++) sum[r][j][t] = ints_set1(0);
     for (int s = 0; s < tile->count; s++)
         for (int g = 0; g < SUBTILE / 4; g++) {
             const int64_t at = (g * st->v_head_dim + d) * 4;
             Values v[4];
-            for (int j = 0; j < vectors; j++) {
+            UNROLL for (int j = 0; j < vectors; j++) {
                 if (j * LANES % 16 == 0) __builtin_prefetch(next->v[s] + at + j * LANES * 4);
                 v[j] = part ? load_values_part(tile->v[s] + at, part) : load_values(tile->v[s] + at + j * LANES * 4);
             }
-            for (int r = 0; r < rows; r++)
-                for (int t = 0; t < TERMS; t++) {
+            UNROLL for (int r = 0; r < rows; r++)
+                UNROLL for (int t = 0; t < TERMS; t++) {
                     const Weight w = load_weight(weights[r][s] + WEIGHT_AT(g, t));
-                    for (int j = 0; j < vectors; j++) sum[r][j][t] = dot_values(sum[r][j][t], w, v[j]);
+                    UNROLL for (int j = 0; j < vectors; j++) sum[r][j][t] = dot_values(sum[r][j][t], w, v[j]);
                 }
         }
-    for (int r = 0; r < rows; r++)
-        for (int j = 0; j < vectors; j++) {
+    UNROLL for (int r = 0; r < rows; r++)
+        UNROLL for (int j = 0; j < vectors; j++) {
             const Ints both = join_terms(sum[r][j][0], sum[r][j][TERMS - 1]);
             accumulate_ints(st->out[r0 + r] + d + j * LANES, old[r], both, factor[r]);
         }
@@ -150,7 +153,7 @@ INLINE void weigh_row(State *st, int r, const Tile *tile, const Scales *scales, 
     } else {
         largest = general_scores(st, r, tile, scales, scores);
     }
-    const float highest = fmaxf(st->highest[r], vf_reduce_max(largest));
+    const float highest = larger(st->highest[r], vf_reduce_max(largest));
     const float reference = highest == -INFINITY ? 0.0f : highest;
     *old = vf_exp2(vf_set1(st->highest[r] - reference))[0];
     st->highest[r] = highest;
@@ -238,7 +241,7 @@ static void finish_row(const DecodePlan *plan, int64_t sequence, int64_t head, i
     const int64_t dim = plan->layer->v_head_dim, q_head = head * plan->group + row / call->q_len;
     const float sink = call->sinks ? call->sinks[q_head] * LOG2_E : -INFINITY;
     float highest = sink, total, out[MAX_DIM] = {0};
-    for (int64_t s = 0; s < plan->splits; s++) highest = fmaxf(highest, partial[s * split_stride]);
+    for (int64_t s = 0; s < plan->splits; s++) highest = larger(highest, partial[s * split_stride]);
     if (highest == -INFINITY) highest = 0;
     total = sink == sink ? exp2f(sink - highest) : sink;
     for (int64_t s = 0; s < plan->splits; s++) {

@@ -13,8 +13,8 @@ static int32_t (*thread_count)(uint32_t *count);
 static const Kernels *const all_kernels[] = {
 #if defined(__x86_64__)
     &int8_paged_avx512vnni,
-
-
+    &int8_paged_avxvnni,
+    &int8_paged_avx2,
 #elif defined(__aarch64__)
     &int8_paged_neon,
 #endif

@@ -11,6 +11,8 @@
 typedef float vf __attribute__((vector_size(64)));
 typedef int32_t vm __attribute__((vector_size(64))); /* integers, or a mask of 0 and -1 */
 
+INLINE float larger(float a, float b) { return a > b ? a : b; }
+
 INLINE vf vf_load(const float *p)
 {
     vf x;
