@@ -115,8 +115,10 @@ class PagedInt8Layer(CacheLayerMixin):
                 "PagedInt8Cache stores keys and values without gradient, so nothing is learned through the cache; "
                 "run generation under torch.no_grad().",
             )
-        table, lens = group.table.ids_on(self.device), group.lens_on(self.device, start)
-        self._backend.append(key_states.detach(), value_states.detach(), self.storage, table, lens)
+        step = group.step_tensors(self.device, start)
+        self._backend.append(
+            key_states.detach(), value_states.detach(), self.storage, step.block_table, step.lens_before
+        )
         self.length = stop
         first = group.first_visible(start)
         fresh = not sequences.from_blocks
@@ -176,8 +178,8 @@ class PagedInt8Layer(CacheLayerMixin):
 
     def gather(self, start: int, stop: int, dtype: torch.dtype) -> tuple[torch.Tensor, torch.Tensor]:
         """Dense keys and values of positions ``start`` to ``stop``, ``[batch, num_kv_heads, stop - start, dim]``."""
-        table, lens = self.group.table.ids_on(self.device), self.group.lens_on(self.device, self.length)
-        return self._backend.gather(self.storage, table, lens, start, stop, dtype)
+        step = self.group.step_tensors(self.device, self.sequences.step_start)
+        return self._backend.gather(self.storage, step.block_table, step.lens, start, stop, dtype)
 
     def decode(
         self,
@@ -204,19 +206,20 @@ class PagedInt8Layer(CacheLayerMixin):
             ``[batch, q_len, num_q_heads, v_head_dim]``, contiguous.
         """
         batch, num_q_heads, q_len, _ = query.shape
-        group, device = self.group, self.device
+        step = self.group.step_tensors(self.device, self.sequences.step_start)
+        lens = step.lens if stop == self.sequences.length else torch.full_like(step.lens, stop)
         out = query.new_empty(batch, q_len, num_q_heads, self._value_shape[1])
         self._backend.decode(
             out.transpose(1, 2),
             query,
             self.storage,
-            group.table.ids_on(device),
-            group.lens_on(device, stop),
+            step.block_table,
+            lens,
             scale,
             None,
             key_mask,
             key_mask_start,
-            group.window,
+            self.group.window,
             softcap,
             sinks,
         )

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Protocol
+from typing import NamedTuple, Protocol
 
 import torch
 
@@ -16,6 +16,14 @@ class HasLength(Protocol):
 
     index: int
     length: int
+
+
+class StepTensors(NamedTuple):
+    """Block ids, int32 ``[batch, columns]``, and context lengths before and after the step, int32 ``[batch]``."""
+
+    block_table: torch.Tensor
+    lens_before: torch.Tensor
+    lens: torch.Tensor
 
 
 class Group:
@@ -33,21 +41,32 @@ class Group:
         self.window = window
         #: Counts the times that tokens were dropped or moved; views made before are no longer valid.
         self.epoch = 0
-        self._lens: dict[tuple[torch.device, int], torch.Tensor] = {}
+        self._step_tensors: dict[torch.device, StepTensors] = {}
 
     def first_visible(self, position: int) -> int:
         """First position that a query at ``position`` sees."""
         return 0 if self.window is None else max(position - self.window + 1, 0)
 
-    def lens_on(self, device: torch.device, length: int) -> torch.Tensor:
-        """int32 ``[batch]``, all ``length``, made on the device once per step and shared by the group's layers."""
-        key = (device, length)
-        lens = self._lens.get(key)
-        if lens is None or len(lens) != self.table.batch_size:
-            if len(self._lens) > 4:
-                self._lens.clear()
-            lens = self._lens[key] = torch.full((self.table.batch_size,), length, dtype=torch.int32, device=device)
-        return lens
+    def changed(self) -> None:
+        """Note that lengths or blocks are no longer what they were at the last step."""
+        self._step_tensors.clear()
+
+    def step_tensors(self, device: torch.device, start: int) -> StepTensors:
+        """What the kernels need to know of the sequences, on ``device``: made once per step for all layers.
+
+        Args:
+            device: where the layer's blocks are.
+            start: position of the step's first token.
+        """
+        tensors = self._step_tensors.get(device)
+        if tensors is None:
+            batch = self.table.batch_size
+            tensors = self._step_tensors[device] = StepTensors(
+                self.table.ids_on(device),
+                torch.full((batch,), start, dtype=torch.int32, device=device),
+                torch.full((batch,), self.table.length, dtype=torch.int32, device=device),
+            )
+        return tensors
 
 
 class Sequences:
@@ -112,6 +131,7 @@ class Sequences:
         self.pool.ensure_free(needed)
         for name, group in self.groups.items():
             self.pool.copy(name, group.table.extend(batch, new_tokens, keep_from[name]))
+            group.changed()
         self.step_start, self.length, self.batch_size, self.from_blocks = start, stop, batch, from_blocks
 
     def truncate(self, length: int) -> None:
@@ -119,6 +139,7 @@ class Sequences:
         for group in self.groups.values():
             group.table.truncate(length)
             group.epoch += 1
+            group.changed()
         self.length = length
         if length == 0:
             self.clear()
@@ -128,5 +149,6 @@ class Sequences:
         for group in self.groups.values():
             group.table.clear()
             group.epoch += 1
+            group.changed()
         self.length = self.step_start = 0
         self.batch_size = None

@@ -39,10 +39,10 @@ def test_every_attention_implementation_generates_the_same_tokens(model_and_toke
 
 
 def test_logits_at_every_step_are_those_of_the_fake_quantized_model(model_and_tokenizer):
-    """Thirty layers turn a few tipped roundings into other roundings everywhere. Two independent roundings of the same
-    keys differ by sqrt(2) times what each changes."""
+    """Thirty layers turn a few tipped roundings into other roundings everywhere. Two roundings of the same
+    keys differ at most by the sum of what each changes."""
     model, tokenizer = model_and_tokenizer
-    assert_like_oracle(model, tokenizer(TEXT, return_tensors="pt").input_ids, prompt=41, bound=2**0.5)
+    assert_like_oracle(model, tokenizer(TEXT, return_tensors="pt").input_ids, prompt=41, bound=2)
 
 
 def test_distributions_stay_close_to_the_unquantized_model(model_and_tokenizer):
