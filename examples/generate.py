@@ -19,4 +19,6 @@ cache = PagedInt8Cache(model.config)
 output = model.generate(**inputs, past_key_values=cache, max_new_tokens=48, do_sample=False)
 
 print(tokenizer.decode(output[0], skip_special_tokens=True))
-print(f"\n{cache.get_seq_length()} tokens in {cache.nbytes_used:,} bytes of blocks ({cache.nbytes_allocated:,} allocated)")
+print(
+    f"\n{cache.get_seq_length()} tokens in {cache.nbytes_used:,} bytes of blocks ({cache.nbytes_allocated:,} allocated)"
+)

@@ -18,7 +18,7 @@ from transformers.generation.streamers import BaseStreamer
 from . import PagedInt8Cache
 from .demo_model import load_demo_model, quiet_transformers
 
-QUESTION = "Explain in your own words how Fresnel's lens changed lighthouses, and why sailors could tell them apart."
+QUESTION = "What did Augustin-Jean Fresnel show in 1822? Answer with the words of the text."
 #: Tokens generated before anything is timed, so that no contestant pays for first use.
 _WARMUP_TOKENS = 4
 

@@ -20,11 +20,14 @@ BLOCK = 16
 
 @pytest.fixture
 def tiny(tiny_model_folder: Path):
-    return AutoModelForCausalLM.from_pretrained(tiny_model_folder).eval(), AutoTokenizer.from_pretrained(tiny_model_folder)
+    return AutoModelForCausalLM.from_pretrained(tiny_model_folder).eval(), AutoTokenizer.from_pretrained(
+        tiny_model_folder
+    )
 
 
 @pytest.mark.parametrize(
-    ("a", "b", "length"), [([], [1], 0), ([1, 2, 3], [1, 2, 4], 2), ([1, 2], [1, 2, 3], 2), ([5], [6], 0), ("ab", "ab", 2)]
+    ("a", "b", "length"),
+    [([], [1], 0), ([1, 2, 3], [1, 2, 4], 2), ([1, 2], [1, 2, 3], 2), ([5], [6], 0), ("ab", "ab", 2)],
 )
 def test_common_prefix_ends_at_the_first_difference_or_the_shorter_end(a, b, length):
     assert common_prefix(a, b) == length
