@@ -1,0 +1,60 @@
+"""Compile Triton kernels for GPUs that this machine does not have."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+from triton.backends.compiler import GPUTarget
+from triton.runtime import driver
+from triton.runtime.jit import JITFunction
+
+#: What the kernels are compiled for where no GPU is at hand.
+TARGETS = {
+    "sm_80": GPUTarget("cuda", 80, 32),
+    "sm_90": GPUTarget("cuda", 90, 32),
+    "sm_100": GPUTarget("cuda", 100, 32),
+    "gfx942": GPUTarget("hip", "gfx942", 64),
+}
+
+
+class _OfflineDriver:
+    """As much of a Triton driver as compilation asks for."""
+
+    def __init__(self, target: GPUTarget) -> None:
+        self.target = target
+
+    def get_current_target(self) -> GPUTarget:
+        return self.target
+
+    def get_current_device(self) -> str:
+        return f"offline {self.target.arch}"  # key of the cache of compiled kernels
+
+    def get_current_stream(self, device: str) -> int:
+        return 0
+
+
+@contextmanager
+def compiling_for(target: GPUTarget) -> Iterator[list[tuple[str, Any]]]:
+    """Inside, launching a Triton kernel compiles it for ``target`` and runs nothing.
+
+    Tensor arguments may live on the CPU: only their dtypes, strides and alignment count, and the launchers' own code
+    chooses the constants. Yields a list that collects (kernel's name, compiled kernel) of every launch.
+    """
+    compiled: list[tuple[str, Any]] = []
+    run = JITFunction.run
+
+    def compile_only(self: JITFunction, *args: Any, **kwargs: Any) -> Any:
+        kernel = run(self, *args, **{**kwargs, "warmup": True})
+        compiled.append((self.__name__, kernel))
+        return kernel
+
+    previous = driver._active
+    driver.set_active(_OfflineDriver(target))
+    JITFunction.run = compile_only
+    try:
+        yield compiled
+    finally:
+        JITFunction.run = run
+        driver._active = previous

@@ -1,0 +1,123 @@
+"""Append in Triton: quantize new keys and values and write them into their slots, in one launch."""
+
+from __future__ import annotations
+
+import torch
+import triton
+import triton.language as tl
+
+from .storage import KvCacheQuant
+from .triton_primitives import quantize_rows
+
+
+@triton.jit
+def append_kernel(
+    k_ptr,  # [kv_heads, num_blocks, BLOCK_SIZE, HEAD_DIM]
+    v_ptr,  # [kv_heads, num_blocks, V_DIM, BLOCK_SIZE]
+    k_scales_ptr,  # [kv_heads, num_blocks, BLOCK_SIZE]
+    v_scales_ptr,
+    k_new_ptr,  # [batch, kv_heads, new_tokens, HEAD_DIM]
+    v_new_ptr,  # [batch, kv_heads, new_tokens, V_DIM]
+    block_table_ptr,  # [batch, table_width]
+    context_lens_before_ptr,  # [batch]
+    new_tokens,
+    num_blocks,
+    table_width,
+    k_head_stride,
+    k_block_stride,
+    v_head_stride,
+    v_block_stride,
+    k_scale_head_stride,
+    k_scale_block_stride,
+    v_scale_head_stride,
+    v_scale_block_stride,
+    k_new_batch_stride,
+    k_new_head_stride,
+    k_new_token_stride,
+    k_new_dim_stride,
+    v_new_batch_stride,
+    v_new_head_stride,
+    v_new_token_stride,
+    v_new_dim_stride,
+    table_stride,
+    HEAD_DIM: tl.constexpr,
+    V_DIM: tl.constexpr,
+    K_DIMS: tl.constexpr,  # HEAD_DIM, rounded up to a power of two
+    V_DIMS: tl.constexpr,
+    BLOCK_SIZE: tl.constexpr,
+    TOKENS: tl.constexpr,
+):
+    """One program quantizes TOKENS rows of K and the same rows of V of one head."""
+    tokens = tl.program_id(0) * TOKENS + tl.arange(0, TOKENS)
+    head = tl.program_id(1).to(tl.int64)
+    sequence = tl.program_id(2).to(tl.int64)
+    positions = tl.load(context_lens_before_ptr + sequence) + tokens
+    logical = positions // BLOCK_SIZE
+    covered = (tokens < new_tokens) & (positions >= 0) & (logical < table_width)
+    blocks = tl.load(block_table_ptr + sequence * table_stride + logical, mask=covered, other=-1)
+    kept = (blocks >= 0) & (blocks < num_blocks)
+    blocks = blocks.to(tl.int64)
+    slots = positions % BLOCK_SIZE
+    tokens = tokens.to(tl.int64)
+
+    dims = tl.arange(0, K_DIMS)
+    mask = kept[:, None] & (dims < HEAD_DIM)[None, :]
+    new_ptr = k_new_ptr + sequence * k_new_batch_stride + head * k_new_head_stride
+    rows = tl.load(
+        new_ptr + tokens[:, None] * k_new_token_stride + dims[None, :] * k_new_dim_stride, mask=mask, other=0.0
+    )
+    quantized, scales = quantize_rows(rows.to(tl.float32))
+    tiles_ptr = k_ptr + head * k_head_stride + (blocks * k_block_stride + slots * HEAD_DIM)[:, None]
+    tl.store(tiles_ptr + dims[None, :], quantized.to(tl.int8), mask=mask)
+    tl.store(k_scales_ptr + head * k_scale_head_stride + blocks * k_scale_block_stride + slots, scales, mask=kept)
+
+    dims = tl.arange(0, V_DIMS)
+    mask = kept[:, None] & (dims < V_DIM)[None, :]
+    new_ptr = v_new_ptr + sequence * v_new_batch_stride + head * v_new_head_stride
+    rows = tl.load(
+        new_ptr + tokens[:, None] * v_new_token_stride + dims[None, :] * v_new_dim_stride, mask=mask, other=0.0
+    )
+    quantized, scales = quantize_rows(rows.to(tl.float32))
+    tiles_ptr = v_ptr + head * v_head_stride + (blocks * v_block_stride + slots)[:, None]
+    tl.store(tiles_ptr + dims[None, :] * BLOCK_SIZE, quantized.to(tl.int8), mask=mask)
+    tl.store(v_scales_ptr + head * v_scale_head_stride + blocks * v_scale_block_stride + slots, scales, mask=kept)
+
+
+def launch_append(
+    k_new: torch.Tensor,
+    v_new: torch.Tensor,
+    cache: KvCacheQuant,
+    block_table: torch.Tensor,
+    context_lens_before: torch.Tensor,
+) -> None:
+    """Store rows that have been conditioned (`conditioning.condition_keys`), any strides."""
+    batch, heads, new_tokens, _ = k_new.shape
+    rows = 16 if new_tokens > 1 else 1
+    append_kernel[(-(-new_tokens // rows), heads, batch)](
+        cache.k,
+        cache.v,
+        cache.k_scales,
+        cache.v_scales,
+        k_new,
+        v_new,
+        block_table,
+        context_lens_before,
+        new_tokens,
+        cache.num_blocks,
+        block_table.shape[1],
+        *cache.k.stride()[:2],
+        *cache.v.stride()[:2],
+        *cache.k_scales.stride()[:2],
+        *cache.v_scales.stride()[:2],
+        *k_new.stride(),
+        *v_new.stride(),
+        block_table.stride(0),
+        HEAD_DIM=cache.head_dim,
+        V_DIM=cache.v_head_dim,
+        K_DIMS=triton.next_power_of_2(cache.head_dim),
+        V_DIMS=triton.next_power_of_2(cache.v_head_dim),
+        BLOCK_SIZE=cache.block_size,
+        TOKENS=rows,
+        num_warps=4 if rows > 1 else 1,
+        enable_fp_fusion=False,  # the bits are the contract
+    )

@@ -1,0 +1,146 @@
+"""What only Triton's kernels can get wrong. test_triton.py runs this file under TRITON_INTERPRET=1."""
+
+from __future__ import annotations
+
+import mmap
+
+import numpy as np
+import pytest
+import torch
+import triton
+import triton.language as tl
+
+from hf_int8_paged.kernels import (
+    KvCacheQuant,
+    gather_dense,
+    int8_kv_append_paged,
+    int8_paged_decode_attention,
+    triton_backend,
+)
+
+from .attention_oracle import dense_attention
+from .helpers import make_case
+
+MAP_NORESERVE = 0x4000  # Linux; Python names it from 3.13 on
+#: Largest error of an output row, relative to the row's length, that the integer arithmetic may cause.
+ROW_ERROR = 3e-4
+
+
+@triton.jit
+def dot_kernel(out_ptr, a_ptr, b_ptr, M: tl.constexpr, N: tl.constexpr, K: tl.constexpr):
+    m, n, k = tl.arange(0, M)[:, None], tl.arange(0, N)[None, :], tl.arange(0, K)
+    a = tl.load(a_ptr + m * K + k[None, :])
+    b = tl.load(b_ptr + k[:, None] * N + n)
+    tl.store(out_ptr + m * N + n, tl.dot(a, b, out_dtype=tl.int32))
+
+
+@pytest.mark.parametrize("fill", [None, 127, -128], ids=["random", "largest", "smallest"])
+def test_the_interpreters_int8_dot_is_exact(fill: int | None) -> None:
+    rng = np.random.default_rng(0)
+    a, b = (rng.integers(-128, 128, shape, dtype=np.int8) for shape in ((16, 256), (256, 64)))
+    if fill is not None:
+        a[:], b[:] = fill, -128
+    out = torch.empty(16, 64, dtype=torch.int32)
+    dot_kernel[(1,)](out, torch.from_numpy(a), torch.from_numpy(b), 16, 64, 256)
+    np.testing.assert_array_equal(out.numpy(), a.astype(np.int64) @ b.astype(np.int64))
+
+
+def outlier_query(q: np.ndarray, k: np.ndarray, v: np.ndarray) -> None:
+    q[..., 5] *= 30
+
+
+def one_dominant_key(q: np.ndarray, k: np.ndarray, v: np.ndarray) -> None:
+    k[:, :, 40] = q[:, :1, 0] * 3
+
+
+def equal_scores(q: np.ndarray, k: np.ndarray, v: np.ndarray) -> None:
+    k[:] = k[:, :, :1]
+
+
+def scales_over_6_orders(q: np.ndarray, k: np.ndarray, v: np.ndarray) -> None:
+    sizes = 10.0 ** np.linspace(-3, 3, v.shape[2])
+    np.random.default_rng(1).shuffle(sizes)
+    v *= sizes[:, None]
+
+
+def loud_value_under_a_light_weight(q: np.ndarray, k: np.ndarray, v: np.ndarray) -> None:
+    v[:, :, 7] *= 1e4
+    k[:, :, 7] = -q[:, :1, 0]
+
+
+@pytest.mark.parametrize("head_dim", [64, 128, 256])
+@pytest.mark.parametrize(
+    "edit",
+    [None, outlier_query, one_dominant_key, equal_scores, scales_over_6_orders, loud_value_under_a_light_weight],
+    ids=lambda edit: edit.__name__ if edit else "random",
+)
+def test_integer_arithmetic_is_close_to_float64(edit, head_dim: int) -> None:
+    case = make_case("triton", lens=(150, 333), kv_heads=1, group=4, head_dim=head_dim, edit=edit)
+    want = dense_attention(case)
+    out = int8_paged_decode_attention(*case.arguments).double().numpy()
+    error = np.linalg.norm(out - want, axis=-1) / np.linalg.norm(want, axis=-1)
+    assert error.max() <= ROW_ERROR, error.max()
+
+
+@pytest.mark.parametrize("processors", [2, 40])
+@pytest.mark.parametrize("options", [{}, {"sinks": True}, {"window": 200}], ids=["plain", "sinks", "window"])
+def test_any_number_of_splits_gives_the_same_answer(monkeypatch, processors: int, options: dict) -> None:
+    monkeypatch.setattr(triton_backend, "processors", lambda device: processors)
+    case = make_case("triton", lens=(9, 803), kv_heads=1, group=2, head_dim=32, **options)
+    out = int8_paged_decode_attention(*case.arguments, **case.options).double().numpy()
+    want = dense_attention(case)
+    error = np.linalg.norm(out - want, axis=-1) / np.linalg.norm(want, axis=-1)
+    assert error.max() <= ROW_ERROR, error.max()
+
+
+def test_a_split_without_tokens_adds_nothing(monkeypatch) -> None:
+    """A table reserved for a long context, a short context: most splits are empty."""
+    monkeypatch.setattr(triton_backend, "processors", lambda device: 9)
+    case = make_case("triton", lens=(21,), kv_heads=1, group=1, head_dim=32)
+    wide = torch.nn.functional.pad(case.block_table, (0, 200), value=-1)
+    q, cache, _, lens, scale = case.arguments
+    out = int8_paged_decode_attention(q, cache, wide, lens, scale)
+    torch.testing.assert_close(out, int8_paged_decode_attention(*case.arguments), rtol=1e-6, atol=1e-6)
+
+
+def reserved(shape: tuple[int, ...], dtype: torch.dtype) -> torch.Tensor:
+    """A tensor of zeros over reserved addresses; only pages that are written take memory."""
+    count = int(np.prod(shape))
+    memory = mmap.mmap(-1, count * dtype.itemsize, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS | MAP_NORESERVE)
+    return torch.frombuffer(memory, dtype=dtype, count=count).view(shape)
+
+
+@pytest.mark.parametrize("kv_heads", [1, 3])
+def test_blocks_past_2_to_the_31_elements(kv_heads: int) -> None:
+    """The last blocks of pools of 2**31 elements and more per head, without allocating them."""
+    block_size, head_dim = 16, 128
+    num_blocks = 2**31 // (block_size * head_dim) + 5
+    slots = (kv_heads, num_blocks, block_size)
+    cache = KvCacheQuant(
+        k=reserved((*slots, head_dim), torch.int8),
+        v=reserved((*slots, head_dim), torch.int8),
+        k_scales=reserved(slots, torch.float16),
+        v_scales=reserved(slots, torch.float16),
+        backend="triton",
+        tile_order="v_transposed",
+    )
+    table = torch.tensor([[num_blocks - 1, num_blocks - 3]], dtype=torch.int32)
+    rng = torch.Generator().manual_seed(0)
+    k, v = (torch.randn(1, kv_heads, 30, head_dim, generator=rng) for _ in range(2))
+    q = torch.randn(1, kv_heads, 1, head_dim, generator=rng)
+    lens = torch.tensor([30], dtype=torch.int32)
+    int8_kv_append_paged(k, v, cache, table, torch.zeros(1, dtype=torch.int32))
+    k_stored, v_stored = gather_dense(cache, table, lens, stop=30)
+    torch.testing.assert_close(k_stored, k, rtol=0, atol=float(k.abs().max()) / 200)
+    torch.testing.assert_close(v_stored, v, rtol=0, atol=float(v.abs().max()) / 200)
+    out = int8_paged_decode_attention(q, cache, table, lens, head_dim**-0.5)
+    want = torch.nn.functional.scaled_dot_product_attention(q, k_stored, v_stored)
+    assert (out - want).norm() <= ROW_ERROR * want.norm()
+
+
+@pytest.mark.parametrize("head_dim", [1, 5, 40, 72, 200])
+def test_head_dims_that_no_vector_fits(head_dim: int) -> None:
+    case = make_case("triton", lens=(37,), group=2, head_dim=head_dim)
+    want = dense_attention(case)
+    out = int8_paged_decode_attention(*case.arguments).double().numpy()
+    assert np.linalg.norm(out - want) <= ROW_ERROR * np.linalg.norm(want)

@@ -1,0 +1,120 @@
+"""Triton without a GPU: its kernels interpreted on the CPU, and compiled for GPUs that are not here."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from hf_int8_paged.kernels import KvCacheQuant
+
+ROOT = Path(__file__).parents[2]
+INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
+
+
+def in_another_python(arguments: list[str], **environment: str) -> subprocess.CompletedProcess:
+    """Run Python from the repository's root, output shown as this test's own."""
+    result = subprocess.run(
+        [sys.executable, *arguments],
+        cwd=ROOT,
+        env={**os.environ, "HF_HUB_OFFLINE": "1", **environment},
+        capture_output=True,
+        text=True,
+    )
+    print(result.stdout, result.stderr)
+    return result
+
+
+@pytest.mark.skipif(INTERPRETED, reason="this process interprets the kernels itself")
+def test_interpreted_kernels() -> None:
+    """The shared grid for the Triton backend, and what only Triton can get wrong, under TRITON_INTERPRET=1."""
+    files = ["test_append.py", "test_conditioning.py", "test_decode.py", "test_gather_copy.py", "interpreted_triton.py"]
+    paths = [f"tests/kernels/{file}" for file in files]
+    run = in_another_python(["-m", "pytest", "-q", "-k", "triton", *paths], TRITON_INTERPRET="1")
+    assert run.returncode == 0
+    assert " passed" in run.stdout
+
+
+def test_imports_where_triton_is_not_installed() -> None:
+    code = """
+import sys
+sys.modules["triton"] = None  # import triton raises ImportError
+import torch
+from hf_int8_paged.kernels import alloc_paged_int8_layer, why_unavailable
+assert "triton" in why_unavailable("triton", torch.device("cuda"))
+try:
+    alloc_paged_int8_layer(2, 16, 1, 64, backend="triton")
+except ValueError as error:
+    assert "reference" in str(error), error
+else:
+    raise AssertionError("allocated for a backend that cannot be imported")
+alloc_paged_int8_layer(2, 16, 1, 64, backend="reference")
+"""
+    assert in_another_python(["-c", code]).returncode == 0
+
+
+def test_the_cpu_is_refused_without_the_interpreter() -> None:
+    code = """
+import torch
+from hf_int8_paged.kernels import why_unavailable
+assert "TRITON_INTERPRET=1" in why_unavailable("triton", torch.device("cpu"))
+"""
+    assert in_another_python(["-c", code], TRITON_INTERPRET="0").returncode == 0
+
+
+def layer(head_dim: int, v_head_dim: int, block_size: int, rotation: str | None) -> KvCacheQuant:
+    slots = (2, 40, block_size)
+    return KvCacheQuant(
+        k=torch.empty(*slots, head_dim, dtype=torch.int8),
+        v=torch.empty(*slots, v_head_dim, dtype=torch.int8),
+        k_scales=torch.empty(slots, dtype=torch.float16),
+        v_scales=torch.empty(slots, dtype=torch.float16),
+        backend="triton",
+        tile_order="v_transposed",
+        rotation=rotation,
+    )
+
+
+#: head_dim, v_head_dim, block_size, rotation, query heads, q_len, dtype, options
+VARIANTS: dict[str, tuple[Any, ...]] = {
+    "plain": (128, 128, 16, "hadamard", 8, 1, torch.bfloat16, {}),
+    "every_option": (
+        96, 80, 32, None, 18, 3, torch.float16,
+        dict(
+            kv_start=torch.zeros(2, dtype=torch.int32), key_mask=torch.ones(2, 300, dtype=torch.bool), window=99,
+            softcap=30.0, sinks=torch.zeros(18), bias=torch.zeros(2, 18, 3),
+        ),
+    ),
+}  # fmt: skip
+
+
+@pytest.mark.skipif(
+    INTERPRETED, reason="interpreted kernels cannot be compiled; the process without the interpreter does"
+)
+@pytest.mark.parametrize("variant", VARIANTS)
+@pytest.mark.parametrize("gpu", ["sm_80", "sm_90", "sm_100", "gfx942"])
+def test_every_kernel_compiles_ahead_of_time(gpu: str, variant: str) -> None:
+    from eval.triton_offline import TARGETS, compiling_for
+    from hf_int8_paged.kernels.triton_append import launch_append
+    from hf_int8_paged.kernels.triton_decode import launch_decode
+
+    head_dim, v_head_dim, block_size, rotation, heads, q_len, dtype, options = VARIANTS[variant]
+    cache = layer(head_dim, v_head_dim, block_size, rotation)
+    table, lens = torch.zeros(2, 300 // block_size, dtype=torch.int32), torch.zeros(2, dtype=torch.int32)
+    new = [torch.empty(2, 2, q_len, dim, dtype=dtype) for dim in (head_dim, v_head_dim)]
+    q, out = (torch.empty(2, heads, q_len, dim, dtype=dtype) for dim in (head_dim, v_head_dim))
+    absent: dict[str, Any] = dict.fromkeys(("kv_start", "key_mask", "window", "softcap", "sinks", "bias"))
+    with compiling_for(TARGETS[gpu]) as compiled:
+        launch_append(*new, cache, table, lens)
+        for processors in (1, 100):
+            launch_decode(
+                out, q, cache, table, lens, 0.1, key_mask_start=0, num_processors=processors, **{**absent, **options}
+            )
+    assert [name for name, _ in compiled] == ["append_kernel", "decode_kernel", "decode_kernel", "reduce_kernel"]
+    binary = "hsaco" if gpu == "gfx942" else "cubin"
+    assert all(kernel.asm[binary] for _, kernel in compiled)
