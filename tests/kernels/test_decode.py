@@ -180,6 +180,17 @@ def test_a_faulty_row_reaches_only_the_queries_that_see_it(backend: str, store: 
     assert not faulty[1].any()
 
 
+@pytest.mark.parametrize("scale", [0.0, 0.01, 65504.0, torch.inf])
+@pytest.mark.parametrize("options", named({"whole_context": {}, "window_and_mask": dict(window=19, key_mask=0.7)}, {}))
+def test_what_nobody_may_read_changes_not_a_bit(backend: str, options: dict[str, Any], scale: float) -> None:
+    """NaN scales in unused slots show a read of theirs. Numbers there must not steer the arithmetic either."""
+    case = make_case(backend, lens=(50, 37), group=2, head_dim=64, **options)
+    poisoned = int8_paged_decode_attention(*case.arguments, **case.options)
+    for scales in (case.cache.k_scales, case.cache.v_scales):
+        scales[scales.isnan()] = scale
+    assert torch.equal(int8_paged_decode_attention(*case.arguments, **case.options), poisoned)
+
+
 def test_strided_queries(backend: str) -> None:
     case = make_case(backend, lens=(37, 20), group=2, q_len=3)
     plain = check(case)

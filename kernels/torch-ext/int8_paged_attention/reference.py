@@ -172,8 +172,8 @@ def decode(
         total = total + torch.exp(sink - highest)
     weights = weights / total.masked_fill(total == 0, 1.0)
     # 0 * NaN is NaN: a faulty value row may reach only the queries that see it.
-    v_faulty = v_scales.isnan()
-    v_dense = v.to(compute) * v_scales.nan_to_num(0.0)[..., None].to(compute)
+    v_faulty = ~v_scales.isfinite()
+    v_dense = v.to(compute) * v_scales.masked_fill(v_faulty, 0.0)[..., None].to(compute)
     result = weights @ v_dense[:, :, None]
     sees_fault = (visible & v_faulty[:, :, None, None]).any(-1, keepdim=True)
     result = result.masked_fill(sees_fault, torch.nan)

@@ -76,37 +76,51 @@ INLINE void value_products(State *st, int r0, const Tile *tile, const Tile *next
 
 /* Scales of a tile as floats, and what they say about the way to go. */
 typedef struct {
-    vf k[TILE_SUBTILES], v[TILE_SUBTILES];
-    uint32_t faulty[TILE_SUBTILES]; /* tokens whose key or value held NaN or infinity */
-    int plain;                      /* every row sees every token, and none is faulty */
-    int refine;                     /* scores need the rest term of q */
+    vf k[TILE_SUBTILES], v[TILE_SUBTILES]; /* 0 where no row sees the token, or where it is faulty */
+    uint32_t faulty[TILE_SUBTILES];        /* tokens whose key or value held NaN or infinity */
+    int plain;                             /* every row sees every token, and none is faulty */
+    int refine;                            /* scores need the rest term of q */
 } Scales;
+
+/* Bits of the tokens [first, last) of the subtile at `position`. */
+INLINE uint32_t token_range(int64_t first, int64_t last, int64_t position)
+{
+    const int64_t from = max_i64(first - position, 0), to = min_i64(last - position, SUBTILE);
+    return from < to ? (1u << to) - (1u << from) : 0;
+}
 
 static void load_scales(const State *st, const Tile *tile, Scales *scales)
 {
     vf largest = {0}, zero = {0};
+    scales->plain = !st->any_faulty_query && !st->capped && tile->position[0] >= st->latest_first &&
+                    tile->position[tile->count - 1] + SUBTILE <= st->earliest_last;
     for (int s = 0; s < tile->count; s++) {
         scales->k[s] = vf_load_half(tile->k_scales[s]);
         scales->v[s] = vf_load_half(tile->v_scales[s]);
         scales->faulty[s] = 0;
-        largest = vf_max(scales->k[s], largest);
-        zero += scales->k[s] * 0.0f + scales->v[s] * 0.0f;
-    }
-    const int whole = vm_to_bits(zero == 0) == 0xffff;
-    scales->plain = whole && !st->any_faulty_query && !st->capped && tile->position[0] >= st->latest_first &&
-                    tile->position[tile->count - 1] + SUBTILE <= st->earliest_last;
-    for (int s = 0; s < tile->count; s++) {
         scales->plain &= tile->admitted[s] == 0xffff;
-        if (!whole) {
+    }
+    if (!scales->plain)
+        for (int s = 0; s < tile->count; s++) {
+            const uint32_t in_range = token_range(st->earliest_first, st->latest_last, tile->position[s]);
+            const vm seen = vm_from_bits(tile->admitted[s] & in_range);
+            scales->k[s] = (vf)((vm)scales->k[s] & seen);
+            scales->v[s] = (vf)((vm)scales->v[s] & seen);
+        }
+    for (int s = 0; s < tile->count; s++) {
+        largest = vf_max(scales->k[s], largest);
+        zero += scales->k[s] * 0.0f + scales->v[s] * 0.0f; /* NaN where a scale is */
+    }
+    if (vm_to_bits(zero == 0) != 0xffff) {
+        scales->plain = 0;
+        largest = vf_set1(0);
+        for (int s = 0; s < tile->count; s++) {
             const vm faulty = (scales->k[s] != scales->k[s]) | (scales->v[s] != scales->v[s]);
             scales->faulty[s] = vm_to_bits(faulty);
-            scales->k[s] = vf_select(faulty, vf_set1(0), scales->k[s]);
-            scales->v[s] = vf_select(faulty, vf_set1(0), scales->v[s]);
+            scales->k[s] = (vf)((vm)scales->k[s] & ~faulty);
+            scales->v[s] = (vf)((vm)scales->v[s] & ~faulty);
+            largest = vf_max(scales->k[s], largest);
         }
-    }
-    if (!whole) {
-        largest = vf_set1(0);
-        for (int s = 0; s < tile->count; s++) largest = vf_max(scales->k[s], largest);
     }
     scales->refine = vf_reduce_max(largest) * st->error_per_scale > SCORE_TOLERANCE;
 }
@@ -114,10 +128,7 @@ static void load_scales(const State *st, const Tile *tile, Scales *scales)
 /* Tokens of a subtile that row r sees and that are sound; notes a fault that it sees. */
 static uint32_t visible_tokens(State *st, int r, const Tile *tile, const Scales *scales, int s)
 {
-    const int64_t from = max_i64(st->first[r] - tile->position[s], 0);
-    const int64_t to = min_i64(st->last[r] - tile->position[s], SUBTILE);
-    if (from >= to) return 0;
-    const uint32_t seen = ((1u << to) - (1u << from)) & tile->admitted[s];
+    const uint32_t seen = tokens_within(st->first[r], st->last[r], tile, s);
     st->fault[r] |= (seen & scales->faulty[s]) || (seen && st->faulty_query[r]);
     return seen & ~scales->faulty[s];
 }
