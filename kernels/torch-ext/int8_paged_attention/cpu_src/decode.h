@@ -128,7 +128,7 @@ static void load_scales(const State *st, const Tile *tile, Scales *scales)
 /* Tokens of a subtile that row r sees and that are sound; notes a fault that it sees. */
 static uint32_t visible_tokens(State *st, int r, const Tile *tile, const Scales *scales, int s)
 {
-    const uint32_t seen = tokens_within(st->first[r], st->last[r], tile, s);
+    const uint32_t seen = token_range(st->first[r], st->last[r], tile->position[s]) & tile->admitted[s];
     st->fault[r] |= (seen & scales->faulty[s]) || (seen && st->faulty_query[r]);
     return seen & ~scales->faulty[s];
 }

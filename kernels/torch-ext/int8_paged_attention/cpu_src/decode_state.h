@@ -21,7 +21,6 @@ typedef struct {
     uint8_t faulty_query[ROW_BLOCK], fault[ROW_BLOCK];
     int rows, any_faulty_query, capped;
     int64_t latest_first, earliest_last; /* all rows see what lies between */
-    int64_t earliest_first, latest_last; /* none sees what lies outside */
     int64_t earliest_first, latest_last; /* no row sees what lies outside */
     int64_t head_dim, v_head_dim;
     float softcap, error_per_scale; /* expected score error = error_per_scale * k_scale */
@@ -139,8 +138,6 @@ static void load_queries(State *st, const DecodePlan *plan, int64_t sequence, in
     st->error_per_scale = 0;
     st->latest_first = st->latest_last = begin;
     st->earliest_first = st->earliest_last = end;
-    st->earliest_first = end;
-    st->latest_last = begin;
     for (int r = 0; r < st->rows; r++) {
         const int64_t row = row_block * ROW_BLOCK + r, i = row % call->q_len;
         const int64_t q_head = head * plan->group + row / call->q_len, position = length - call->q_len + i;
@@ -163,8 +160,6 @@ static void load_queries(State *st, const DecodePlan *plan, int64_t sequence, in
         st->last[r] = min_i64(end, position + 1);
         st->latest_first = max_i64(st->latest_first, st->first[r]);
         st->earliest_last = min_i64(st->earliest_last, st->last[r]);
-        st->earliest_first = min_i64(st->earliest_first, st->first[r]);
-        st->latest_last = max_i64(st->latest_last, st->last[r]);
         st->earliest_first = min_i64(st->earliest_first, st->first[r]);
         st->latest_last = max_i64(st->latest_last, st->last[r]);
         st->highest[r] = -INFINITY;
