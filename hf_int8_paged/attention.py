@@ -26,7 +26,8 @@ from .views import PagedView
 
 #: The name under which both functions are registered: ``attn_implementation="int8_paged"``.
 NAME = "int8_paged"
-#: Attribute of a mask that says it is causal (and the layer's window) with this padding mask, and nothing else.
+#: Attribute of a mask that is causal, with the layer's window and padding, and nothing else: a tuple of the padding
+#: mask, bool ``[batch, tokens]``, or None.
 _PADDING = "_int8_paged_padding"
 
 
@@ -59,16 +60,11 @@ def int8_paged_mask(
         ``None`` where nothing but causality and the layer's window restricts attention; a view of the padding
         mask, ``[batch_size, 1, 1, kv_length]``, for a single row; else bool ``[batch_size, 1, q_length, kv_length]``.
     """
-    padding = None
-    plain = (
-        q_length <= MAX_DECODE_ROWS and q_offset > 0 and _only_causal(mask_function, local_size, q_offset, kv_offset)
-    )
-    if plain and attention_mask is not None:
-        padding = attention_mask[:, kv_offset : kv_offset + kv_length]
-        if padding.shape[1] < kv_length:
-            padding = torch.nn.functional.pad(padding, (0, kv_length - padding.shape[1]))
-    if plain and q_length == 1:
-        return None if padding is None else padding[:, None, None, :]
+    plain = _only_causal(mask_function, local_size, q_offset, kv_offset)
+    if attention_mask is not None and attention_mask.shape[1] < kv_offset + kv_length:
+        attention_mask = torch.nn.functional.pad(attention_mask, (0, kv_offset + kv_length - attention_mask.shape[1]))
+    if plain and q_length == 1 and q_offset > 0:
+        return None if attention_mask is None else attention_mask[:, None, None, kv_offset : kv_offset + kv_length]
     mask = sdpa_mask(
         batch_size=batch_size,
         q_length=q_length,
@@ -82,7 +78,7 @@ def int8_paged_mask(
         **kwargs,
     )
     if plain and mask is not None:
-        setattr(mask, _PADDING, (padding,))
+        setattr(mask, _PADDING, (attention_mask,))
     return mask
 
 
@@ -119,13 +115,16 @@ def int8_paged_attention(
         ``[batch, q_len, num_q_heads, v_head_dim]``, and ``None`` for the weights, which are never formed.
     """
     if isinstance(key, PagedView) and isinstance(value, PagedView):
-        if key.from_blocks and position_bias is None and not dropout:
+        if key.from_blocks and value.layer is key.layer and position_bias is None and not dropout:
             causal = is_causal if is_causal is not None else getattr(module, "is_causal", True)
-            decodable, key_mask = _as_key_mask(attention_mask, query, key, causal)
-            if decodable and value.layer is key.layer:
+            key_mask = _as_key_mask(attention_mask, query, key, causal)
+            if key_mask is not None:
                 scale = query.shape[-1] ** -0.5 if scaling is None else scaling
-                return key.layer.decode(query, scale, key.stop, key_mask, key.start, softcap, s_aux), None
-        key, value = key.dense(), value.dense()
+                return key.layer.decode(query, scale, key.stop, *key_mask, softcap, s_aux), None
+        padding = getattr(attention_mask, _PADDING, (None,))[0]
+        layer, key, value = key.layer, key.dense(), value.dense()
+        if padding is not None:
+            layer.drop_padding(padding)
     if softcap is None and s_aux is None:
         return sdpa_attention_forward(
             module,
@@ -147,20 +146,19 @@ def int8_paged_attention(
 
 def _as_key_mask(
     mask: torch.Tensor | None, query: torch.Tensor, key: PagedView, causal: bool
-) -> tuple[bool, torch.Tensor | None]:
-    """Whether decode attention can serve this mask, and the mask over keys, bool ``[batch, keys]``, that it takes."""
+) -> tuple[torch.Tensor | None, int] | None:
+    """The mask over keys, bool ``[batch, columns]`` or None, and the position of its first column, that make decode
+    attention obey ``mask``. None if nothing can."""
     batch, _, q_len, _ = query.shape
-    if q_len > 1 and not causal:
-        return False, None
+    if q_len > MAX_DECODE_ROWS or (q_len > 1 and not causal):
+        return None
     if mask is None:
-        return q_len <= MAX_DECODE_ROWS, None
+        return None, 0
     if q_len == 1 and mask.dtype == torch.bool and mask.shape[1:3] == (1, 1) and mask.shape[3] == key.shape[2]:
         # Whatever its pattern, the mask of a single row is a mask over keys.
-        return True, mask[:, 0, 0].expand(batch, -1)
+        return mask[:, 0, 0].expand(batch, -1), key.start
     padding = getattr(mask, _PADDING, None)
-    if padding is None or q_len > MAX_DECODE_ROWS or mask.shape[2:] != (q_len, key.shape[2]):
-        return False, None
-    return True, padding[0]
+    return None if padding is None else (padding[0], 0)
 
 
 def _only_causal(mask_function: Callable, local_size: int | None, q_offset: int, kv_offset: int) -> bool:

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import copy
+
 import torch
 from transformers import PreTrainedConfig
-from transformers.cache_utils import Cache, DummyLayer, get_layer_types_and_kwargs
+from transformers.cache_utils import Cache, DummyLayer, LinearAttentionCacheLayerMixin, get_layer_types_and_kwargs
 
 from .kernels import resolve_backend, why_unavailable
 from .layers import PagedInt8Layer
@@ -27,6 +29,8 @@ class PagedInt8Cache(Cache):
         max_cache_len: most tokens per sequence, or ``None`` for no limit. Beyond it `CacheFullError` is raised,
             and the cache stays valid at its old length.
         max_tokens: most tokens of all sequences together, rounded down to blocks, or ``None``.
+        pool: take blocks from this pool, which other caches of the same model may use too. ``block_size``,
+            ``backend`` and ``max_tokens`` are then the pool's.
         device: where the model will run. A backend that cannot serve it is refused now; without ``device``, one that
             can serve no device of this machine.
 
@@ -48,6 +52,9 @@ class PagedInt8Cache(Cache):
     ```
     """
 
+    #: `PagedInt8Layer` where keys and values are held, transformers' own classes elsewhere.
+    layers: list
+
     def __init__(
         self,
         config: PreTrainedConfig,
@@ -56,6 +63,7 @@ class PagedInt8Cache(Cache):
         backend: str | None = None,
         max_cache_len: int | None = None,
         max_tokens: int | None = None,
+        pool: PagedInt8Pool | None = None,
         device: torch.device | str | None = None,
     ):
         if block_size <= 0 or block_size % 16:
@@ -63,8 +71,10 @@ class PagedInt8Cache(Cache):
         for name, limit in (("max_cache_len", max_cache_len), ("max_tokens", max_tokens)):
             if limit is not None and limit < 1:
                 raise ValueError(f"{name} must be at least 1, got {limit}")
-        _check_backend(backend, device, block_size)
-        self.pool = PagedInt8Pool(block_size, backend, max_tokens)
+        if pool is not None and (block_size, backend, max_tokens) != (16, None, None):
+            raise ValueError("block_size, backend and max_tokens belong to the pool; give them to PagedInt8Pool")
+        _check_backend(backend if pool is None else pool.backend, device, block_size)
+        self.pool = PagedInt8Pool(block_size, backend, max_tokens) if pool is None else pool
         self._sequences = Sequences(self.pool, max_cache_len)
         super().__init__(layers=_layers_for(config.get_text_config(decoder=True), self._sequences))
 
@@ -91,11 +101,11 @@ class PagedInt8Cache(Cache):
                     f"layer {layer_idx} was updated, but the cache was made for a model with {len(self.layers)} "
                     "layers; make it from this model's config"
                 )
-            return layer.update(key_states, value_states, *args, **kwargs)  # type: ignore[union-attr]
+            return layer.update(key_states, value_states, *args, **kwargs)
         except Exception:
             # A layer that is behind is the one that ended this forward pass; one that is not has changed nothing.
             if layer is None or (isinstance(layer, PagedInt8Layer) and layer.length < self._sequences.length):
-                self._forget_from(self._sequences.step_start)
+                self._sequences.truncate(self._sequences.step_start)
             raise
 
     @property
@@ -111,31 +121,66 @@ class PagedInt8Cache(Cache):
 
     def reset(self) -> None:
         """Forget all tokens. The memory stays allocated."""
-        self._forget_from(0)
+        self._sequences.truncate(0)
+        for layer in self._linear_layers():
+            layer.reset()
 
     def crop(self, tokens_to_remove: int) -> None:
-        raise NotImplementedError("crop is not supported by PagedInt8Cache yet: no assisted or prompt-lookup decoding")
+        """Take the newest tokens back.
 
-    def reorder_cache(self, beam_idx: torch.LongTensor) -> None:
-        raise NotImplementedError("reorder_cache is not supported by PagedInt8Cache yet: no beam search")
+        Args:
+            tokens_to_remove: minus the number of tokens; 0 only lets windows shrink to what they need.
 
-    def batch_repeat_interleave(self, repeats: int) -> None:
-        raise NotImplementedError("batch_repeat_interleave is not supported by PagedInt8Cache yet")
-
-    def batch_select_indices(self, indices: torch.Tensor) -> None:
-        raise NotImplementedError("batch_select_indices is not supported by PagedInt8Cache yet")
+        Raises:
+            ValueError: a positive number.
+            RuntimeError: tokens have fallen out of a sliding window that would be visible again; see
+                `activate_past_recording`.
+        """
+        if tokens_to_remove > 0:
+            raise ValueError(f"crop takes minus the number of tokens to remove, got {tokens_to_remove}")
+        self._sequences.truncate(max(self._sequences.length + tokens_to_remove, 0))
+        for layer in self._linear_layers():
+            layer.crop(tokens_to_remove)
 
     def activate_past_recording(self) -> None:
-        raise NotImplementedError("PagedInt8Cache cannot be rolled back yet: no assisted or prompt-lookup decoding")
+        """Keep what falls out of sliding windows until the next `crop`, so that it can be taken back."""
+        self._sequences.record_past = True
+        for layer in self._linear_layers():
+            layer.activate_past_recording()
+
+    def reorder_cache(self, beam_idx: torch.Tensor) -> None:
+        """Make sequence i what sequence ``beam_idx[i]`` is. Only block tables change; blocks are shared."""
+        self._sequences.select(beam_idx.tolist())
+        for layer in self._linear_layers():
+            layer.reorder_cache(beam_idx)  # type: ignore[arg-type]
+
+    def batch_repeat_interleave(self, repeats: int) -> None:
+        """Repeat every sequence ``repeats`` times in place. The copies share all blocks."""
+        batch = self._sequences.batch_size or 0
+        self.batch_select_indices(torch.arange(batch).repeat_interleave(repeats))
+
+    def batch_select_indices(self, indices: torch.Tensor) -> None:
+        """Keep the sequences at ``indices``, or those where a boolean ``indices`` is True, in this order."""
+        if indices.dtype == torch.bool:
+            indices = indices.nonzero()[:, 0]
+        self.reorder_cache(indices)
+
+    def fork(self) -> PagedInt8Cache:
+        """A cache with the same tokens that goes on independently. All blocks are shared until one of them
+        writes to a partly filled last block. ``copy.deepcopy`` does the same."""
+        twin = copy.copy(self)
+        twin._sequences = self._sequences.fork()
+        twin.layers = [
+            layer.fork(twin._sequences) if isinstance(layer, PagedInt8Layer) else copy.deepcopy(layer)
+            for layer in self.layers
+        ]
+        return twin
 
     def __deepcopy__(self, memo: dict) -> PagedInt8Cache:
-        raise NotImplementedError("deepcopy is not supported by PagedInt8Cache yet")
+        return self.fork()
 
-    def _forget_from(self, length: int) -> None:
-        self._sequences.truncate(length)
-        for layer in self.layers:
-            if isinstance(layer, PagedInt8Layer):
-                layer.length = min(layer.length, length)
+    def _linear_layers(self) -> list[LinearAttentionCacheLayerMixin]:
+        return [layer for layer in self.layers if isinstance(layer, LinearAttentionCacheLayerMixin)]
 
 
 def _check_backend(backend: str | None, device: torch.device | str | None, block_size: int) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import logging
 from types import ModuleType
 
@@ -9,7 +10,8 @@ import torch
 from transformers.cache_utils import CacheLayerMixin
 
 from .kernels import FLOAT_DTYPES, KvCacheQuant, load_backend
-from .sequences import Group, Sequences
+from .prompts import is_same, same_prompts
+from .sequences import Group, Sequences, StepTensors
 from .views import PagedView
 
 logger = logging.getLogger(__name__)
@@ -35,11 +37,11 @@ class PagedInt8Layer(CacheLayerMixin):
     """
 
     is_compileable = False
-    is_croppable = False
+    is_croppable = True
 
     # Set by lazy_initialization.
-    dtype: torch.dtype
-    device: torch.device
+    _dtype: torch.dtype
+    _device: torch.device
     _backend: ModuleType
     _key_shape: tuple[int, int]
     _value_shape: tuple[int, int]
@@ -48,8 +50,7 @@ class PagedInt8Layer(CacheLayerMixin):
         self.index = index
         self.sequences = sequences
         self.group: Group = sequences.add_group(window)
-        self.length = 0
-        sequences.layers.append(self)
+        sequences.layer_lengths[index] = 0
         self.is_initialized = False
 
     # -- what transformers calls -----------------------------------------------------------------------------------
@@ -57,6 +58,11 @@ class PagedInt8Layer(CacheLayerMixin):
     @property
     def is_sliding(self) -> bool:
         return self.group.window is not None
+
+    @property
+    def length(self) -> int:
+        """Tokens per sequence that this layer holds."""
+        return self.sequences.layer_lengths[self.index]
 
     @property
     def batch_size(self) -> int:
@@ -70,7 +76,7 @@ class PagedInt8Layer(CacheLayerMixin):
                 f"got {key_states.dtype} and {value_states.dtype}"
             )
         self.sequences.pool.add_layer(self.index, self.group.name, key_states, value_states)
-        self.dtype, self.device = key_states.dtype, key_states.device
+        self._dtype, self._device = key_states.dtype, key_states.device
         self._key_shape = (key_states.shape[1], key_states.shape[3])
         self._value_shape = (value_states.shape[1], value_states.shape[3])
         self._backend = load_backend(self.storage.backend)
@@ -100,13 +106,17 @@ class PagedInt8Layer(CacheLayerMixin):
             self._check(key_states, value_states)
         start, stop = self.length, self.length + new_tokens
         if start == sequences.length:
-            sequences.advance(batch, new_tokens)
+            sequences.advance(batch, new_tokens, same_prompts(key_states) if start == 0 else None)
         elif start != sequences.step_start or stop != sequences.length or batch != sequences.batch_size:
             raise ValueError(
                 f"layer {self.index} holds {start} tokens and got {new_tokens} more for {batch} sequences, while the "
                 f"layers before it hold {sequences.length} for {sequences.batch_size}; was a forward pass interrupted? "
                 "reset() the cache"
             )
+        elif sequences.same_as is not None and not all(
+            is_same(states, sequences.same_as) for states in (key_states, value_states)
+        ):
+            sequences.unshare()
         if not self.is_initialized:
             self.lazy_initialization(key_states, value_states)
         if key_states.requires_grad and torch.is_grad_enabled():
@@ -115,11 +125,8 @@ class PagedInt8Layer(CacheLayerMixin):
                 "PagedInt8Cache stores keys and values without gradient, so nothing is learned through the cache; "
                 "run generation under torch.no_grad().",
             )
-        step = group.step_tensors(self.device, start)
-        self._backend.append(
-            key_states.detach(), value_states.detach(), self.storage, step.block_table, step.lens_before
-        )
-        self.length = stop
+        self._append(key_states.detach(), value_states.detach(), group.step_tensors(self._device, start))
+        sequences.layer_lengths[self.index] = stop
         first = group.first_visible(start)
         fresh = not sequences.from_blocks
         shape = (batch, heads, stop - first)
@@ -151,14 +158,21 @@ class PagedInt8Layer(CacheLayerMixin):
         """A lazy view of the stored values, or ``None`` before the first token."""
         return self._stored(values=True)
 
+    @property
+    def record_past(self) -> bool:
+        return self.sequences.record_past
+
     def reset(self) -> None:
-        raise NotImplementedError("a single layer cannot be reset: layers share their block table; reset the cache")
+        raise NotImplementedError("layers share their block table; call reset() of the cache")
 
     def reorder_cache(self, beam_idx: torch.LongTensor) -> None:
-        raise NotImplementedError("reorder_cache is not supported by PagedInt8Cache yet: no beam search")
+        raise NotImplementedError("layers share their block table; call reorder_cache() of the cache")
 
     def crop(self, tokens_to_remove: int) -> None:
-        raise NotImplementedError("crop is not supported by PagedInt8Cache yet: no assisted or prompt-lookup decoding")
+        raise NotImplementedError("layers share their block table; call crop() of the cache")
+
+    def prefetch(self) -> None:
+        raise NotImplementedError("prefetch is not supported by PagedInt8Cache: the blocks stay on their device")
 
     def offload(self) -> None:
         raise NotImplementedError("offload is not supported by PagedInt8Cache: the blocks stay on their device")
@@ -176,9 +190,16 @@ class PagedInt8Layer(CacheLayerMixin):
     def epoch(self) -> int:
         return self.group.epoch
 
+    def fork(self, sequences: Sequences) -> PagedInt8Layer:
+        """This layer for another cache over the same pool, whose `sequences` were forked from this cache's."""
+        twin = copy.copy(self)
+        twin.sequences = sequences
+        twin.group = sequences.groups[self.group.name]
+        return twin
+
     def gather(self, start: int, stop: int, dtype: torch.dtype) -> tuple[torch.Tensor, torch.Tensor]:
         """Dense keys and values of positions ``start`` to ``stop``, ``[batch, num_kv_heads, stop - start, dim]``."""
-        step = self.group.step_tensors(self.device, self.sequences.step_start)
+        step = self.group.step_tensors(self._device, self.sequences.step_start)
         return self._backend.gather(self.storage, step.block_table, step.lens, start, stop, dtype)
 
     def decode(
@@ -206,7 +227,7 @@ class PagedInt8Layer(CacheLayerMixin):
             ``[batch, q_len, num_q_heads, v_head_dim]``, contiguous.
         """
         batch, num_q_heads, q_len, _ = query.shape
-        step = self.group.step_tensors(self.device, self.sequences.step_start)
+        step = self.group.step_tensors(self._device, self.sequences.step_start)
         lens = step.lens if stop == self.sequences.length else torch.full_like(step.lens, stop)
         out = query.new_empty(batch, q_len, num_q_heads, self._value_shape[1])
         self._backend.decode(
@@ -225,6 +246,14 @@ class PagedInt8Layer(CacheLayerMixin):
         )
         return out
 
+    def drop_padding(self, tokens: torch.Tensor) -> None:
+        """Give back blocks of all layers that hold nothing but padding.
+
+        Args:
+            tokens: bool ``[batch, tokens]``, False for padding.
+        """
+        self.sequences.drop_padding(tokens)
+
     def note_dense_read(self) -> None:
         """Say once that another attention implementation reads a dequantized copy."""
         if self.sequences.from_blocks:
@@ -235,6 +264,15 @@ class PagedInt8Layer(CacheLayerMixin):
             )
 
     # -- internals -------------------------------------------------------------------------------------------------
+
+    def _append(self, key_states: torch.Tensor, value_states: torch.Tensor, step: StepTensors) -> None:
+        block_table, lens = step.block_table, step.lens_before
+        if self.sequences.same_as is not None:
+            first = sorted(set(self.sequences.same_as))
+            key_states, value_states, block_table, lens = (
+                x[first] for x in (key_states, value_states, block_table, lens)
+            )
+        self._backend.append(key_states, value_states, self.storage, block_table, lens)
 
     def _check(self, key_states: torch.Tensor, value_states: torch.Tensor) -> None:
         heads, head_dim = self._key_shape
@@ -250,9 +288,9 @@ class PagedInt8Layer(CacheLayerMixin):
                 f"layer {self.index} holds {heads} KV heads of width {head_dim} (values {v_head_dim}), but keys "
                 f"{list(key_states.shape)} and values {list(value_states.shape)} came; is this another model's cache?"
             )
-        if key_states.dtype != self.dtype or value_states.dtype != self.dtype or key_states.device != self.device:
+        if key_states.dtype != self._dtype or value_states.dtype != self._dtype or key_states.device != self._device:
             raise ValueError(
-                f"layer {self.index} holds {self.dtype} on {self.device}, but keys came as {key_states.dtype} on "
+                f"layer {self.index} holds {self._dtype} on {self._device}, but keys came as {key_states.dtype} on "
                 f"{key_states.device} and values as {value_states.dtype}; use one cache per dtype and device"
             )
 
@@ -262,4 +300,4 @@ class PagedInt8Layer(CacheLayerMixin):
         heads, dim = self._value_shape if values else self._key_shape
         first = self.group.first_visible(self.length)
         shape = (self.sequences.batch_size, heads, self.length - first, dim)
-        return PagedView(self, values, shape, torch.empty(0, dtype=self.dtype, device=self.device), first, None)
+        return PagedView(self, values, shape, torch.empty(0, dtype=self._dtype, device=self._device), first, None)

@@ -7,7 +7,7 @@ from collections.abc import Iterable, Mapping
 
 import torch
 
-from .block_table import RUN_LENGTH, BlockAllocator
+from .block_allocator import RUN_LENGTH, BlockAllocator
 from .kernels import KvCacheQuant, alloc_paged_int8_layer, copy_blocks
 
 #: A pool that has to grow grows by at least this fraction, so that copying stays rare.
@@ -23,6 +23,9 @@ class PagedInt8Pool:
 
     Layers of one *group* (all full-attention layers, or all layers of one sliding window) use the same
     block ids, each in its own tensors, so one block table serves them all.
+
+    Several caches of one model may share a pool, and with it the blocks of forked prefixes. A pool serves one thread
+    at a time.
 
     Args:
         block_size: tokens per block, a multiple of 16.
@@ -51,13 +54,30 @@ class PagedInt8Pool:
             group: its group, which says how many blocks.
             key_states: ``[batch, num_kv_heads, tokens, head_dim]``.
             value_states: ``[batch, num_kv_heads, tokens, v_head_dim]``.
+
+        Raises:
+            ValueError: another cache of this pool uses the layer with other heads or widths, or on another device.
         """
+        num_kv_heads, head_dim, v_head_dim = key_states.shape[1], key_states.shape[3], value_states.shape[3]
+        held = self._storage.get(layer)
+        if held is not None:
+            mine, theirs = (
+                (num_kv_heads, head_dim, v_head_dim, key_states.device),
+                (held.num_kv_heads, held.head_dim, held.v_head_dim, held.device),
+            )
+            if mine != theirs:
+                raise ValueError(
+                    f"layer {layer} of this pool has {theirs[0]} KV heads of widths {theirs[1]} and {theirs[2]} on "
+                    f"{theirs[3]}, but keys with {mine[0]} heads of widths {mine[1]} and {mine[2]} came on {mine[3]}; "
+                    "use one pool per model"
+                )
+            return
         self._storage[layer] = alloc_paged_int8_layer(
             self.allocators[group].num_blocks,
             self.block_size,
-            key_states.shape[1],
-            key_states.shape[3],
-            v_head_dim=value_states.shape[3],
+            num_kv_heads,
+            head_dim,
+            v_head_dim=v_head_dim,
             device=key_states.device,
             backend=self.backend,
         )

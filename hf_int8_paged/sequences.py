@@ -2,20 +2,13 @@
 
 from __future__ import annotations
 
-from typing import NamedTuple, Protocol
+from typing import NamedTuple
 
 import torch
 
 from .block_table import BlockTable
 from .kernels import MAX_DECODE_ROWS
 from .pool import CacheFullError, PagedInt8Pool
-
-
-class HasLength(Protocol):
-    """What `Sequences` needs to know of a layer."""
-
-    index: int
-    length: int
 
 
 class StepTensors(NamedTuple):
@@ -80,12 +73,22 @@ class Sequences:
         self.pool = pool
         self.max_cache_len = max_cache_len
         self.groups: dict[str, Group] = {}
-        self.layers: list[HasLength] = []
+        #: Tokens that each layer holds: ``length``, or ``step_start`` for those that the current step has yet to reach.
+        self.layer_lengths: dict[int, int] = {}
         self.length = 0
         self.batch_size: int | None = None
         #: Where the newest tokens start, and whether attention reads them from the blocks.
         self.step_start = 0
         self.from_blocks = False
+        #: In the first prompt's step: for each sequence, the first one with the same prompt; None if all differ.
+        self.same_as: list[int] | None = None
+        self._padding_known_to = 0
+        #: Keep blocks that fall out of a window until the next `truncate`, so that it can bring them back.
+        self.record_past = False
+
+    def __del__(self) -> None:
+        # A pool may outlive this cache.
+        self.clear()
 
     def add_group(self, window: int | None) -> Group:
         """The group of layers with this window, made if need be."""
@@ -95,8 +98,13 @@ class Sequences:
             self.groups[name] = Group(name, table, window)
         return self.groups[name]
 
-    def advance(self, batch: int, new_tokens: int) -> None:
+    def advance(self, batch: int, new_tokens: int, same_as: list[int] | None = None) -> None:
         """Find blocks for ``new_tokens`` more tokens per sequence, in every group.
+
+        Args:
+            batch: sequences.
+            new_tokens: tokens per sequence.
+            same_as: for each sequence the first one with the same first prompt, which share its blocks.
 
         Raises:
             ValueError: the batch size changed, or the last forward pass left layers out.
@@ -107,12 +115,13 @@ class Sequences:
                 f"the cache holds {self.batch_size} sequences, but keys of {batch} came; "
                 "use one cache per batch, or reset() it first"
             )
-        left_out = [layer.index for layer in self.layers if layer.length != self.length]
+        left_out = [index for index, length in self.layer_lengths.items() if length != self.length]
         if left_out:
+            layers = len(self.layer_lengths)
             raise ValueError(
-                f"the cache was made for {len(self.layers)} attention layers, but the model updated only "
-                f"{len(self.layers) - len(left_out)} of them (not layer {left_out[0]}): another model's cache, or a "
-                "forward pass that was interrupted; make the cache from this model's config, or reset() it"
+                f"the cache was made for {layers} attention layers, but the model updated only "
+                f"{layers - len(left_out)} of them (not layer {left_out[0]}): another model's cache, or a forward pass "
+                "that was interrupted; make the cache from this model's config, or reset() it"
             )
         start, stop = self.length, self.length + new_tokens
         if self.max_cache_len is not None and stop > self.max_cache_len:
@@ -123,24 +132,79 @@ class Sequences:
         # Short steps read their own tokens from the blocks, like every later token does. Long chunks and first
         # prompts have them at hand in full precision.
         from_blocks = start > 0 and new_tokens <= MAX_DECODE_ROWS
+        distinct = batch if same_as is None else len(set(same_as))
         keep_from, needed = {}, {}
         for name, group in self.groups.items():
-            group.epoch += group.table.drop_before(group.first_visible(start))
-            keep_from[name] = 0 if from_blocks else group.first_visible(stop)
-            needed[name] = group.table.blocks_needed(batch, new_tokens, keep_from[name])
+            if not self.record_past:
+                group.epoch += group.table.drop_before(group.first_visible(start))
+            keep_from[name] = 0 if from_blocks or self.record_past else group.first_visible(stop)
+            needed[name] = group.table.blocks_needed(distinct, new_tokens, keep_from[name])
         self.pool.ensure_free(needed)
         for name, group in self.groups.items():
-            self.pool.copy(name, group.table.extend(batch, new_tokens, keep_from[name]))
+            self.pool.copy(name, group.table.extend(batch, new_tokens, keep_from[name], same_as))
             group.changed()
         self.step_start, self.length, self.batch_size, self.from_blocks = start, stop, batch, from_blocks
+        self.same_as = same_as
+
+    def unshare(self) -> None:
+        """Give every sequence blocks of its own: prompts that began alike turned out to differ.
+
+        Raises:
+            CacheFullError: the pool's budget would be exceeded. Nothing has changed then.
+        """
+        assert self.same_as is not None
+        twins = sum(first != row for row, first in enumerate(self.same_as))
+        needed = {name: twins * group.table.ids.shape[1] for name, group in self.groups.items()}
+        self.pool.ensure_free(needed)
+        for name, group in self.groups.items():
+            self.pool.copy(name, group.table.unshare())
+            group.changed()
+        self.same_as = None
+
+    def drop_padding(self, used: torch.Tensor) -> None:
+        """Give back the blocks that hold nothing but padding.
+
+        Args:
+            used: bool ``[batch, tokens]``, False for padding. Read on the host: one wait per padded
+                prompt, in its first layer.
+        """
+        if self._padding_known_to == self.length:
+            return
+        self._padding_known_to = self.length
+        tokens = used.cpu().numpy()
+        for group in self.groups.values():
+            if group.table.drop_unused(tokens):
+                group.epoch += 1
+                group.changed()
+
+    def select(self, rows: list[int]) -> None:
+        """Make sequence i what sequence ``rows[i]`` is, sharing its blocks."""
+        for group in self.groups.values():
+            group.table.select(rows)
+            group.epoch += 1
+            group.changed()
+        self.batch_size = len(rows)
 
     def truncate(self, length: int) -> None:
-        """Forget all tokens from position ``length`` on."""
+        """Forget all tokens from position ``length`` on.
+
+        Raises:
+            RuntimeError: tokens that would be visible again have fallen out of a window. Nothing has changed then.
+        """
+        for group in self.groups.values():
+            if length > 0 and group.first_visible(length) < group.table.first_held:
+                raise RuntimeError(
+                    f"cannot go back to {length} tokens: of a window of {group.window}, tokens before position "
+                    f"{group.table.first_held} are no longer held; call activate_past_recording() before generating"
+                )
         for group in self.groups.values():
             group.table.truncate(length)
             group.epoch += 1
+            if self.record_past:
+                group.table.drop_before(group.first_visible(length))
             group.changed()
         self.length = length
+        self.layer_lengths = {index: min(held, length) for index, held in self.layer_lengths.items()}
         if length == 0:
             self.clear()
 
@@ -150,5 +214,16 @@ class Sequences:
             group.table.clear()
             group.epoch += 1
             group.changed()
-        self.length = self.step_start = 0
+        self.layer_lengths = dict.fromkeys(self.layer_lengths, 0)
+        self.length = self.step_start = self._padding_known_to = 0
         self.batch_size = None
+
+    def fork(self) -> Sequences:
+        """Sequences of their own over the same blocks."""
+        twin = Sequences(self.pool, self.max_cache_len)
+        for name, group in self.groups.items():
+            twin.groups[name] = Group(name, group.table.fork(), group.window)
+        twin.layer_lengths = dict(self.layer_lengths)
+        twin.length, twin.batch_size, twin.step_start = self.length, self.batch_size, self.step_start
+        twin.from_blocks, twin.record_past = self.from_blocks, self.record_past
+        return twin

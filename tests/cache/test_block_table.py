@@ -7,7 +7,8 @@ from itertools import pairwise
 import pytest
 import torch
 
-from hf_int8_paged.block_table import HOLE, RUN_LENGTH, BlockAllocator, BlockTable
+from hf_int8_paged.block_allocator import HOLE, RUN_LENGTH, BlockAllocator
+from hf_int8_paged.block_table import BlockTable
 
 CPU = torch.device("cpu")
 
@@ -30,11 +31,10 @@ def test_sequences_that_grow_in_turn_keep_runs_of_their_own():
     table = table_of(64, batch=4, tokens=16)
     for _ in range(15):
         table.extend(4, 16)
-    for blocks in table.rows:
+    for blocks in table.ids.tolist():
         jumps = sum(b != a + 1 for a, b in pairwise(blocks))
         assert jumps <= len(blocks) / RUN_LENGTH
-    held = [b for row in table.rows for b in row]
-    assert sorted(held) == list(range(64))
+    assert sorted(table.ids.ravel().tolist()) == list(range(64))
 
 
 @pytest.mark.parametrize("num_blocks", [1, 7, 8, 9, 23])
@@ -81,19 +81,19 @@ def test_blocks_needed_is_what_extend_takes(tokens):
 
 def test_a_shared_partly_filled_last_block_is_replaced_before_it_is_written():
     table = table_of(32, batch=2, tokens=20)
-    last = [row[-1] for row in table.rows]
+    last = table.ids[:, -1].tolist()
     table.allocator.retain(last[:1])
     assert table.blocks_needed(2, 1) == 1
     ((source, private),) = table.extend(2, 1)
-    assert source == last[0] != private == table.rows[0][-1]
+    assert source == last[0] != private == table.ids[0, -1]
     assert table.ids_on(CPU)[0, -1] == private
-    assert table.rows[1][-1] == last[1]
+    assert table.ids[1, -1] == last[1]
     assert table.allocator.ref_count(source) == 1
 
 
 def test_a_shared_full_last_block_stays_shared():
     table = table_of(32, tokens=32)
-    table.allocator.retain(table.rows[0])
+    table.allocator.retain(table.ids[0].tolist())
     assert table.extend(1, 1) == []
     assert table.allocator.num_used == 3
 
@@ -110,7 +110,7 @@ def test_blocks_before_a_position_come_back_as_holes():
 def test_a_long_chunk_leaves_out_blocks_that_nobody_will_read():
     table = table_of(64, batch=1, tokens=20)
     table.extend(1, 500, keep_from=480)
-    assert [b == HOLE for b in table.rows[0]] == [False] * 2 + [True] * 28 + [False] * 3
+    assert [b == HOLE for b in table.ids[0].tolist()] == [False] * 2 + [True] * 28 + [False] * 3
     table.drop_before(480)
     assert table.allocator.num_used == 3
 

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import copy
-
 import pytest
 import torch
 
@@ -177,24 +175,50 @@ def test_an_interrupted_forward_pass_is_noticed():
         cache.update(rows(2, 2, 2, 16), rows(2, 2, 2, 16), 2)
 
 
-@pytest.mark.parametrize(
-    ("operation", "call"),
-    [
-        ("crop", lambda cache: cache.crop(-1)),
-        ("reorder_cache", lambda cache: cache.reorder_cache(torch.tensor([1, 0]))),
-        ("batch_repeat_interleave", lambda cache: cache.batch_repeat_interleave(2)),
-        ("batch_select_indices", lambda cache: cache.batch_select_indices(torch.tensor([0]))),
-        ("rolled back", lambda cache: cache.activate_past_recording()),
-        ("deepcopy", copy.deepcopy),
-        ("offload", lambda cache: cache.offload(0)),
-    ],
-)
-def test_operations_that_do_not_exist_yet_say_so(operation, call):
+@pytest.mark.parametrize("operation", ["offload", "prefetch"])
+def test_offloading_is_refused(operation):
+    cache = filled(llama())
+    with pytest.raises(NotImplementedError, match="blocks stay on their device"):
+        getattr(cache.layers[0], operation)()
+
+
+@pytest.mark.parametrize("operation", ["crop", "reorder_cache", "reset"])
+def test_single_layers_cannot_be_changed(operation):
+    """Layers share their block table: changed alone, a layer would not fit the others."""
     cache = filled(llama())
     before = contents(cache)
-    with pytest.raises(NotImplementedError, match=operation):
-        call(cache)
+    arguments = {"crop": [-1], "reorder_cache": [torch.tensor([1, 0])], "reset": []}[operation]
+    with pytest.raises(NotImplementedError, match=rf"call {operation}\(\) of the cache"):
+        getattr(cache.layers[1], operation)(*arguments)
     assert_unchanged(cache, before)
+
+
+def test_a_positive_crop():
+    with pytest.raises(ValueError, match="minus the number of tokens to remove, got 3"):
+        filled(llama()).crop(3)
+
+
+def test_a_window_cannot_be_rolled_back_beyond_what_it_holds():
+    model = tiny_model("mistral", sliding_window=20)
+    model.set_attn_implementation("int8_paged")
+    cache = filled(model, tokens=100)
+    with torch.no_grad():
+        for _ in range(30):
+            model(random_ids(2, 1), past_key_values=cache)
+    with pytest.raises(RuntimeError, match=r"cannot go back to 90 tokens.*activate_past_recording"):
+        cache.crop(-40)
+    assert cache.get_seq_length() == 130
+
+
+def test_a_pool_of_another_model():
+    pool = PagedInt8Pool()
+    first, second = (PagedInt8Cache(llama().config, pool=pool) for _ in range(2))
+    first.update(rows(1, 2, 3, 16), rows(1, 2, 3, 16), 0)
+    with pytest.raises(ValueError, match="layer 0 of this pool has 2 KV heads of widths 16 and 16"):
+        second.update(rows(1, 4, 3, 16), rows(1, 4, 3, 16), 0)
+    assert second.get_seq_length() == 0
+    with pytest.raises(ValueError, match="belong to the pool"):
+        PagedInt8Cache(llama().config, pool=pool, block_size=32)
 
 
 def test_faulty_rows_reach_the_output_as_nan_and_only_where_they_are_seen():
