@@ -3,11 +3,19 @@
 from __future__ import annotations
 
 import copy
+from collections.abc import Callable
+from typing import Any
 
 import torch
 from transformers import PreTrainedConfig
-from transformers.cache_utils import Cache, DummyLayer, LinearAttentionCacheLayerMixin, get_layer_types_and_kwargs
+from transformers.cache_utils import (
+    DYNAMIC_LAYER_TYPE_MAPPING,
+    Cache,
+    LinearAttentionCacheLayerMixin,
+    get_layer_types_and_kwargs,
+)
 
+from .hybrid import PagedInt8HybridLayer
 from .kernels import resolve_backend, why_unavailable
 from .layers import PagedInt8Layer
 from .pool import PagedInt8Pool
@@ -122,7 +130,7 @@ class PagedInt8Cache(Cache):
     def reset(self) -> None:
         """Forget all tokens. The memory stays allocated."""
         self._sequences.truncate(0)
-        for layer in self._linear_layers():
+        for layer in self._own_layers():
             layer.reset()
 
     def crop(self, tokens_to_remove: int) -> None:
@@ -139,31 +147,35 @@ class PagedInt8Cache(Cache):
         if tokens_to_remove > 0:
             raise ValueError(f"crop takes minus the number of tokens to remove, got {tokens_to_remove}")
         self._sequences.truncate(max(self._sequences.length + tokens_to_remove, 0))
-        for layer in self._linear_layers():
+        for layer in self._own_layers():
             layer.crop(tokens_to_remove)
 
     def activate_past_recording(self) -> None:
         """Keep what falls out of sliding windows until the next `crop`, so that it can be taken back."""
         self._sequences.record_past = True
-        for layer in self._linear_layers():
-            layer.activate_past_recording()
+        for layer in self._own_layers():
+            if hasattr(layer, "activate_past_recording"):
+                layer.activate_past_recording()
 
     def reorder_cache(self, beam_idx: torch.Tensor) -> None:
         """Make sequence i what sequence ``beam_idx[i]`` is. Only block tables change; blocks are shared."""
         self._sequences.select(beam_idx.tolist())
-        for layer in self._linear_layers():
-            layer.reorder_cache(beam_idx)  # type: ignore[arg-type]
+        for layer in self._own_layers():
+            layer.reorder_cache(beam_idx)
 
     def batch_repeat_interleave(self, repeats: int) -> None:
         """Repeat every sequence ``repeats`` times in place. The copies share all blocks."""
         batch = self._sequences.batch_size or 0
-        self.batch_select_indices(torch.arange(batch).repeat_interleave(repeats))
+        self._sequences.select(torch.arange(batch).repeat_interleave(repeats).tolist())
+        for layer in self._own_layers():
+            _require(layer, "batch_repeat_interleave")(repeats)
 
     def batch_select_indices(self, indices: torch.Tensor) -> None:
         """Keep the sequences at ``indices``, or those where a boolean ``indices`` is True, in this order."""
-        if indices.dtype == torch.bool:
-            indices = indices.nonzero()[:, 0]
-        self.reorder_cache(indices)
+        rows = indices.nonzero()[:, 0] if indices.dtype == torch.bool else indices
+        self._sequences.select(rows.tolist())
+        for layer in self._own_layers():
+            _require(layer, "batch_select_indices")(indices)
 
     def fork(self) -> PagedInt8Cache:
         """A cache with the same tokens that goes on independently. All blocks are shared until one of them
@@ -179,8 +191,27 @@ class PagedInt8Cache(Cache):
     def __deepcopy__(self, memo: dict) -> PagedInt8Cache:
         return self.fork()
 
-    def _linear_layers(self) -> list[LinearAttentionCacheLayerMixin]:
-        return [layer for layer in self.layers if isinstance(layer, LinearAttentionCacheLayerMixin)]
+    @property
+    def is_linear(self) -> list[bool]:
+        """For each layer whether it has linear attention only."""
+        return [
+            isinstance(layer, LinearAttentionCacheLayerMixin) and not isinstance(layer, PagedInt8Layer)
+            for layer in self.layers
+        ]
+
+    def _own_layers(self) -> list:
+        """Layers with state outside the pool: transformers' own, and the linear part of hybrid ones."""
+        return [
+            layer.linear_part if isinstance(layer, PagedInt8HybridLayer) else layer
+            for layer in self.layers
+            if not isinstance(layer, PagedInt8Layer) or isinstance(layer, PagedInt8HybridLayer)
+        ]
+
+
+def _require(layer: Any, operation: str) -> Callable:
+    if not hasattr(layer, operation):
+        raise NotImplementedError(f"transformers' {type(layer).__name__} has no {operation}")
+    return getattr(layer, operation)
 
 
 def _check_backend(backend: str | None, device: torch.device | str | None, block_size: int) -> None:
@@ -195,17 +226,19 @@ def _check_backend(backend: str | None, device: torch.device | str | None, block
 
 
 def _layers_for(config: PreTrainedConfig, sequences: Sequences) -> list:
-    layers: list[PagedInt8Layer | DummyLayer] = []
+    """One layer per model layer: paged where keys and values are held per token, transformers' own class elsewhere."""
+    layers: list = []
     for index, (layer_type, kwargs) in enumerate(zip(*get_layer_types_and_kwargs(config))):
-        if layer_type == "full_attention":
-            layers.append(PagedInt8Layer(index, sequences))
-        elif layer_type == "sliding_attention":
-            layers.append(PagedInt8Layer(index, sequences, kwargs["sliding_window"]))
-        elif layer_type == "dummy":
-            layers.append(DummyLayer())
+        if layer_type in ("full_attention", "sliding_attention", "chunked_attention"):
+            # Chunks are windows that the mask narrows further.
+            layers.append(PagedInt8Layer(index, sequences, kwargs.get("sliding_window")))
+        elif layer_type in ("hybrid", "hybrid_sliding"):
+            layers.append(PagedInt8HybridLayer(index, sequences, **kwargs))
+        elif layer_type in DYNAMIC_LAYER_TYPE_MAPPING:
+            layers.append(DYNAMIC_LAYER_TYPE_MAPPING[layer_type](**kwargs))
         else:
             raise NotImplementedError(
-                f"layer {index} of this {config.model_type} model is of type {layer_type!r}, which PagedInt8Cache "
-                "does not support yet; it supports full_attention and sliding_attention"
+                f"layer {index} of this {config.model_type} model is of type {layer_type!r}, which neither "
+                "PagedInt8Cache nor transformers' DynamicCache knows"
             )
     return layers

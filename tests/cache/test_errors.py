@@ -60,9 +60,8 @@ def test_limits_below_one(option):
 
 def test_an_unsupported_layer_type_is_named():
     config = llama().config
-    config.layer_types = ["full_attention", "chunked_attention", "full_attention"]
-    config.attention_chunk_size = 32
-    with pytest.raises(NotImplementedError, match=r"layer 1 .*'chunked_attention'"):
+    config.layer_types = ["full_attention", "telepathic_attention", "full_attention"]
+    with pytest.raises(NotImplementedError, match=r"layer 1 .*'telepathic_attention'"):
         PagedInt8Cache(config)
 
 

@@ -32,6 +32,7 @@ class DenseTwin:
         self.keys = rows if self.keys is None else torch.cat([self.keys, rows], dim=2)
 
     def check(self, cache: PagedInt8Cache) -> None:
+        assert self.keys is not None
         for layer in cache.layers:
             assert torch.equal(layer.keys.clone(), self.keys)
             assert torch.equal(layer.values.clone(), -self.keys)
