@@ -18,12 +18,15 @@ KERNELS = ROOT / "kernels" / "torch-ext" / "int8_paged_attention"
 #: For each module of the core, the modules of the package that it may import. Front ends (the command line, the demo)
 #: may import all of them, and none of them a front end.
 MAY_IMPORT: dict[str, set[str]] = {
-    "block_table": set(),
-    "pool": {"block_table", "kernels"},
+    "block_allocator": set(),
+    "block_table": {"block_allocator"},
+    "pool": {"block_allocator", "kernels"},
     "sequences": {"pool", "block_table", "kernels"},
+    "prompts": set(),
     "views": set(),
-    "layers": {"sequences", "pool", "views", "kernels"},
-    "cache": {"layers", "sequences", "pool", "kernels"},
+    "layers": {"sequences", "prompts", "views", "kernels"},
+    "hybrid": {"layers", "sequences"},
+    "cache": {"hybrid", "layers", "sequences", "pool", "kernels"},
     "dense_attention": set(),
     "attention": {"dense_attention", "views", "kernels"},
 }
