@@ -1,0 +1,250 @@
+"""How fast decode attention reads the cache: our kernel, PyTorch's attention, and the machine's read bandwidth.
+
+The contestants take turns in one process, one call each per round. Memory is cold: each contestant goes through so
+many distinct caches that their bytes exceed four times the last-level cache, as in a model whose layers take turns.
+PyTorch's attention gets contiguous keys and values, with the queries that share a head packed into query rows. The
+read sweep is torch's faster reduction (a sum of float32 or a maximum of int32) over a larger buffer.
+
+    python eval/latency.py --threads 2 --json eval/results/latency_kernel.json --picture eval/results/latency_kernel.png
+
+For whole models see `latency_model.py`.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import statistics
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+from _common import positive, provenance, write_json
+from torch.nn.functional import scaled_dot_product_attention
+
+from hf_int8_paged.kernels import alloc_paged_int8_layer, int8_paged_decode_attention
+
+BLOCK_SIZE = 16
+LLC_MULTIPLE = 4
+
+
+@dataclass(frozen=True)
+class Case:
+    batch: int
+    kv_heads: int
+    group: int
+    head_dim: int
+    context: int
+
+    @property
+    def elements(self) -> int:
+        """Of keys and values together."""
+        return 2 * self.batch * self.kv_heads * self.context * self.head_dim
+
+    def in_lines(self) -> str:
+        return (
+            f"batch {self.batch}, {self.kv_heads} KV heads\n"
+            f"group {self.group}, head_dim {self.head_dim}\ncontext {self.context}"
+        )
+
+
+CASES = (
+    Case(1, 8, 1, 64, 8192),
+    Case(1, 3, 3, 64, 8192),
+    Case(1, 8, 4, 128, 8192),
+    Case(4, 8, 4, 128, 4096),
+    Case(8, 3, 3, 64, 4096),
+)
+
+
+@dataclass
+class Contestant:
+    """Calls to rotate over, and the bytes that each of them reads."""
+
+    calls: list[Callable[[], Any]]
+    bytes_read: int
+
+    def __post_init__(self) -> None:
+        self.times: list[float] = []
+
+    def step(self) -> None:
+        call = self.calls[len(self.times) % len(self.calls)]
+        start = time.perf_counter()
+        call()
+        self.times.append(time.perf_counter() - start)
+
+    def summary(self) -> dict[str, float]:
+        tenths = statistics.quantiles(self.times, n=10)
+        median = statistics.median(self.times)
+        return {
+            "median_ms": median * 1e3,
+            "p10_ms": tenths[0] * 1e3,
+            "p90_ms": tenths[-1] * 1e3,
+            "min_ms": min(self.times) * 1e3,
+            "gb_per_s": self.bytes_read / median / 1e9,
+            "sets": len(self.calls),
+        }
+
+
+def last_level_cache() -> int:
+    """Bytes of the largest cache of the first processor; 32 MiB where the system does not say."""
+    sizes = []
+    for path in Path("/sys/devices/system/cpu/cpu0/cache").glob("index*/size"):
+        text = path.read_text().strip()
+        sizes.append(int(text[:-1]) * {"K": 1 << 10, "M": 1 << 20}[text[-1]])
+    return max(sizes, default=32 << 20)
+
+
+def sets_for(bytes_read: int, cold_bytes: int) -> int:
+    return max(2, -(-cold_bytes // bytes_read))
+
+
+def int8_calls(case: Case, count: int, *, random_order: bool, q: torch.Tensor) -> list[Callable[[], Any]]:
+    blocks = case.context // BLOCK_SIZE
+    calls: list[Callable[[], Any]] = []
+    lens = torch.full((case.batch,), case.context, dtype=torch.int32)
+    out = torch.empty_like(q)
+    for _ in range(count):
+        cache = alloc_paged_int8_layer(
+            case.batch * blocks, BLOCK_SIZE, case.kv_heads, case.head_dim, backend="cpu", rotation="hadamard"
+        )
+        for values, scales in ((cache.k, cache.k_scales), (cache.v, cache.v_scales)):
+            values.random_(-127, 128)
+            scales.uniform_(0.015, 0.03)
+        ids = torch.randperm(case.batch * blocks) if random_order else torch.arange(case.batch * blocks)
+        arguments = (q, cache, ids.to(torch.int32).view(case.batch, blocks), lens, case.head_dim**-0.5)
+        calls.append(partial(int8_paged_decode_attention, *arguments, out=out))
+    return calls
+
+
+def sdpa_calls(case: Case, count: int, q: torch.Tensor) -> list[Callable[[], Any]]:
+    shape = (case.batch, case.kv_heads, case.context, case.head_dim)
+    packed = q.view(case.batch, case.kv_heads, case.group, case.head_dim)
+    pairs = [(torch.randn(shape).to(q.dtype), torch.randn(shape).to(q.dtype)) for _ in range(count)]
+    return [partial(scaled_dot_product_attention, packed, k, v) for k, v in pairs]
+
+
+def sweep_calls(cold_bytes: int) -> dict[str, Contestant]:
+    buffer = torch.zeros(2 * cold_bytes // 4, dtype=torch.int32)
+    reductions = {"sum": lambda: buffer.view(torch.float32).sum(), "amax": lambda: buffer.amax()}
+    return {f"sweep_{name}": Contestant([call], buffer.nbytes) for name, call in reductions.items()}
+
+
+def run_case(case: Case, rounds: int, cold_bytes: int) -> dict[str, Any]:
+    q = torch.randn(case.batch, case.kv_heads * case.group, 1, case.head_dim)
+    scales_bytes = 2 * case.elements // case.head_dim
+    int8_bytes, sets = case.elements + scales_bytes, sets_for(case.elements + scales_bytes, cold_bytes)
+    fp32_sets, bf16_sets = (sets_for(case.elements * size, cold_bytes) for size in (4, 2))
+    contestants = {
+        "int8": Contestant(int8_calls(case, sets, random_order=False, q=q), int8_bytes),
+        "int8_random_order": Contestant(int8_calls(case, sets, random_order=True, q=q), int8_bytes),
+        "sdpa_fp32": Contestant(sdpa_calls(case, fp32_sets, q), case.elements * 4),
+        "sdpa_bf16": Contestant(sdpa_calls(case, bf16_sets, q.bfloat16()), case.elements * 2),
+        **sweep_calls(cold_bytes),
+    }
+    for contestant in contestants.values():
+        for _ in range(len(contestant.calls)):
+            contestant.step()
+        contestant.times.clear()
+    for _ in range(rounds):
+        for contestant in contestants.values():
+            contestant.step()
+    results = {name: contestant.summary() for name, contestant in contestants.items()}
+    bandwidth = max(results[name]["gb_per_s"] for name in results if name.startswith("sweep"))
+    ours = results["int8"]
+    return {
+        "case": vars(case),
+        "contestants": results,
+        "read_bandwidth_gb_per_s": bandwidth,
+        "speedup_over_sdpa_fp32": results["sdpa_fp32"]["median_ms"] / ours["median_ms"],
+        "speedup_over_sdpa_bf16": results["sdpa_bf16"]["median_ms"] / ours["median_ms"],
+        "share_of_read_bandwidth": ours["gb_per_s"] / bandwidth,
+        "cost_of_random_order": results["int8_random_order"]["median_ms"] / ours["median_ms"],
+    }
+
+
+def report(result: dict[str, Any]) -> str:
+    ours, sdpa = result["contestants"]["int8"], result["contestants"]["sdpa_fp32"]
+    case = Case(**result["case"]).in_lines().replace("\n", ", ")
+    return (
+        f"{case}:\n    {ours['median_ms']:.3f} ms [{ours['p10_ms']:.3f}, {ours['p90_ms']:.3f}]  "
+        f"SDPA fp32 {sdpa['median_ms']:.2f} ms = {result['speedup_over_sdpa_fp32']:.2f}x, "
+        f"bf16 {result['speedup_over_sdpa_bf16']:.2f}x  "
+        f"{ours['gb_per_s']:.1f} of {result['read_bandwidth_gb_per_s']:.1f} GB/s = "
+        f"{result['share_of_read_bandwidth']:.0%}  random order {result['cost_of_random_order']:.2f}x"
+    )
+
+
+def draw(results: list[dict[str, Any]], path: Path, title: str) -> None:
+    """GB/s as bars, the read bandwidth as a line over each group."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+
+    labels = {
+        "int8": "int8, paged",
+        "int8_random_order": "int8, blocks in random order",
+        "sdpa_fp32": "SDPA fp32",
+        "sdpa_bf16": "SDPA bf16",
+    }
+    figure, axes = pyplot.subplots(figsize=(10, 4.5), layout="constrained")
+    width = 0.8 / len(labels)
+    for i, (name, label) in enumerate(labels.items()):
+        heights = [result["contestants"][name]["gb_per_s"] for result in results]
+        times = [result["contestants"][name]["median_ms"] for result in results]
+        bars = axes.bar([x + i * width for x in range(len(results))], heights, width, label=label)
+        axes.bar_label(bars, [f"{t:.2f} ms" for t in times], rotation=90, fontsize=7, padding=2)
+    for x, result in enumerate(results):
+        limit = result["read_bandwidth_gb_per_s"]
+        line = axes.hlines(limit, x - width / 2, x + 3.5 * width, colors="black", linestyles="dashed")
+    line.set_label("read bandwidth")
+    ticks = [x + 1.5 * width for x in range(len(results))]
+    axes.set_xticks(ticks, [Case(**result["case"]).in_lines() for result in results], fontsize=8)
+    axes.set_ylabel("GB/s read (cold memory)")
+    axes.set_title(title, fontsize=9)
+    axes.margins(y=0.15)
+    axes.legend(fontsize=8, ncols=5, loc="upper center")
+    figure.savefig(path, dpi=150)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--rounds", type=positive, default=40, help="calls per contestant (default: %(default)s)")
+    parser.add_argument("--threads", type=positive, default=os.cpu_count(), help="(default: all, %(default)s)")
+    parser.add_argument(
+        "--case", type=int, nargs=5, action="append", metavar=("BATCH", "KV_HEADS", "GROUP", "HEAD_DIM", "CONTEXT"),
+        help="repeatable; instead of the usual five; the context is a multiple of 16",
+    )  # fmt: skip
+    parser.add_argument("--json", type=Path, help="write the results there")
+    parser.add_argument("--picture", type=Path, help="draw the results there")
+    args = parser.parse_args()
+    cases = [Case(*numbers) for numbers in args.case] if args.case else list(CASES)
+    if any(case.context % BLOCK_SIZE for case in cases):
+        parser.error(f"the context must be a multiple of {BLOCK_SIZE}")
+    torch.set_num_threads(args.threads)
+    torch.manual_seed(0)
+    cache_bytes = last_level_cache()
+    results = []
+    for case in cases:
+        results.append(run_case(case, args.rounds, LLC_MULTIPLE * cache_bytes))
+        print(report(results[-1]), flush=True)
+    made = provenance(torch.device("cpu"))
+    from hf_int8_paged.kernels import cpu
+
+    made["machine"]["last_level_cache_bytes"] = cache_bytes
+    made["machine"]["instruction_set"] = os.environ.get("HF_INT8_PAGED_CPU_ISA") or cpu.isas()[0]
+    if args.json:
+        write_json(args.json, {**made, "rounds": args.rounds, "results": results})
+    if args.picture:
+        machine = made["machine"]
+        title = f"Decode attention, {machine['processor']}, {machine['threads']} threads, {machine['instruction_set']}"
+        draw(results, args.picture, title)
+
+
+if __name__ == "__main__":
+    main()
