@@ -16,6 +16,17 @@ DEV := $(VENV)/.installed-dev
 # The development environment contains everything that the demo needs.
 DEMO := $(if $(wildcard $(DEV)),$(DEV),$(VENV)/.installed-demo)
 
+# Without the times of day that `jupyter execute` stores in every cell.
+define RUN_NOTEBOOKS
+import nbclient, nbformat, sys
+for path in sys.argv[1:]:
+    notebook = nbformat.read(path, 4)
+    nbclient.NotebookClient(notebook, timeout=3600, record_timing=False).execute()
+    [cell.metadata.pop("execution", None) for cell in notebook.cells]
+    nbformat.write(notebook, path)
+endef
+export RUN_NOTEBOOKS
+
 .DEFAULT_GOAL := help
 .PHONY: help demo info test test-fast lint types format notebooks clean
 
@@ -46,7 +57,7 @@ format: $(DEV)  ## Rewrite the sources in the project's style
 	$(BIN)/ruff format
 
 notebooks: $(DEV)  ## Run the notebooks on the demo model and store their output
-	$(BIN)/jupyter execute --inplace examples/*.ipynb
+	PYTHONWARNINGS="ignore:IProgress" $(BIN)/python -c "$$RUN_NOTEBOOKS" examples/*.ipynb
 
 clean:  ## Remove the environment, builds and caches of tools
 	rm -rf $(VENV) build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis .benchmarks
