@@ -1,0 +1,134 @@
+"""Ways to store keys and values, as fake quantization: a dense cache that shows attention the dequantized rows."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from transformers import PreTrainedConfig
+from transformers.cache_utils import Cache, DynamicLayer, get_layer_types_and_kwargs
+
+from hf_int8_paged.kernels.conditioning import hadamard
+from hf_int8_paged.kernels.reference import quantize_rows
+
+#: Fewest tokens of a prompt whose mean key is taken as the centre.
+CENTER_TOKENS = 16
+
+
+def int8_per_row(x: torch.Tensor) -> torch.Tensor:
+    q, scales = quantize_rows(x)
+    return q.float() * scales.float()[..., None]
+
+
+def q8_0(x: torch.Tensor) -> torch.Tensor:
+    """llama.cpp's layout: int8 in groups of 32, one float16 scale each; divided by the scale before it is rounded."""
+    groups = x.unflatten(-1, (-1, 32))
+    scales = groups.abs().amax(-1, keepdim=True) / 127
+    q = torch.round(groups / scales.masked_fill(scales == 0, 1.0))
+    return (q * scales.half().float()).flatten(-2)
+
+
+def fp8_per_row(x: torch.Tensor) -> torch.Tensor:
+    """float8 e4m3 with one float16 scale per row, whose largest element becomes 448, the format's largest."""
+    scales = (x.abs().amax(-1, keepdim=True) / 448).half().float()
+    return (x / scales.masked_fill(scales == 0, 1.0)).clamp(-448, 448).to(torch.float8_e4m3fn).float() * scales
+
+
+def int4_in_groups_of_32(x: torch.Tensor) -> torch.Tensor:
+    groups = x.unflatten(-1, (-1, 32))
+    scales = (groups.abs().amax(-1, keepdim=True) / 7).half().float()
+    return (torch.round(groups / scales.masked_fill(scales == 0, 1.0)).clamp(-7, 7) * scales).flatten(-2)
+
+
+@dataclass(frozen=True)
+class Variant:
+    """One way to store keys and values.
+
+    Args:
+        title: for tables.
+        quantize: float32 rows ``[..., head_dim]`` -> the rows that are read back.
+        row_bytes: bytes that a row of head_dim elements takes.
+        rotate: whether keys and values are rotated before, and back after.
+        center: whether the mean key of the prompt is subtracted before, and added after.
+    """
+
+    title: str
+    quantize: Callable[[torch.Tensor], torch.Tensor]
+    row_bytes: Callable[[int], float]
+    rotate: bool = False
+    center: bool = False
+
+    def keys(self, k: torch.Tensor, center: torch.Tensor) -> torch.Tensor:
+        """Keys ``[batch, num_kv_heads, tokens, head_dim]`` as attention sees them.
+
+        Args:
+            center: ``[num_kv_heads, 1, head_dim]``.
+        """
+        return (self._through(k.float() - center) + center).to(k.dtype)
+
+    def values(self, v: torch.Tensor) -> torch.Tensor:
+        return self._through(v.float()).to(v.dtype)
+
+    def _through(self, x: torch.Tensor) -> torch.Tensor:
+        return hadamard(self.quantize(hadamard(x))) if self.rotate else self.quantize(x)
+
+
+def _int8_bytes(head_dim: int) -> float:
+    return head_dim + 2
+
+
+def _int4_bytes(head_dim: int) -> float:
+    return head_dim / 32 * 18
+
+
+VARIANTS = {
+    "int8": Variant("int8 per (token, head)", int8_per_row, _int8_bytes),
+    "int8-rotated": Variant("+ Hadamard K and V", int8_per_row, _int8_bytes, rotate=True),
+    "int8-centered": Variant("+ centred K", int8_per_row, _int8_bytes, center=True),
+    "int8-both": Variant("+ Hadamard K and V + centred K", int8_per_row, _int8_bytes, rotate=True, center=True),
+    "q8_0": Variant("int8 in groups of 32 (q8_0)", q8_0, lambda head_dim: head_dim / 32 * 34),
+    "fp8": Variant("fp8 e4m3 per (token, head)", fp8_per_row, _int8_bytes),
+    "int4-both": Variant("int4 in groups of 32 + both", int4_in_groups_of_32, _int4_bytes, rotate=True, center=True),
+}
+
+
+class FakeQuantizedCache(Cache):
+    """A dense cache whose rows went through a `Variant`.
+
+    The first forward pass, the prompt, attends to its fresh rows, as with `PagedInt8Cache`. Every later row attends
+    to quantized rows only, its own included, so that one pass over many rows gives what feeding them one by one gives.
+    """
+
+    def __init__(self, config: PreTrainedConfig, variant: Variant):
+        types, kwargs = get_layer_types_and_kwargs(config.get_text_config(decoder=True))
+        unlike = sorted(set(types) - {"full_attention", "sliding_attention"})
+        if unlike:
+            raise ValueError(f"fake quantization knows full and sliding attention only, not {', '.join(unlike)}")
+        super().__init__(layers=[_FakeQuantizedLayer(variant, "sliding_window" in k) for k in kwargs])
+
+
+class _FakeQuantizedLayer(DynamicLayer):
+    """Keeps all rows, in windows too: the mask hides what lies outside a window."""
+
+    def __init__(self, variant: Variant, is_sliding: bool):
+        super().__init__()
+        self.variant = variant
+        self.is_sliding = is_sliding
+        self.center: torch.Tensor | None = None
+
+    def update(
+        self, key_states: torch.Tensor, value_states: torch.Tensor, *args: Any, **kwargs: Any
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        prompt = self.center is None
+        if self.center is None:
+            self.lazy_initialization(key_states, value_states)
+            self.center = key_states.float().mean((0, 2))[:, None]
+            if not self.variant.center or key_states.shape[2] < CENTER_TOKENS:
+                self.center.zero_()
+        stored = super().update(self.variant.keys(key_states, self.center), self.variant.values(value_states))
+        return (key_states, value_states) if prompt else stored
+
+    def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
+        return self.get_seq_length() + query_length, 0
