@@ -37,8 +37,8 @@ def token_by_token(model: PreTrainedModel, ids: torch.Tensor, prompt: int) -> to
     return torch.cat([model(token, past_key_values=cache).logits[0] for token in ids[:, prompt:].split(1, dim=1)])
 
 
-# In float64: a rounding error of float32 can give a key that is close to a tie another int8 value, and every layer after
-# it other keys. Two ways to compute the same logits in float32 differ by up to half of what quantization changes.
+# In float64: a rounding error of float32 can give a key close to a tie another int8 value, and every layer after it
+# other keys. Two ways to compute the same logits in float32 differ by up to half of what quantization changes.
 @pytest.mark.parametrize("name", ["llama", "qwen3", "mistral", "gemma2"])
 def test_one_pass_over_fake_quantized_rows_equals_decoding_token_by_token(name: str) -> None:
     model, ids = tiny_model(name).double(), random_ids(1, 75)
