@@ -39,10 +39,15 @@ def pytest_configure(config: pytest.Config) -> None:
     config.addinivalue_line("markers", "wide: a size that the Triton interpreter would need seconds for")
 
 
+def backend_of(item: pytest.Item) -> str | None:
+    parameters = getattr(item, "callspec", None)
+    return parameters.params.get("backend") if parameters is not None else None
+
+
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
     if not INTERPRETED:
         return
-    slow = [item for item in items if item.get_closest_marker("wide") and "[triton" in item.name]
+    slow = [item for item in items if item.get_closest_marker("wide") and backend_of(item) == "triton"]
     if slow:
         config.hook.pytest_deselected(items=slow)
         items[:] = [item for item in items if item not in set(slow)]

@@ -180,6 +180,21 @@ def test_a_faulty_row_reaches_only_the_queries_that_see_it(backend: str, store: 
     assert not faulty[1].any()
 
 
+def test_a_faulty_query_row_spoils_only_its_own_output(backend: str) -> None:
+    case = make_case(backend, lens=(40, 20), group=2, q_len=3)
+    case.q[1, 2, 1, 5] = torch.nan
+    want = dense_attention(case)
+    out = int8_paged_decode_attention(*case.arguments)
+    assert_close(out, want, error_bound(case, want))
+    assert out.isnan().any(-1).nonzero().tolist() == [[1, 2, 1]]
+
+
+def test_sinks_of_another_dtype_than_the_queries(backend: str) -> None:
+    case = make_case(backend, lens=(40, 20), group=2, sinks=True, dtype=torch.bfloat16)
+    case.options["sinks"] = case.options["sinks"].float() + 0.001
+    check(case)
+
+
 @pytest.mark.parametrize("scale", [0.0, 0.01, 65504.0, torch.inf])
 @pytest.mark.parametrize("options", named({"whole_context": {}, "window_and_mask": dict(window=19, key_mask=0.7)}, {}))
 def test_what_nobody_may_read_changes_not_a_bit(backend: str, options: dict[str, Any], scale: float) -> None:
