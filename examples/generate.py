@@ -13,7 +13,7 @@ tokenizer = AutoTokenizer.from_pretrained(name)
 model = AutoModelForCausalLM.from_pretrained(name, attn_implementation="int8_paged")
 
 prompt = "Light travels faster than sound. That is why you see a flash of lightning before"
-inputs = tokenizer(prompt, return_tensors="pt", return_token_type_ids=False)
+inputs = tokenizer(prompt, return_tensors="pt")
 
 cache = PagedInt8Cache(model.config)
 output = model.generate(**inputs, past_key_values=cache, max_new_tokens=48, do_sample=False)

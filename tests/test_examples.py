@@ -4,13 +4,17 @@ from __future__ import annotations
 
 import os
 import re
+import shutil
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import nbformat
 import pytest
 from nbclient import NotebookClient
+
+from hf_int8_paged import kernels
 
 ROOT = Path(__file__).parent.parent
 NOTEBOOK = ROOT / "examples" / "quickstart.ipynb"
@@ -52,6 +56,28 @@ def test_the_code_in_the_readme_runs(tiny_model_folder: Path):
     result = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True, timeout=300)
     assert result.returncode == 0, result.stderr
     assert result.stdout.strip()
+
+
+def test_the_code_of_the_kernel_card_runs() -> None:
+    card = (ROOT / "kernels" / "CARD.md").read_text(encoding="utf-8")
+    (code,) = re.findall(r"```python\n(.*?)```", card, re.DOTALL)
+    scope: dict[str, Any] = {"kernel": kernels}
+    exec(code, scope)
+    assert scope["out"].shape == (1, 8, 1, 64)
+    assert scope["out"].isfinite().all()
+
+
+def test_the_kernel_folder_loads_as_a_package_of_another_name(tmp_path: Path):
+    """As the kernel hub does: the folder alone, under a name that it does not know."""
+    build = (ROOT / "kernels" / "build.toml").read_text(encoding="utf-8")
+    (name,) = re.findall(r'^name = "([^"]+)"', build, re.MULTILINE)
+    folder = name.replace("-", "_")
+    shutil.copytree(ROOT / "kernels" / "torch-ext" / folder, tmp_path / "some_hub_name")
+    code = (
+        "import sys, some_hub_name as kernel; kernel.alloc_paged_int8_layer(1, 16, 1, 32); "
+        "assert 'hf_int8_paged' not in sys.modules"
+    )
+    subprocess.run([sys.executable, "-c", code], cwd=tmp_path, timeout=300, check=True)
 
 
 def outputs(notebook: nbformat.NotebookNode) -> list[nbformat.NotebookNode]:
