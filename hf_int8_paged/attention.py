@@ -18,17 +18,20 @@ from typing import Any
 import torch
 from transformers import AttentionInterface, AttentionMaskInterface
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
-from transformers.masking_utils import causal_mask_function, sdpa_mask
+from transformers.masking_utils import causal_mask_function, eager_mask, sdpa_mask
 
 from .dense_attention import dense_attention
 from .kernels import MAX_DECODE_ROWS
-from .views import PagedView
+from .masks import causal_rows, needs_additive_masks, with_bias, with_selected_keys
+from .views import PagedView, take_over
 
 #: The name under which both functions are registered: ``attn_implementation="int8_paged"``.
 NAME = "int8_paged"
 #: Attribute of a mask that is causal, with the layer's window and padding, and nothing else: a tuple of the padding
 #: mask, bool ``[batch, tokens]``, or None.
 _PADDING = "_int8_paged_padding"
+#: Tensors that models hand to every attention function, and that change nothing here.
+_IRRELEVANT = {"position_ids", "cache_position", "cu_seq_lens_q", "cu_seq_lens_k", "cu_seqlens", "input_ids", "seq_idx"}
 
 
 def int8_paged_mask(
@@ -63,9 +66,11 @@ def int8_paged_mask(
     plain = _only_causal(mask_function, local_size, q_offset, kv_offset)
     if attention_mask is not None and attention_mask.shape[1] < kv_offset + kv_length:
         attention_mask = torch.nn.functional.pad(attention_mask, (0, kv_offset + kv_length - attention_mask.shape[1]))
-    if plain and q_length == 1 and q_offset > 0:
+    additive = needs_additive_masks(kwargs["config"]) if "config" in kwargs else False
+    may_skip = not additive and (allow_is_causal_skip or attention_mask is not None)
+    if plain and may_skip and q_length == 1 and not isinstance(q_offset, torch.Tensor) and q_offset > 0:
         return None if attention_mask is None else attention_mask[:, None, None, kv_offset : kv_offset + kv_length]
-    mask = sdpa_mask(
+    mask = (eager_mask if additive else sdpa_mask)(
         batch_size=batch_size,
         q_length=q_length,
         kv_length=kv_length,
@@ -94,6 +99,9 @@ def int8_paged_attention(
     softcap: float | None = None,
     s_aux: torch.Tensor | None = None,
     position_bias: torch.Tensor | None = None,
+    sinks: torch.Tensor | None = None,
+    indices: torch.Tensor | None = None,
+    block_indices: torch.Tensor | None = None,
     **kwargs: Any,
 ) -> tuple[torch.Tensor, None]:
     """Attention for transformers' ``AttentionInterface`` that reads `PagedInt8Cache` without dequantizing it.
@@ -110,12 +118,38 @@ def int8_paged_attention(
         softcap: bound on the scores.
         s_aux: attention sink logits ``[num_q_heads]``.
         position_bias: additive bias on the scores.
+        sinks: attention sink logits of each row, ``[batch, num_q_heads, q_len, 1]``.
+        indices: of sparse attention, the keys that each row may see, ``[batch, q_len, selected]``.
+        block_indices: likewise, blocks of keys as the module's own indexer numbers them.
 
     Returns:
         ``[batch, q_len, num_q_heads, v_head_dim]``, and ``None`` for the weights, which are never formed.
+
+    Raises:
+        NotImplementedError: the model passes a tensor that this function does not know, and that may matter.
     """
-    if isinstance(key, PagedView) and isinstance(value, PagedView):
-        if key.from_blocks and value.layer is key.layer and position_bias is None and not dropout:
+    unknown = [name for name, x in kwargs.items() if isinstance(x, torch.Tensor) and name not in _IRRELEVANT]
+    if unknown:
+        raise NotImplementedError(
+            f"{type(module).__name__} passes {', '.join(unknown)} to its attention function, which int8_paged does not "
+            'know; use model.set_attn_implementation("eager"), the cache works with it'
+        )
+    if indices is not None:
+        attention_mask = with_selected_keys(attention_mask, indices)
+    if block_indices is not None:
+        positions = kwargs["position_ids"].expand(len(query), -1)
+        size = (key.shape[2], query.dtype, query.device)
+        attention_mask = module.indexer.build_block_mask(block_indices, attention_mask, *size, positions)
+    if torch.compiler.is_compiling():
+        layer = take_over(key, value)
+        if layer is not None and position_bias is None and not dropout and query.shape[2] == 1:
+            mask = None if attention_mask is None else attention_mask[:, 0, 0].expand(query.shape[0], -1)
+            scale = query.shape[-1] ** -0.5 if scaling is None else scaling
+            if mask is None or mask.dtype == torch.bool:
+                return layer.decode(query, scale, 0, mask, 0, softcap, s_aux), None
+    elif isinstance(key, PagedView) and isinstance(value, PagedView):
+        from_blocks = key.from_blocks and value.layer is key.layer and value.is_values > key.is_values
+        if from_blocks and position_bias is None and sinks is None and not dropout:
             causal = is_causal if is_causal is not None else getattr(module, "is_causal", True)
             key_mask = _as_key_mask(attention_mask, query, key, causal)
             if key_mask is not None:
@@ -125,7 +159,10 @@ def int8_paged_attention(
         layer, key, value = key.layer, key.dense(), value.dense()
         if padding is not None:
             layer.drop_padding(padding)
-    if softcap is None and s_aux is None:
+    causal = is_causal if is_causal is not None else getattr(module, "is_causal", True)
+    if attention_mask is None and causal and 1 < query.shape[2] < key.shape[2]:
+        attention_mask = causal_rows(query.shape[2], key.shape[2], query.device)
+    if softcap is None and s_aux is None and sinks is None:
         return sdpa_attention_forward(
             module,
             query,
@@ -139,9 +176,11 @@ def int8_paged_attention(
             **kwargs,
         )
     if position_bias is not None:
-        raise ValueError("int8_paged attention takes either a position_bias or softcap and sinks, not both")
-    causal = is_causal if is_causal is not None else getattr(module, "is_causal", True)
-    return dense_attention(query, key, value, attention_mask, dropout, scaling, causal, softcap, s_aux), None
+        if attention_mask is None and causal and query.shape[2] > 1:
+            attention_mask = causal_rows(query.shape[2], key.shape[2], query.device)
+        attention_mask = with_bias(attention_mask, position_bias)
+    sinks = s_aux if sinks is None else sinks
+    return dense_attention(query, key, value, attention_mask, dropout, scaling, causal, softcap, sinks), None
 
 
 def _as_key_mask(
@@ -170,7 +209,7 @@ def _only_causal(mask_function: Callable, local_size: int | None, q_offset: int,
     if mask_function.__qualname__ != "and_masks.<locals>.and_mask" or len(parts) != 1:
         return False
     names = [getattr(part, "__qualname__", "") for part in parts[0]]
-    return names == window_names and local_size is not None and kv_offset == max(q_offset - local_size + 1, 0)
+    return names == window_names and local_size is not None and kv_offset == max(int(q_offset) - local_size + 1, 0)
 
 
 def register() -> None:

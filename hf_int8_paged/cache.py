@@ -10,6 +10,7 @@ import torch
 from transformers import PreTrainedConfig
 from transformers.cache_utils import (
     DYNAMIC_LAYER_TYPE_MAPPING,
+    STATIC_LAYER_TYPE_MAPPING,
     Cache,
     LinearAttentionCacheLayerMixin,
     get_layer_types_and_kwargs,
@@ -20,6 +21,7 @@ from .kernels import resolve_backend, why_unavailable
 from .layers import PagedInt8Layer
 from .pool import PagedInt8Pool
 from .sequences import Sequences
+from .static_layers import PagedInt8StaticLayer
 
 
 class PagedInt8Cache(Cache):
@@ -34,6 +36,8 @@ class PagedInt8Cache(Cache):
         block_size: tokens per block, a multiple of 16.
         backend: ``"reference"``, ``"cpu"`` or ``"triton"``; ``None`` takes the best one for the device of
             each layer's keys. A backend asked for by name never falls back to another.
+        max_batch_size: most sequences. With ``max_cache_len``, everything is preallocated, lengths live in device
+            tensors, and `generate` compiles the decoding step by itself where it compiles (on CUDA, for one).
         max_cache_len: most tokens per sequence, or ``None`` for no limit. Beyond it `CacheFullError` is raised,
             and the cache stays valid at its old length.
         max_tokens: most tokens of all sequences together, rounded down to blocks, or ``None``.
@@ -41,6 +45,7 @@ class PagedInt8Cache(Cache):
             ``backend`` and ``max_tokens`` are then the pool's.
         device: where the model will run. A backend that cannot serve it is refused now; without ``device``, one that
             can serve no device of this machine.
+        offloading: must be False. Models that make a cross-attention cache of the same class pass it.
 
     Example:
 
@@ -69,14 +74,19 @@ class PagedInt8Cache(Cache):
         *,
         block_size: int = 16,
         backend: str | None = None,
+        max_batch_size: int | None = None,
         max_cache_len: int | None = None,
         max_tokens: int | None = None,
         pool: PagedInt8Pool | None = None,
         device: torch.device | str | None = None,
+        offloading: bool = False,
     ):
+        if offloading:
+            raise ValueError("PagedInt8Cache does not offload layers: the blocks stay on their device")
         if block_size <= 0 or block_size % 16:
             raise ValueError(f"block_size must be a positive multiple of 16, got {block_size}")
-        for name, limit in (("max_cache_len", max_cache_len), ("max_tokens", max_tokens)):
+        limits = {"max_batch_size": max_batch_size, "max_cache_len": max_cache_len, "max_tokens": max_tokens}
+        for name, limit in limits.items():
             if limit is not None and limit < 1:
                 raise ValueError(f"{name} must be at least 1, got {limit}")
         if pool is not None and (block_size, backend, max_tokens) != (16, None, None):
@@ -84,7 +94,14 @@ class PagedInt8Cache(Cache):
         _check_backend(backend if pool is None else pool.backend, device, block_size)
         self.pool = PagedInt8Pool(block_size, backend, max_tokens) if pool is None else pool
         self._sequences = Sequences(self.pool, max_cache_len)
-        super().__init__(layers=_layers_for(config.get_text_config(decoder=True), self._sequences))
+        text_config = config.get_text_config(decoder=True)
+        if max_batch_size is None:
+            layers = _layers_for(text_config, self._sequences)
+        elif max_cache_len is None or pool is not None:
+            raise ValueError("max_batch_size goes with max_cache_len, and without a pool: it preallocates everything")
+        else:
+            layers = _static_layers_for(text_config, max_batch_size, max_cache_len, block_size, backend)
+        super().__init__(layers=layers)
 
     def update(
         self, key_states: torch.Tensor, value_states: torch.Tensor, layer_idx: int, *args, **kwargs
@@ -102,6 +119,8 @@ class PagedInt8Cache(Cache):
             ValueError: shapes, dtype, device or number of layers are not those of this cache.
             CacheFullError: a limit is reached.
         """
+        if self.is_compileable:
+            return self.layers[layer_idx].update(key_states, value_states, *args, **kwargs)
         layer = self.layers[layer_idx] if layer_idx < len(self.layers) else None
         try:
             if layer is None:
@@ -119,13 +138,13 @@ class PagedInt8Cache(Cache):
     @property
     def nbytes_allocated(self) -> int:
         """Bytes of keys, values and scales allocated, all layers."""
-        return self.pool.nbytes_allocated
+        return self.pool.nbytes_allocated + sum(layer.storage.nbytes for layer in self._static_layers())
 
     @property
     def nbytes_used(self) -> int:
         """Bytes of the blocks that hold tokens, all layers; at most one block per sequence and layer more than the
         tokens themselves take."""
-        return self.pool.nbytes_used
+        return self.pool.nbytes_used + sum(layer.nbytes_used for layer in self._static_layers())
 
     def reset(self) -> None:
         """Forget all tokens. The memory stays allocated."""
@@ -199,6 +218,9 @@ class PagedInt8Cache(Cache):
             for layer in self.layers
         ]
 
+    def _static_layers(self) -> list[PagedInt8StaticLayer]:
+        return [x for x in self.layers if isinstance(x, PagedInt8StaticLayer) and x.is_initialized]
+
     def _own_layers(self) -> list:
         """Layers with state outside the pool: transformers' own, and the linear part of hybrid ones."""
         return [
@@ -228,8 +250,12 @@ def _check_backend(backend: str | None, device: torch.device | str | None, block
 def _layers_for(config: PreTrainedConfig, sequences: Sequences) -> list:
     """One layer per model layer: paged where keys and values are held per token, transformers' own class elsewhere."""
     layers: list = []
+    # Layers that attend to another sequence, an image say, hold its keys: as many as that has, or none without one.
+    elsewhere = getattr(config, "cross_attention_layers", None) or ()
     for index, (layer_type, kwargs) in enumerate(zip(*get_layer_types_and_kwargs(config))):
-        if layer_type in ("full_attention", "sliding_attention", "chunked_attention"):
+        if index in elsewhere:
+            layers.append(DYNAMIC_LAYER_TYPE_MAPPING[layer_type](**kwargs))
+        elif layer_type in ("full_attention", "sliding_attention", "chunked_attention"):
             # Chunks are windows that the mask narrows further.
             layers.append(PagedInt8Layer(index, sequences, kwargs.get("sliding_window")))
         elif layer_type in ("hybrid", "hybrid_sliding"):
@@ -241,4 +267,20 @@ def _layers_for(config: PreTrainedConfig, sequences: Sequences) -> list:
                 f"layer {index} of this {config.model_type} model is of type {layer_type!r}, which neither "
                 "PagedInt8Cache nor transformers' DynamicCache knows"
             )
+    return layers
+
+
+def _static_layers_for(
+    config: PreTrainedConfig, max_batch_size: int, max_cache_len: int, block_size: int, backend: str | None
+) -> list:
+    """One preallocated layer per model layer; transformers' own class where nothing is held per token."""
+    layers: list = []
+    for index, (layer_type, kwargs) in enumerate(zip(*get_layer_types_and_kwargs(config))):
+        if layer_type in ("full_attention", "sliding_attention", "chunked_attention"):
+            window = kwargs.get("sliding_window")
+            layers.append(PagedInt8StaticLayer(index, max_batch_size, max_cache_len, window, block_size, backend))
+        elif layer_type in STATIC_LAYER_TYPE_MAPPING:
+            layers.append(STATIC_LAYER_TYPE_MAPPING[layer_type](max_cache_len=max_cache_len, **kwargs))
+        else:
+            raise NotImplementedError(f"layer {index} is of type {layer_type!r}, which cannot be preallocated")
     return layers

@@ -30,7 +30,7 @@ def dense_attention(
         scaling: factor on q.k, default ``head_dim ** -0.5``.
         causal: whether, without a mask, row i sees only the first ``kv_len - q_len + i + 1`` keys.
         softcap: bound on the scores, or ``None``.
-        sinks: ``[num_q_heads]`` logits, or ``None``.
+        sinks: ``[num_q_heads]`` or ``[batch, num_q_heads, q_len, 1]`` logits, or ``None``.
 
     Returns:
         ``[batch, q_len, num_q_heads, v_head_dim]``. A row that sees no key is 0.
@@ -54,7 +54,8 @@ def dense_attention(
             part = mask[..., rows, :] if mask.shape[-2] > 1 else mask
             scores = scores.masked_fill(~part, -torch.inf) if part.dtype == torch.bool else scores + part
         if sinks is not None:
-            sink = sinks.float().reshape(1, -1, 1, 1).expand(*scores.shape[:-1], 1)
+            sink = sinks.float().reshape(1, -1, 1, 1) if sinks.dim() == 1 else sinks.float()[:, :, rows]
+            sink = sink.expand(*scores.shape[:-1], 1)
             scores = torch.cat([scores, sink], dim=-1)
         # A row without any visible key has only -inf, and softmax makes NaN of it.
         blind = (scores == -torch.inf).all(dim=-1, keepdim=True)

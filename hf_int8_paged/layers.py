@@ -10,18 +10,10 @@ import torch
 from transformers.cache_utils import CacheLayerMixin
 
 from .kernels import FLOAT_DTYPES, KvCacheQuant, load_backend
+from .once import dense_read, say_once
 from .prompts import is_same, same_prompts
 from .sequences import Group, Sequences, StepTensors
 from .views import PagedView
-
-logger = logging.getLogger(__name__)
-_already_said: set[str] = set()
-
-
-def _say_once(level: int, message: str) -> None:
-    if message not in _already_said:
-        _already_said.add(message)
-        logger.log(level, message)
 
 
 class PagedInt8Layer(CacheLayerMixin):
@@ -120,7 +112,7 @@ class PagedInt8Layer(CacheLayerMixin):
         if not self.is_initialized:
             self.lazy_initialization(key_states, value_states)
         if key_states.requires_grad and torch.is_grad_enabled():
-            _say_once(
+            say_once(
                 logging.WARNING,
                 "PagedInt8Cache stores keys and values without gradient, so nothing is learned through the cache; "
                 "run generation under torch.no_grad().",
@@ -257,11 +249,7 @@ class PagedInt8Layer(CacheLayerMixin):
     def note_dense_read(self) -> None:
         """Say once that another attention implementation reads a dequantized copy."""
         if self.sequences.from_blocks:
-            _say_once(
-                logging.WARNING,
-                "PagedInt8Cache is read by another attention implementation, through a dequantized copy: right, "
-                'but slow. For the fast path call model.set_attn_implementation("int8_paged").',
-            )
+            dense_read()
 
     # -- internals -------------------------------------------------------------------------------------------------
 

@@ -131,7 +131,7 @@ class Sequences:
             )
         # Short steps read their own tokens from the blocks, like every later token does. Long chunks and first
         # prompts have them at hand in full precision.
-        from_blocks = start > 0 and new_tokens <= MAX_DECODE_ROWS
+        from_blocks = new_tokens == 1 or (start > 0 and new_tokens <= MAX_DECODE_ROWS)
         distinct = batch if same_as is None else len(set(same_as))
         keep_from, needed = {}, {}
         for name, group in self.groups.items():

@@ -8,13 +8,48 @@ gets the dequantized dense tensor. So every attention implementation computes th
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import TYPE_CHECKING, Any
+from typing import Any, Protocol
 
 import torch
 from torch.utils._pytree import tree_map_only
 
-if TYPE_CHECKING:
-    from .layers import PagedInt8Layer
+
+class BackedLayer(Protocol):
+    """What a view needs of a cache layer."""
+
+    @property
+    def epoch(self) -> int: ...
+
+    def gather(self, start: int, stop: int, dtype: torch.dtype) -> tuple[torch.Tensor, torch.Tensor]: ...
+
+    def note_dense_read(self) -> None: ...
+
+
+class HandOver:
+    """The way from ``update`` to the attention function in a compiled graph, where no view can be made.
+
+    It holds the very tensors that ``update`` returned, and their layer. Whoever takes them empties it, or they would
+    become outputs of the graph.
+    """
+
+    layer: Any = None
+    keys: torch.Tensor | None = None
+    values: torch.Tensor | None = None
+
+
+_handed_over = HandOver()
+
+
+def hand_over(layer: Any, keys: torch.Tensor, values: torch.Tensor) -> None:
+    """Note that these dense keys and values stand for this layer's blocks."""
+    _handed_over.layer, _handed_over.keys, _handed_over.values = layer, keys, values
+
+
+def take_over(keys: torch.Tensor, values: torch.Tensor) -> Any:
+    """The layer that these keys and values were noted for, or None; forgets them."""
+    layer = _handed_over.layer if _handed_over.keys is keys and _handed_over.values is values else None
+    _handed_over.layer = _handed_over.keys = _handed_over.values = None
+    return layer
 
 
 class PagedView(torch.Tensor):
@@ -29,7 +64,7 @@ class PagedView(torch.Tensor):
             quantized image, else ``None``.
     """
 
-    layer: PagedInt8Layer
+    layer: Any
     is_values: bool
     start: int
     stop: int
@@ -38,7 +73,7 @@ class PagedView(torch.Tensor):
     @staticmethod
     def __new__(
         cls,
-        layer: PagedInt8Layer,
+        layer: BackedLayer,
         is_values: bool,
         shape: tuple[int, int, int, int],
         like: torch.Tensor,
@@ -49,7 +84,7 @@ class PagedView(torch.Tensor):
 
     def __init__(
         self,
-        layer: PagedInt8Layer,
+        layer: BackedLayer,
         is_values: bool,
         shape: tuple[int, int, int, int],
         like: torch.Tensor,
@@ -104,5 +139,10 @@ class PagedView(torch.Tensor):
     ) -> Any:
         layer = next(x for x in torch.utils._pytree.tree_leaves((args, kwargs)) if isinstance(x, PagedView)).layer
         layer.note_dense_read()
-        args, kwargs = tree_map_only(PagedView, PagedView.dense, (args, kwargs or {}))
+        args, kwargs = tree_map_only(PagedView, PagedView._contiguous, (args, kwargs or {}))
         return func(*args, **kwargs)
+
+    def _contiguous(self) -> torch.Tensor:
+        """The dense tensor with the strides that this view claims to have: ``view`` relies on them."""
+        self._dense = self.dense().contiguous()
+        return self._dense

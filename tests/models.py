@@ -82,7 +82,7 @@ class FakeQuantizedLayer(DynamicLayer):
         for name, new in (("keys", key_states), ("values", value_states)):
             stored = getattr(self, name)
             setattr(self, name, torch.cat([stored, fake_quantize(new)], dim=-2))
-            fresh = past == 0 or new.shape[2] > MAX_DECODE_ROWS
+            fresh = new.shape[2] > (MAX_DECODE_ROWS if past else 1)
             seen.append(torch.cat([stored, new], dim=-2) if fresh else getattr(self, name))
         first = self._first(past)
         return seen[0][:, :, first:], seen[1][:, :, first:]

@@ -1,0 +1,286 @@
+"""Cache layers with everything preallocated, so that decoding compiles: no host bookkeeping per step.
+
+Lengths live in device tensors. The block table never changes: sequence b owns blocks ``b * columns`` and following. A
+sliding window is a ring: its table repeats the same few blocks, so new tokens overwrite those that fell out.
+"""
+
+from __future__ import annotations
+
+import torch
+from transformers.cache_utils import CacheLayerMixin
+
+from . import compiled_ops
+from .kernels import FLOAT_DTYPES, MAX_DECODE_ROWS, KvCacheQuant, alloc_paged_int8_layer, load_backend
+from .once import dense_read
+from .pool import CacheFullError
+from .views import PagedView, hand_over
+
+
+class PagedInt8StaticLayer(CacheLayerMixin):
+    """Paged int8 keys and values of one attention layer, preallocated.
+
+    Args:
+        index: the layer's index in the model.
+        max_batch_size: most sequences.
+        max_cache_len: most tokens per sequence.
+        window: sliding window in tokens, or ``None`` for full attention.
+        block_size: tokens per block.
+        backend: name of the kernel backend, or ``None`` for the best one of the keys' device.
+    """
+
+    is_compileable = True
+    is_croppable = True
+
+    # Set by lazy_initialization.
+    storage: KvCacheQuant
+    cumulative_length: torch.Tensor  # type: ignore[assignment]
+    _dtype: torch.dtype
+    _lens: torch.Tensor
+    _table: torch.Tensor
+
+    def __init__(
+        self,
+        index: int,
+        max_batch_size: int,
+        max_cache_len: int,
+        window: int | None = None,
+        block_size: int = 16,
+        backend: str | None = None,
+    ):
+        self.index = index
+        self.max_batch_size = max_batch_size
+        self.max_cache_len = max_cache_len
+        self.window = window
+        self.block_size = block_size
+        self.backend = backend
+        self.is_sliding = window is not None
+        self.is_initialized = False
+        self.batch_size = -1
+        #: Views made before tokens were moved are no longer valid.
+        self.epoch = 0
+
+    # -- what transformers calls -----------------------------------------------------------------------------------
+
+    def lazy_initialization(self, key_states: torch.Tensor, value_states: torch.Tensor) -> None:
+        """Allocate the layer for the heads, widths, dtype and device of its first keys and values."""
+        if key_states.dtype not in FLOAT_DTYPES or value_states.dtype != key_states.dtype:
+            raise ValueError(
+                f"layer {self.index}: keys and values must both be float32, float16 or bfloat16, "
+                f"got {key_states.dtype} and {value_states.dtype}"
+            )
+        device, batch = key_states.device, key_states.shape[0]
+        columns = -(-self.max_cache_len // self.block_size)
+        # A window of W tokens and the token being written touch at most W / block_size + 2 blocks.
+        blocks = columns if self.window is None else min(columns, -(-self.window // self.block_size) + 2)
+        self.storage = alloc_paged_int8_layer(
+            self.max_batch_size * blocks,
+            self.block_size,
+            key_states.shape[1],
+            key_states.shape[3],
+            v_head_dim=value_states.shape[3],
+            device=device,
+            backend=self.backend,
+        )
+        # Positions of a window that were never written are masked, not skipped, by other attention implementations.
+        self.storage.k_scales.zero_()
+        self.storage.v_scales.zero_()
+        ring = torch.arange(columns, dtype=torch.int32) % blocks
+        first = torch.arange(batch, dtype=torch.int32)[:, None] * blocks
+        self._table = (first + ring).to(device)
+        self._lens = torch.zeros(batch, dtype=torch.int32, device=device)
+        self.cumulative_length = torch.zeros((), dtype=torch.long, device=device)
+        self._dtype, self.batch_size, self._blocks = key_states.dtype, batch, blocks
+        for tensor in (*self._tensors[:4], self._table, self._lens, self.cumulative_length):
+            torch._dynamo.mark_static_address(tensor)
+        self.is_initialized = True
+
+    def update(
+        self, key_states: torch.Tensor, value_states: torch.Tensor, *args, **kwargs
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """Append new tokens and return all keys and values that attention may see, lazily.
+
+        Args:
+            key_states: ``[batch, num_kv_heads, new_tokens, head_dim]``.
+            value_states: ``[batch, num_kv_heads, new_tokens, v_head_dim]``.
+
+        Returns:
+            For a single token keys and values of ``max_cache_len`` positions, the unused ones 0; for several tokens
+            those of the context.
+
+        Raises:
+            ValueError: another batch size than that of the first keys.
+            CacheFullError: a prompt longer than what is left of ``max_cache_len``.
+        """
+        if torch.compiler.is_compiling():
+            return self._update_compiled(key_states, value_states)
+        if not self.is_initialized:
+            if key_states.shape[0] > self.max_batch_size:
+                raise ValueError(
+                    f"keys of {key_states.shape[0]} sequences came, but max_batch_size is {self.max_batch_size}"
+                )
+            self.lazy_initialization(key_states, value_states)
+        if key_states.shape[0] != self.batch_size:
+            raise ValueError(
+                f"the cache holds {self.batch_size} sequences, but keys of {key_states.shape[0]} came; "
+                "use one cache per batch size"
+            )
+        new_tokens = key_states.shape[2]
+        if new_tokens == 1:
+            self._append(key_states, value_states, self._lens)
+            self._advance(1)
+            return self._views(key_states, value_states, self.max_cache_len, fresh=False)
+        start = int(self.cumulative_length)
+        stop = start + new_tokens
+        if stop > self.max_cache_len:
+            raise CacheFullError(
+                f"{stop} tokens per sequence asked for, but max_cache_len is {self.max_cache_len}; the cache still "
+                f"holds {start}; shorten the prompt or make a longer cache"
+            )
+        fresh = start == 0 or new_tokens > MAX_DECODE_ROWS
+        past = self._past(start) if fresh and start else None
+        skipped = 0 if self.window is None else max(new_tokens - self.window, 0)
+        keys, values = key_states[:, :, skipped:], value_states[:, :, skipped:]
+        self._append(keys, values, self._lens + skipped)
+        self._advance(new_tokens)
+        if past is not None:
+            # In a ring the chunk has overwritten what its first rows still see.
+            return torch.cat([past[0], key_states], dim=2), torch.cat([past[1], value_states], dim=2)
+        return self._views(key_states, value_states, stop, fresh)
+
+    def get_seq_length(self) -> torch.Tensor | int:  # type: ignore[override]
+        """Tokens per sequence, as a tensor on the layer's device: reading it on the host would wait for the device."""
+        return self.cumulative_length if self.is_initialized else 0
+
+    def get_max_length(self) -> int:
+        return self.max_cache_len
+
+    def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
+        """Number of keys that the mask covers, and the position of the first."""
+        if query_length == 1:
+            return self.max_cache_len, 0
+        return (int(self.cumulative_length) if self.is_initialized else 0) + query_length, 0
+
+    @property
+    def keys(self) -> torch.Tensor | None:  # type: ignore[override]
+        """A lazy view of the stored keys, or ``None`` before the first token."""
+        return self._views(*self._empty(), self.max_cache_len, fresh=False)[0] if self.is_initialized else None
+
+    @property
+    def values(self) -> torch.Tensor | None:  # type: ignore[override]
+        """A lazy view of the stored values, or ``None`` before the first token."""
+        return self._views(*self._empty(), self.max_cache_len, fresh=False)[1] if self.is_initialized else None
+
+    def reset(self) -> None:
+        if self.is_initialized:
+            self._set_length(0)
+
+    def crop(self, tokens_to_remove: int) -> None:
+        if tokens_to_remove > 0:
+            raise ValueError(f"crop takes minus the number of tokens to remove, got {tokens_to_remove}")
+        if not tokens_to_remove:
+            return
+        if self.window is not None and int(self.cumulative_length) > self._blocks * self.block_size:
+            raise RuntimeError("a preallocated sliding window cannot go back: what fell out is overwritten")
+        self._set_length(max(int(self.cumulative_length) + tokens_to_remove, 0))
+
+    def reorder_cache(self, beam_idx: torch.Tensor) -> None:
+        """Copy blocks so that sequence i is what sequence ``beam_idx[i]`` was."""
+        if self.is_initialized:
+            for tensor in self._tensors[:4]:
+                rows = tensor.unflatten(1, (self.max_batch_size, self._blocks))
+                rows[:, : self.batch_size] = rows[:, beam_idx.to(tensor.device)]
+            self.epoch += 1
+
+    def offload(self) -> None:
+        raise NotImplementedError("offload is not supported by PagedInt8Cache: the blocks stay on their device")
+
+    def prefetch(self) -> None:
+        raise NotImplementedError("prefetch is not supported by PagedInt8Cache: the blocks stay on their device")
+
+    @property
+    def nbytes_used(self) -> int:
+        """Bytes of the blocks that hold tokens."""
+        blocks = min(-(-int(self.cumulative_length) // self.block_size), self._blocks)
+        return self.batch_size * blocks * self.block_size * self.storage.bytes_per_token
+
+    # -- what views and the attention function call ----------------------------------------------------------------
+
+    def gather(self, start: int, stop: int, dtype: torch.dtype) -> tuple[torch.Tensor, torch.Tensor]:
+        """Dense keys and values of positions ``start`` to ``stop``, ``[batch, num_kv_heads, stop - start, dim]``."""
+        return load_backend(self.storage.backend).gather(self.storage, self._table, self._lens, start, stop, dtype)
+
+    def decode(
+        self,
+        query: torch.Tensor,
+        scale: float,
+        stop: int,
+        key_mask: torch.Tensor | None,
+        key_mask_start: int,
+        softcap: float | None,
+        sinks: torch.Tensor | None,
+    ) -> torch.Tensor:
+        """Attention of the newest rows straight from the blocks; see `PagedInt8Layer.decode`."""
+        assert key_mask_start == 0
+        return compiled_ops.decode(
+            query, *self._tensors, self._table, self._lens, key_mask, sinks, scale, self.window, softcap, *self._names
+        )
+
+    def drop_padding(self, tokens: torch.Tensor) -> None:
+        """Preallocated blocks are kept."""
+
+    def note_dense_read(self) -> None:
+        """Say once that another attention implementation reads a dequantized copy."""
+        dense_read()
+
+    # -- internals -------------------------------------------------------------------------------------------------
+
+    @property
+    def _tensors(self) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor | None]:
+        s = self.storage
+        return s.k, s.v, s.k_scales, s.v_scales, s.key_center
+
+    @property
+    def _names(self) -> tuple[str, str, str | None]:
+        return self.storage.backend, self.storage.tile_order, self.storage.rotation
+
+    def _append(self, keys: torch.Tensor, values: torch.Tensor, lens_before: torch.Tensor) -> None:
+        compiled_ops.append(keys.detach(), values.detach(), *self._tensors, self._table, lens_before, *self._names)
+
+    def _advance(self, new_tokens: int) -> None:
+        self._lens.add_(new_tokens)
+        self.cumulative_length.add_(new_tokens)
+
+    def _set_length(self, length: int) -> None:
+        self._lens.fill_(length)
+        self.cumulative_length.fill_(length)
+        self.epoch += 1
+
+    def _update_compiled(
+        self, key_states: torch.Tensor, value_states: torch.Tensor
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        self._append(key_states, value_states, self._lens)
+        self._advance(key_states.shape[2])
+        keys, values = compiled_ops.gather_dense(
+            *self._tensors, self._table, self._lens, self.max_cache_len, key_states.dtype, *self._names
+        )
+        hand_over(self, keys, values)
+        return keys, values
+
+    def _past(self, length: int) -> tuple[torch.Tensor, torch.Tensor]:
+        return self.gather(0, length, self._dtype)
+
+    def _empty(self) -> tuple[torch.Tensor, torch.Tensor]:
+        s = self.storage
+        like = {"dtype": self._dtype, "device": s.device}
+        shape = (self.batch_size, s.num_kv_heads, 0)
+        return torch.empty(*shape, s.head_dim, **like), torch.empty(*shape, s.v_head_dim, **like)
+
+    def _views(
+        self, key_states: torch.Tensor, value_states: torch.Tensor, stop: int, fresh: bool
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        batch, heads, _, head_dim = key_states.shape
+        shape = (batch, heads, stop)
+        return (
+            PagedView(self, False, (*shape, head_dim), key_states, 0, key_states if fresh else None),
+            PagedView(self, True, (*shape, value_states.shape[3]), key_states, 0, value_states if fresh else None),
+        )

@@ -1,0 +1,161 @@
+"""The preallocated cache: the same tokens, eager and compiled; no graph break, no recompilation, no dense copy."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch._dynamo.utils import counters
+from transformers import CompileConfig
+
+from hf_int8_paged import CacheFullError, PagedInt8Cache, compiled_ops
+from hf_int8_paged.kernels import alloc_paged_int8_layer, reference
+from tests.models import random_ids, tiny_model
+
+GREEDY = {"do_sample": False, "pad_token_id": 0}
+
+
+def ready(name: str, **changes):
+    model = tiny_model(name, **changes)
+    model.set_attn_implementation("int8_paged")
+    return model
+
+
+def static(model, batch: int = 2, length: int = 128, **options) -> PagedInt8Cache:
+    return PagedInt8Cache(model.config, max_batch_size=batch, max_cache_len=length, **options)
+
+
+def compiled_with(backend: str) -> CompileConfig:
+    config = CompileConfig(fullgraph=True, dynamic=False, mode=None, backend=backend)  # type: ignore[arg-type]
+    config._compile_all_devices = True  # type: ignore[assignment]
+    return config
+
+
+@pytest.mark.parametrize("implementation", ["int8_paged", "eager"])
+@pytest.mark.parametrize("name", ["llama", "mistral", "gemma2"])
+@pytest.mark.parametrize("prompt", [1, 16, 37, 70], ids=lambda n: f"prompt_of_{n}")
+def test_the_preallocated_cache_generates_the_same_tokens(name, implementation, prompt):
+    model, ids = ready(name), random_ids(2, prompt, seed=prompt)
+    model.set_attn_implementation(implementation)
+    growing, cache = PagedInt8Cache(model.config, backend="reference"), static(model, backend="reference")
+    expected = model.generate(ids, past_key_values=growing, max_new_tokens=30, **GREEDY)
+    assert torch.equal(model.generate(ids, past_key_values=cache, max_new_tokens=30, **GREEDY), expected)
+    cache.reset()
+    assert torch.equal(model.generate(ids, past_key_values=cache, max_new_tokens=30, **GREEDY), expected)
+
+
+@pytest.mark.parametrize("name", ["llama", "mistral"])
+def test_left_padding_beams_chunks_and_turns(name):
+    model = ready(name)
+    ids = random_ids(2, 45, seed=3)
+    ids[0, :9] = 0
+    mask = (ids != 0).long()
+    for options in ({"attention_mask": mask}, {"num_beams": 2}, {"prefill_chunk_size": 20}):
+        batch = 2 * options.get("num_beams", 1)
+        growing, ours = PagedInt8Cache(model.config, backend="reference"), static(model, batch, backend="reference")
+        expected = model.generate(ids, past_key_values=growing, max_new_tokens=20, **GREEDY | options)
+        ours = model.generate(ids, past_key_values=ours, max_new_tokens=20, **GREEDY | options)
+        assert torch.equal(ours, expected), options
+    cache, growing = static(model, backend="reference"), PagedInt8Cache(model.config, backend="reference")
+    for turn in (random_ids(2, n, seed=n) for n in (20, 7, 30)):
+        seen = [torch.empty(2, 0, dtype=torch.long)] * 2
+        for i, each in enumerate((cache, growing)):
+            past = int(each.get_seq_length())
+            with torch.no_grad():
+                seen[i] = model(turn, past_key_values=each).logits
+            assert int(each.get_seq_length()) == past + turn.shape[1]
+        assert (seen[0] - seen[1]).abs().max() < 1e-3 * seen[1].abs().max()
+
+
+def test_crop_takes_tokens_back():
+    model, ids = ready("llama"), random_ids(1, 40, seed=2)
+    ids = torch.cat([ids[:, :20]] * 3, dim=1)
+    expected = model.generate(ids, past_key_values=PagedInt8Cache(model.config), max_new_tokens=20, **GREEDY)
+    looked_up = model.generate(
+        ids, past_key_values=static(model, 1), max_new_tokens=20, prompt_lookup_num_tokens=4, **GREEDY
+    )
+    assert torch.equal(looked_up, expected)
+
+
+@pytest.mark.parametrize("name", ["llama", "mistral"])
+def test_decoding_compiles_to_one_graph_and_never_again(name, monkeypatch):
+    """200 tokens through ``generate``, fullgraph; the compiler drops the dense keys and values that nobody reads."""
+    model, ids = ready(name), random_ids(2, 21, seed=9)
+    expected = model.generate(
+        ids, past_key_values=PagedInt8Cache(model.config, backend="reference"), max_new_tokens=200, **GREEDY
+    )
+    gathers: list[int] = []
+    monkeypatch.setattr(reference, "gather", lambda *args: gathers.append(1))
+    torch._dynamo.reset()
+    counters.clear()
+    tokens = model.generate(
+        ids,
+        past_key_values=static(model, length=256, backend="reference"),
+        max_new_tokens=200,
+        compile_config=compiled_with("aot_eager"),
+        **GREEDY,
+    )
+    assert torch.equal(tokens, expected)
+    assert counters["stats"]["unique_graphs"] == 1
+    assert not counters["recompiles"]
+    assert not counters["graph_break"]
+    assert not gathers
+
+
+@pytest.mark.slow
+def test_decoding_compiles_with_inductor():
+    model, ids = ready("llama", num_hidden_layers=2), random_ids(2, 21, seed=9)
+    expected = model.generate(ids, past_key_values=PagedInt8Cache(model.config), max_new_tokens=40, **GREEDY)
+    torch._dynamo.reset()
+    counters.clear()
+    cache = static(model)
+    tokens = model.generate(
+        ids, past_key_values=cache, max_new_tokens=40, compile_config=compiled_with("inductor"), **GREEDY
+    )
+    assert torch.equal(tokens, expected)
+    assert counters["stats"]["unique_graphs"] == 1
+
+
+def operator_arguments() -> tuple[list, list]:
+    storage = alloc_paged_int8_layer(4, 16, 2, 32, backend="reference")
+    for tensor in (storage.k, storage.v, storage.k_scales, storage.v_scales):
+        tensor.fill_(1)
+    tensors = [storage.k, storage.v, storage.k_scales, storage.v_scales, None]
+    return tensors, ["reference", "row_major", None]
+
+
+def test_operators_declare_what_they_do():
+    """Schema, fakes and mutations, by torch's own check."""
+    tensors, names = operator_arguments()
+    table = torch.tensor([[0, 1], [2, 3]], dtype=torch.int32)
+    lens = torch.tensor([5, 20], dtype=torch.int32)
+    new = torch.randn(2, 2, 3, 32)
+    torch.library.opcheck(compiled_ops.append, (new, new, *tensors, table, lens, *names))
+    mask = torch.rand(2, 32) > 0.3
+    query = torch.randn(2, 4, 1, 32)
+    torch.library.opcheck(
+        compiled_ops.decode, (query, *tensors, table, lens, mask, torch.randn(4), 0.2, 9, 30.0, *names)
+    )
+    torch.library.opcheck(compiled_ops.gather_dense, (*tensors, table, lens, 32, torch.float32, *names))
+
+
+def test_limits():
+    model = ready("llama")
+    with pytest.raises(ValueError, match="max_batch_size goes with max_cache_len"):
+        PagedInt8Cache(model.config, max_batch_size=2)
+    cache = static(model, batch=1, length=20)
+    with torch.no_grad(), pytest.raises(ValueError, match="keys of 2 sequences came, but max_batch_size is 1"):
+        model(random_ids(2, 5), past_key_values=cache)
+    with torch.no_grad():
+        model(random_ids(1, 18), past_key_values=cache)
+        with pytest.raises(CacheFullError, match="21 tokens per sequence asked for, but max_cache_len is 20"):
+            model(random_ids(1, 3), past_key_values=cache)
+    assert cache.get_seq_length() == 18
+    assert cache.nbytes_used == cache.nbytes_allocated
+
+
+def test_a_preallocated_window_holds_its_window_only():
+    model = ready("mistral", sliding_window=64)
+    cache = static(model, length=2000)
+    with torch.no_grad():
+        model(random_ids(2, 500), past_key_values=cache)
+    assert cache.nbytes_allocated == 3 * 2 * (64 + 32) * 2 * (2 * 16 + 4)
