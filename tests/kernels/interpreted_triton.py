@@ -17,6 +17,7 @@ from hf_int8_paged.kernels import (
     int8_paged_decode_attention,
     triton_backend,
 )
+from hf_int8_paged.kernels.triton_decode import Chip
 
 from .attention_oracle import dense_attention
 from .helpers import make_case
@@ -85,7 +86,7 @@ def test_integer_arithmetic_is_close_to_float64(edit, head_dim: int) -> None:
 @pytest.mark.parametrize("processors", [2, 40])
 @pytest.mark.parametrize("options", [{}, {"sinks": True}, {"window": 200}], ids=["plain", "sinks", "window"])
 def test_any_number_of_splits_gives_the_same_answer(monkeypatch, processors: int, options: dict) -> None:
-    monkeypatch.setattr(triton_backend, "processors", lambda device: processors)
+    monkeypatch.setattr(triton_backend, "chip_of", lambda device: Chip("interpreter", processors))
     case = make_case("triton", lens=(9, 803), kv_heads=1, group=2, head_dim=32, **options)
     out = int8_paged_decode_attention(*case.arguments, **case.options).double().numpy()
     want = dense_attention(case)
@@ -95,7 +96,7 @@ def test_any_number_of_splits_gives_the_same_answer(monkeypatch, processors: int
 
 def test_a_split_without_tokens_adds_nothing(monkeypatch) -> None:
     """A table reserved for a long context, a short context: most splits are empty."""
-    monkeypatch.setattr(triton_backend, "processors", lambda device: 9)
+    monkeypatch.setattr(triton_backend, "chip_of", lambda device: Chip("interpreter", 9))
     case = make_case("triton", lens=(21,), kv_heads=1, group=1, head_dim=32)
     wide = torch.nn.functional.pad(case.block_table, (0, 200), value=-1)
     q, cache, _, lens, scale = case.arguments
@@ -144,3 +145,13 @@ def test_head_dims_that_no_vector_fits(head_dim: int) -> None:
     want = dense_attention(case)
     out = int8_paged_decode_attention(*case.arguments).double().numpy()
     assert np.linalg.norm(out - want) <= ROW_ERROR * np.linalg.norm(want)
+
+
+@pytest.mark.parametrize("rotation", [None, "hadamard"])
+def test_the_variant_without_int8_products_is_exact(monkeypatch, rotation: str | None) -> None:
+    monkeypatch.setattr(triton_backend, "multiplies_int8", lambda chip: False)
+    case = make_case("triton", lens=(150, 33), kv_heads=1, group=3, head_dim=80, rotation=rotation, edit=outlier_query)
+    want = dense_attention(case)
+    out = int8_paged_decode_attention(*case.arguments).double().numpy()
+    # Two float16 terms carry 21 bits.
+    assert (np.linalg.norm(out - want, axis=-1) <= 2e-5 * np.linalg.norm(want, axis=-1)).all()

@@ -77,6 +77,7 @@ def layer(head_dim: int, v_head_dim: int, block_size: int, rotation: str | None)
         backend="triton",
         tile_order="v_transposed",
         rotation=rotation,
+        key_center=torch.zeros(2, head_dim),
     )
 
 
@@ -87,7 +88,7 @@ VARIANTS: dict[str, tuple[Any, ...]] = {
         96, 80, 32, None, 18, 3, torch.float16,
         dict(
             kv_start=torch.zeros(2, dtype=torch.int32), key_mask=torch.ones(2, 300, dtype=torch.bool), window=99,
-            softcap=30.0, sinks=torch.zeros(18), bias=torch.zeros(2, 18, 3),
+            softcap=30.0, sinks=torch.zeros(18),
         ),
     ),
 }  # fmt: skip
@@ -101,20 +102,21 @@ VARIANTS: dict[str, tuple[Any, ...]] = {
 def test_every_kernel_compiles_ahead_of_time(gpu: str, variant: str) -> None:
     from eval.triton_offline import TARGETS, compiling_for
     from hf_int8_paged.kernels.triton_append import launch_append
-    from hf_int8_paged.kernels.triton_decode import launch_decode
+    from hf_int8_paged.kernels.triton_decode import Chip, launch_decode
 
     head_dim, v_head_dim, block_size, rotation, heads, q_len, dtype, options = VARIANTS[variant]
     cache = layer(head_dim, v_head_dim, block_size, rotation)
     table, lens = torch.zeros(2, 300 // block_size, dtype=torch.int32), torch.zeros(2, dtype=torch.int32)
     new = [torch.empty(2, 2, q_len, dim, dtype=dtype) for dim in (head_dim, v_head_dim)]
     q, out = (torch.empty(2, heads, q_len, dim, dtype=dtype) for dim in (head_dim, v_head_dim))
-    absent: dict[str, Any] = dict.fromkeys(("kv_start", "key_mask", "window", "softcap", "sinks", "bias"))
+    absent: dict[str, Any] = dict.fromkeys(("kv_start", "key_mask", "window", "softcap", "sinks"))
     with compiling_for(TARGETS[gpu]) as compiled:
         launch_append(*new, cache, table, lens)
-        for processors in (1, 100):
+        for integer in (True, False):
             launch_decode(
-                out, q, cache, table, lens, 0.1, key_mask_start=0, num_processors=processors, **{**absent, **options}
-            )
-    assert [name for name, _ in compiled] == ["append_kernel", "decode_kernel", "decode_kernel", "reduce_kernel"]
+                out, q, cache, table, lens, 0.1,
+                key_mask_start=0, chip=Chip(gpu, 100), integer=integer, **{**absent, **options},
+            )  # fmt: skip
+    assert [name for name, _ in compiled] == ["append_kernel"] + 2 * ["decode_kernel", "reduce_kernel"]
     binary = "hsaco" if gpu == "gfx942" else "cubin"
     assert all(kernel.asm[binary] for _, kernel in compiled)

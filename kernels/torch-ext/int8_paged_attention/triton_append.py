@@ -1,4 +1,4 @@
-"""Append in Triton: quantize new keys and values and write them into their slots, in one launch."""
+"""Append in Triton: condition and quantize new keys and values and write them into their slots, in one launch."""
 
 from __future__ import annotations
 
@@ -6,8 +6,9 @@ import torch
 import triton
 import triton.language as tl
 
+from .conditioning import hadamard_block
 from .storage import KvCacheQuant
-from .triton_primitives import quantize_rows
+from .triton_primitives import hadamard, quantize_rows
 
 
 @triton.jit
@@ -18,19 +19,16 @@ def append_kernel(
     v_scales_ptr,
     k_new_ptr,  # [batch, kv_heads, new_tokens, HEAD_DIM]
     v_new_ptr,  # [batch, kv_heads, new_tokens, V_DIM]
+    key_center_ptr,  # [kv_heads, HEAD_DIM] or None
     block_table_ptr,  # [batch, table_width]
     context_lens_before_ptr,  # [batch]
     new_tokens,
     num_blocks,
     table_width,
     k_head_stride,
-    k_block_stride,
     v_head_stride,
-    v_block_stride,
     k_scale_head_stride,
-    k_scale_block_stride,
     v_scale_head_stride,
-    v_scale_block_stride,
     k_new_batch_stride,
     k_new_head_stride,
     k_new_token_stride,
@@ -44,6 +42,8 @@ def append_kernel(
     V_DIM: tl.constexpr,
     K_DIMS: tl.constexpr,  # HEAD_DIM, rounded up to a power of two
     V_DIMS: tl.constexpr,
+    K_ROTATED: tl.constexpr,  # size of the Hadamard blocks, 1 without rotation
+    V_ROTATED: tl.constexpr,
     BLOCK_SIZE: tl.constexpr,
     TOKENS: tl.constexpr,
 ):
@@ -66,10 +66,15 @@ def append_kernel(
     rows = tl.load(
         new_ptr + tokens[:, None] * k_new_token_stride + dims[None, :] * k_new_dim_stride, mask=mask, other=0.0
     )
-    quantized, scales = quantize_rows(rows.to(tl.float32))
-    tiles_ptr = k_ptr + head * k_head_stride + (blocks * k_block_stride + slots * HEAD_DIM)[:, None]
+    rows = rows.to(tl.float32)
+    if key_center_ptr is not None:
+        rows -= tl.load(key_center_ptr + head * HEAD_DIM + dims, mask=dims < HEAD_DIM, other=0.0)[None, :]
+    if K_ROTATED > 1:
+        rows = hadamard(rows, TOKENS, K_DIMS, K_ROTATED)
+    quantized, scales = quantize_rows(rows)
+    tiles_ptr = k_ptr + head * k_head_stride + (blocks * BLOCK_SIZE + slots)[:, None] * HEAD_DIM
     tl.store(tiles_ptr + dims[None, :], quantized.to(tl.int8), mask=mask)
-    tl.store(k_scales_ptr + head * k_scale_head_stride + blocks * k_scale_block_stride + slots, scales, mask=kept)
+    tl.store(k_scales_ptr + head * k_scale_head_stride + blocks * BLOCK_SIZE + slots, scales, mask=kept)
 
     dims = tl.arange(0, V_DIMS)
     mask = kept[:, None] & (dims < V_DIM)[None, :]
@@ -77,10 +82,13 @@ def append_kernel(
     rows = tl.load(
         new_ptr + tokens[:, None] * v_new_token_stride + dims[None, :] * v_new_dim_stride, mask=mask, other=0.0
     )
-    quantized, scales = quantize_rows(rows.to(tl.float32))
-    tiles_ptr = v_ptr + head * v_head_stride + (blocks * v_block_stride + slots)[:, None]
+    rows = rows.to(tl.float32)
+    if V_ROTATED > 1:
+        rows = hadamard(rows, TOKENS, V_DIMS, V_ROTATED)
+    quantized, scales = quantize_rows(rows)
+    tiles_ptr = v_ptr + head * v_head_stride + (blocks * (BLOCK_SIZE * V_DIM) + slots)[:, None]
     tl.store(tiles_ptr + dims[None, :] * BLOCK_SIZE, quantized.to(tl.int8), mask=mask)
-    tl.store(v_scales_ptr + head * v_scale_head_stride + blocks * v_scale_block_stride + slots, scales, mask=kept)
+    tl.store(v_scales_ptr + head * v_scale_head_stride + blocks * BLOCK_SIZE + slots, scales, mask=kept)
 
 
 def launch_append(
@@ -90,7 +98,7 @@ def launch_append(
     block_table: torch.Tensor,
     context_lens_before: torch.Tensor,
 ) -> None:
-    """Store rows that have been conditioned (`conditioning.condition_keys`), any strides."""
+    """`reference.append` on a GPU, one launch."""
     batch, heads, new_tokens, _ = k_new.shape
     rows = 16 if new_tokens > 1 else 1
     append_kernel[(-(-new_tokens // rows), heads, batch)](
@@ -100,15 +108,16 @@ def launch_append(
         cache.v_scales,
         k_new,
         v_new,
+        cache.key_center,
         block_table,
         context_lens_before,
         new_tokens,
         cache.num_blocks,
         block_table.shape[1],
-        *cache.k.stride()[:2],
-        *cache.v.stride()[:2],
-        *cache.k_scales.stride()[:2],
-        *cache.v_scales.stride()[:2],
+        cache.k.stride(0),
+        cache.v.stride(0),
+        cache.k_scales.stride(0),
+        cache.v_scales.stride(0),
         *k_new.stride(),
         *v_new.stride(),
         block_table.stride(0),
@@ -116,6 +125,8 @@ def launch_append(
         V_DIM=cache.v_head_dim,
         K_DIMS=triton.next_power_of_2(cache.head_dim),
         V_DIMS=triton.next_power_of_2(cache.v_head_dim),
+        K_ROTATED=hadamard_block(cache.head_dim) if cache.rotation else 1,
+        V_ROTATED=hadamard_block(cache.v_head_dim) if cache.rotation else 1,
         BLOCK_SIZE=cache.block_size,
         TOKENS=rows,
         num_warps=4 if rows > 1 else 1,

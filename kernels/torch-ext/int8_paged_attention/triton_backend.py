@@ -11,11 +11,10 @@ import functools
 import torch
 import triton
 
-from .conditioning import condition_keys, condition_query, condition_values, restore_output
 from .reference import copy, empty, gather
 from .storage import KvCacheQuant
 from .triton_append import launch_append
-from .triton_decode import launch_decode
+from .triton_decode import Chip, launch_decode
 
 __all__ = ["NAME", "TILE_ORDER", "append", "copy", "decode", "empty", "gather", "unavailable"]
 
@@ -37,12 +36,19 @@ def unavailable(device: torch.device, block_size: int, head_dim: int, v_head_dim
 
 
 @functools.cache
-def processors(device: torch.device) -> int:
-    """Multiprocessors of a device; the interpreter has one."""
+def chip_of(device: torch.device) -> Chip:
+    """The chip behind a device; the interpreter has one multiprocessor."""
     if INTERPRETED:
-        return 1
-    module = torch.get_device_module(device)
-    return module.get_device_properties(device).multi_processor_count
+        return Chip("interpreter", 1)
+    properties = torch.get_device_module(device).get_device_properties(device)
+    target = triton.runtime.driver.active.get_current_target()
+    name = f"sm_{target.arch}" if target.backend == "cuda" else str(target.arch)
+    return Chip(name, getattr(properties, "multi_processor_count", None) or properties.gpu_subslice_count)
+
+
+def multiplies_int8(chip: Chip) -> bool:
+    """Whether the matrix unit takes int8 as this backend wants it: on NVIDIA from Ampere on."""
+    return not (chip.name.startswith("sm_") and int(chip.name[3:]) < 80)
 
 
 def append(
@@ -54,9 +60,6 @@ def append(
 ) -> None:
     if not k_new.numel() or not block_table.shape[1]:
         return
-    if cache.rotation or cache.key_center is not None:
-        k_new = condition_keys(k_new.to(torch.float32), cache)
-        v_new = condition_values(v_new.to(torch.float32), cache)
     launch_append(k_new, v_new, cache, block_table, context_lens_before)
 
 
@@ -79,19 +82,12 @@ def decode(
     if not cache.num_blocks or not block_table.shape[1]:
         out.zero_()
         return
-    bias = None
-    if cache.key_center is not None and (softcap is not None or sinks is not None):
-        # Elsewhere the keys' centre moves all scores of a row alike, and softmax does not see it.
-        heads = q.to(torch.float32).reshape(q.shape[0], cache.num_kv_heads, -1, *q.shape[2:])
-        bias = (scale * (heads @ cache.key_center[:, None, :, None])).reshape(q.shape[:3])
-    weighted = out
-    if cache.rotation:
-        q = condition_query(q.to(torch.float32), cache)
-    if cache.rotation or (INTERPRETED and out.dtype == torch.bfloat16):  # the interpreter truncates to bfloat16
-        weighted = torch.empty(out.shape, dtype=torch.float32, device=out.device)
+    chip = chip_of(out.device)
+    # The interpreter truncates to bfloat16 where a GPU rounds.
+    exact = torch.empty_like(out, dtype=torch.float32) if INTERPRETED and out.dtype == torch.bfloat16 else out
     launch_decode(
-        weighted, q, cache, block_table, context_lens, scale, kv_start, key_mask, key_mask_start, window, softcap,
-        sinks, bias, processors(out.device),
+        exact, q, cache, block_table, context_lens, scale, kv_start, key_mask, key_mask_start, window, softcap, sinks,
+        chip=chip, integer=multiplies_int8(chip),
     )  # fmt: skip
-    if weighted is not out:
-        out.copy_(restore_output(weighted, cache))
+    if exact is not out:
+        out.copy_(exact)

@@ -36,10 +36,31 @@ def quantize_rows(x):
 
 
 @triton.jit
+def butterflies(x, ROWS: tl.constexpr, DIMS: tl.constexpr, DISTANCE: tl.constexpr):
+    """``(a + b, a - b)`` of all elements a, b of a row that lie DISTANCE apart."""
+    pairs = tl.permute(tl.reshape(x, (ROWS, DIMS // (2 * DISTANCE), 2, DISTANCE)), (0, 1, 3, 2))
+    a, b = tl.split(pairs)
+    return tl.reshape(tl.permute(tl.join(a + b, a - b), (0, 1, 3, 2)), (ROWS, DIMS))
+
+
+@triton.jit
+def hadamard(x, ROWS: tl.constexpr, DIMS: tl.constexpr, BLOCK: tl.constexpr):
+    """Rows of ``x``, float32 ``[ROWS, DIMS]``, times the orthonormal Hadamard matrix with blocks of BLOCK, up to 256.
+
+    The operations of `conditioning.hadamard` in their order, so the bits are the same.
+    """
+    for step in tl.static_range(8):
+        if (1 << step) < BLOCK:
+            x = butterflies(x, ROWS, DIMS, 1 << step)
+    return x * (BLOCK**-0.5)
+
+
+@triton.jit
 def block_ids(table_row_ptr, logical, covered, num_blocks):
-    """Physical blocks of logical ones, and which of them exist: a hole's id is no block's."""
+    """Physical blocks of logical ones, int64, and which of them exist. A hole's id is no block's and reads as 0."""
     ids = tl.load(table_row_ptr + logical, mask=covered, other=-1)
-    return ids, (ids >= 0) & (ids < num_blocks)
+    there = (ids >= 0) & (ids < num_blocks)
+    return tl.where(there, ids, 0).to(tl.uint32).to(tl.int64), there
 
 
 @triton.jit
