@@ -26,7 +26,7 @@ import torch
 from _common import positive, provenance, write_json
 from torch.nn.functional import scaled_dot_product_attention
 
-from hf_int8_paged.kernels import alloc_paged_int8_layer, int8_paged_decode_attention
+from hf_int8_paged.kernels import alloc_paged_int8_layer, cpu, int8_paged_decode_attention
 
 BLOCK_SIZE = 16
 LLC_MULTIPLE = 4
@@ -234,10 +234,8 @@ def main() -> None:
         results.append(run_case(case, args.rounds, LLC_MULTIPLE * cache_bytes))
         print(report(results[-1]), flush=True)
     made = provenance(torch.device("cpu"))
-    from hf_int8_paged.kernels import cpu
-
     made["machine"]["last_level_cache_bytes"] = cache_bytes
-    made["machine"]["instruction_set"] = os.environ.get("HF_INT8_PAGED_CPU_ISA") or cpu.isas()[0]
+    made["machine"]["instruction_set"] = cpu.selected_isa()
     if args.json:
         write_json(args.json, {**made, "rounds": args.rounds, "results": results})
     if args.picture:

@@ -6,6 +6,7 @@ ones have checked, except what the C code checks for nothing: lengths, and the b
 
 from __future__ import annotations
 
+import functools
 import struct
 import warnings
 import weakref
@@ -18,7 +19,20 @@ from .checks import MAX_HEAD_DIM, check_block_ids, check_lengths
 from .cpu_memory import empty
 from .storage import KvCacheQuant
 
-__all__ = ["NAME", "TILE_ORDER", "append", "copy", "decode", "empty", "gather", "hadamard", "unavailable"]
+__all__ = [
+    "NAME",
+    "TILE_ORDER",
+    "append",
+    "copy",
+    "decode",
+    "empty",
+    "gather",
+    "hadamard",
+    "isas",
+    "select_isa",
+    "selected_isa",
+    "unavailable",
+]
 
 NAME = "cpu"
 TILE_ORDER = "dot4"
@@ -41,7 +55,7 @@ def unavailable(device: torch.device, block_size: int, head_dim: int, v_head_dim
     if device.type != "cpu":
         return f"its kernels run on 'cpu', not on {device.type!r}"
     if _LIBRARY.missing is not None:
-        warnings.warn(f"int8 paged attention runs on slow reference code: {_LIBRARY.missing}", stacklevel=3)
+        _warn_once(_LIBRARY.missing)
         return _LIBRARY.missing
     if block_size % 16:
         return f"block_size must be a multiple of 16, got {block_size}"
@@ -49,6 +63,11 @@ def unavailable(device: torch.device, block_size: int, head_dim: int, v_head_dim
         if dim % 4 or not 4 <= dim <= MAX_HEAD_DIM:
             return f"{name} must be a multiple of 4 up to {MAX_HEAD_DIM}, got {dim}"
     return None
+
+
+@functools.cache
+def _warn_once(missing: str) -> None:
+    warnings.warn(f"int8 paged attention on the CPU runs on slow reference code: {missing}", stacklevel=3)
 
 
 def append(
@@ -158,6 +177,11 @@ def hadamard(x: torch.Tensor) -> torch.Tensor:
 def isas() -> list[str]:
     """Instruction sets that this processor has and the library serves, the fastest first."""
     return _LIBRARY.isas()
+
+
+def selected_isa() -> str:
+    """The instruction set in use."""
+    return _LIBRARY.isa
 
 
 def select_isa(name: str | None) -> None:

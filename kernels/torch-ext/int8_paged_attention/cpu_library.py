@@ -13,6 +13,8 @@ import torch
 #: Set it to an instruction set's name to use that one and no other.
 ISA_VARIABLE = "HF_INT8_PAGED_CPU_ISA"
 ISA_NAMES = ("avx512vnni", "avxvnni", "avx2", "neon", "portable")
+#: Set it to the path of another build of the library, one with sanitizers for instance.
+LIBRARY_VARIABLE = "HF_INT8_PAGED_CPU_LIBRARY"
 PATH = Path(__file__).with_name("_int8_paged_cpu.so")
 REMEDY = "install GCC or Clang and reinstall hf-int8-paged"
 
@@ -59,18 +61,20 @@ class Library:
     def select_isa(self, name: str | None) -> None:
         """Use one instruction set, None the fastest. ``ValueError`` if the processor lacks it."""
         have = self.isas()
-        if not self._select_isa((have[0] if name is None else name).encode()):
-            what = "this processor lacks" if name in ISA_NAMES else "there is no"
-            raise ValueError(f"{what} instruction set {name!r} ({ISA_VARIABLE}); available: {', '.join(have)}")
+        wanted = have[0] if name is None else name
+        if not self._select_isa(wanted.encode()):
+            what = "this processor lacks" if wanted in ISA_NAMES else "there is no"
+            raise ValueError(f"{what} instruction set {wanted!r} ({ISA_VARIABLE}); available: {', '.join(have)}")
+        self.isa = wanted
 
 
 def load() -> Library:
-    """The library beside this file.
+    """The library beside this file, or the one that ``HF_INT8_PAGED_CPU_LIBRARY`` names.
 
     Raises:
         ValueError: ``HF_INT8_PAGED_CPU_ISA`` names an instruction set that the processor lacks.
     """
-    return Library(PATH)
+    return Library(Path(os.environ.get(LIBRARY_VARIABLE) or PATH))
 
 
 def _torch_threads() -> tuple[int | None, int | None]:

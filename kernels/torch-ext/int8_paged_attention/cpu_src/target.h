@@ -1,6 +1,4 @@
 /* Compile what follows for ISA_FEATURES, whatever the command line says. */
-#include "cpuid_x86.h"
-
 #include <math.h>
 #include <stdatomic.h>
 #include <stdint.h>

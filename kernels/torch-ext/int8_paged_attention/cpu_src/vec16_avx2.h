@@ -52,9 +52,9 @@ INLINE vf vf_load_half(const uint16_t *p)
 INLINE void vf_store_half(uint16_t *p, vf a)
 {
     const Halves x = {a};
-    const int nearest = _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC;
-    _mm_storeu_si128((__m128i *)p, _mm256_cvtps_ph(x.half[0], nearest));
-    _mm_storeu_si128((__m128i *)(p + 8), _mm256_cvtps_ph(x.half[1], nearest));
+    enum { NEAREST = _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC };
+    _mm_storeu_si128((__m128i *)p, _mm256_cvtps_ph(x.half[0], NEAREST));
+    _mm_storeu_si128((__m128i *)(p + 8), _mm256_cvtps_ph(x.half[1], NEAREST));
 }
 
 enum { LANES = 8 };

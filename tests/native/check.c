@@ -1,0 +1,169 @@
+/* Checks every instruction set of this processor without Python: append and gather against the portable one, bit by
+ * bit; decode against attention in double precision over the gathered rows. Unused slots are poisoned.
+ * For processors that can only be emulated here; the Python tests say more, and test the portable one. */
+#include "int8_paged.h"
+
+#include <math.h>
+#include <stdio.h>
+#include <stdlib.h>
+#include <string.h>
+
+void int8_paged_set_threads(void *, void *);
+const char *int8_paged_isa(int64_t);
+int64_t int8_paged_select_isa(const char *);
+int64_t int8_paged_append(const Layer *, const AppendCall *);
+int64_t int8_paged_decode(const Layer *, const DecodeCall *);
+int64_t int8_paged_gather(const Layer *, const GatherCall *);
+
+typedef struct {
+    int64_t heads, group, head_dim, v_head_dim, block_size, q_len, length, window;
+    double softcap;
+    int rotate, center, mask, sinks, start;
+} Shape;
+
+static const Shape shapes[] = {
+    {1, 1, 64, 64, 16, 1, 1, 0, 0, 0, 0, 0, 0, 0},      {3, 3, 64, 64, 16, 1, 70, 0, 0, 1, 0, 0, 0, 0},
+    {2, 4, 128, 128, 16, 1, 333, 0, 0, 1, 1, 0, 0, 0},  {1, 8, 96, 40, 32, 1, 200, 0, 0, 0, 0, 0, 0, 0},
+    {2, 2, 80, 96, 48, 3, 131, 50, 0, 1, 0, 1, 0, 0},   {1, 7, 256, 36, 16, 2, 90, 0, 5, 0, 1, 0, 1, 9},
+    {1, 16, 32, 32, 16, 16, 51, 0, 0, 1, 0, 0, 0, 0},   {2, 1, 64, 64, 16, 1, 3001, 0, 0, 1, 0, 0, 0, 0},
+    {1, 5, 64, 128, 64, 2, 1500, 1, 0, 0, 0, 0, 1, 0},  {2, 3, 36, 4, 16, 1, 100, 33, 2, 1, 1, 1, 1, 20},
+};
+
+static uint64_t state = 88172645463325252u;
+static double uniform(void)
+{
+    state ^= state << 13, state ^= state >> 7, state ^= state << 17;
+    return (double)(state >> 11) / 9007199254740992.0;
+}
+static float normal(void) { return (float)(sqrt(-2 * log(1 - uniform())) * cos(6.283185307179586 * uniform())); }
+static float *normals(int64_t n)
+{
+    float *x = malloc((size_t)n * sizeof *x);
+    for (int64_t i = 0; i < n; i++) x[i] = normal();
+    return x;
+}
+
+/* Three threads, one after the other: the context is split, and the parts are joined. */
+static int32_t serial_for(int64_t begin, int64_t end, int64_t grain, void (*run)(int64_t, int64_t, void *), void *context)
+{
+    (void)grain;
+    for (int64_t i = begin; i < end; i++) run(i, i + 1, context);
+    return 0;
+}
+static int32_t three(uint32_t *count) { return *count = 3, 0; }
+
+static Layer make_layer(const Shape *s, int64_t blocks, const float *center)
+{
+    const int64_t slots = s->heads * blocks * s->block_size;
+    Layer layer = {malloc((size_t)(slots * s->head_dim)), malloc((size_t)(slots * s->v_head_dim)), malloc((size_t)slots * 2),
+                   malloc((size_t)slots * 2), s->center ? center : NULL, s->heads, blocks, s->block_size, s->head_dim,
+                   s->v_head_dim, s->rotate};
+    memset(layer.k, 127, (size_t)(slots * s->head_dim));
+    memset(layer.v, 127, (size_t)(slots * s->v_head_dim));
+    for (int64_t i = 0; i < slots; i++) layer.k_scales[i] = layer.v_scales[i] = 0x7e00;
+    return layer;
+}
+
+static int same_bits(const Layer *a, const Layer *b)
+{
+    const size_t slots = (size_t)(a->num_kv_heads * a->num_blocks * a->block_size);
+    return !memcmp(a->k, b->k, slots * (size_t)a->head_dim) && !memcmp(a->v, b->v, slots * (size_t)a->v_head_dim) &&
+           !memcmp(a->k_scales, b->k_scales, slots * 2) && !memcmp(a->v_scales, b->v_scales, slots * 2);
+}
+
+/* Largest error of `out`, in units of the largest |v|. */
+static double error_of(const Shape *s, const DecodeCall *call, const float *k, const float *v, const float *q, const float *out)
+{
+    double worst = 0, *scores = malloc((size_t)s->length * sizeof *scores);
+    float largest = 0;
+    for (int64_t i = 0; i < s->heads * s->length * s->v_head_dim; i++) largest = fmaxf(largest, fabsf(v[i]));
+    for (int64_t row = 0; row < s->heads * s->group * s->q_len; row++) {
+        const int64_t h = row / s->q_len, head = h / s->group, p = s->length - s->q_len + row % s->q_len;
+        const double sink = s->sinks ? call->sinks[h] : -INFINITY;
+        double highest = sink, total = 0;
+        for (int64_t j = 0; j < s->length; j++) {
+            const int seen = j <= p && j >= s->start && (!s->window || j > p - s->window) && (!s->mask || call->key_mask[j]);
+            double dot = 0;
+            for (int64_t d = 0; d < s->head_dim; d++)
+                dot += (double)q[row * s->head_dim + d] * k[(head * s->length + j) * s->head_dim + d];
+            dot *= call->scale;
+            if (s->softcap) dot = s->softcap * tanh(dot / s->softcap);
+            scores[j] = seen ? dot : -INFINITY;
+            highest = fmax(highest, scores[j]);
+        }
+        if (highest == -INFINITY) highest = 0;
+        for (int64_t j = 0; j < s->length; j++) total += scores[j] = exp(scores[j] - highest);
+        total += exp(sink - highest);
+        for (int64_t d = 0; d < s->v_head_dim; d++) {
+            double sum = 0;
+            for (int64_t j = 0; j < s->length; j++) sum += scores[j] * v[(head * s->length + j) * s->v_head_dim + d];
+            const double error = fabs(out[row * s->v_head_dim + d] - (total > 0 ? sum / total : 0)) / largest;
+            if (!(error <= worst)) worst = error; /* NaN too */
+        }
+    }
+    free(scores);
+    return worst;
+}
+
+static int check(const Shape *s, const char *isa)
+{
+    const int64_t used = ceil_div(s->length, s->block_size), blocks = used + 2;
+    int32_t *ids = malloc((size_t)used * sizeof *ids), zero = 0, length = (int32_t)s->length, start = s->start;
+    for (int64_t i = 0; i < used; i++) ids[i] = (int32_t)((i * 7 + 3) % blocks); /* distinct unless 7 divides blocks */
+    if (blocks % 7 == 0)
+        for (int64_t i = 0; i < used; i++) ids[i] = (int32_t)(blocks - 1 - i);
+    float *center = normals(s->heads * s->head_dim), *sinks = normals(s->heads * s->group);
+    float *k = normals(s->heads * s->length * s->head_dim), *v = normals(s->heads * s->length * s->v_head_dim);
+    float *q = normals(s->heads * s->group * s->q_len * s->head_dim);
+    float *out = normals(s->heads * s->group * s->q_len * s->v_head_dim);
+    float *k_dense = normals(s->heads * s->length * s->head_dim), *v_dense = normals(s->heads * s->length * s->v_head_dim);
+    uint8_t *mask = malloc((size_t)s->length);
+    for (int64_t j = 0; j < s->length; j++) mask[j] = uniform() < 0.7;
+    const Table before = {ids, used, used, &zero}, after = {ids, used, used, &length};
+    const AppendCall append = {k, v,
+                               {0, s->length * s->head_dim, s->head_dim},
+                               {0, s->length * s->v_head_dim, s->v_head_dim},
+                               DTYPE_FLOAT32, 1, s->length, before};
+    const GatherCall gather = {k_dense, v_dense, DTYPE_FLOAT32, 1, 0, s->length, after};
+    const DecodeCall decode = {out, q,
+                               {0, s->q_len * s->v_head_dim, s->v_head_dim},
+                               {0, s->q_len * s->head_dim, s->head_dim},
+                               DTYPE_FLOAT32, 1, s->heads * s->group, s->q_len, after, 1 / sqrt((double)s->head_dim),
+                               s->start ? &start : NULL, s->mask ? mask : NULL, s->length, s->length, 0, s->window,
+                               s->softcap, s->sinks ? sinks : NULL};
+    Layer layer = make_layer(s, blocks, center), portable = make_layer(s, blocks, center);
+    int failed = 0;
+    int8_paged_select_isa("portable");
+    failed |= int8_paged_append(&portable, &append) != OK;
+    failed |= int8_paged_gather(&portable, &gather) != OK;
+    int8_paged_select_isa(isa);
+    failed |= int8_paged_append(&layer, &append) != OK || !same_bits(&layer, &portable);
+    failed |= int8_paged_decode(&layer, &decode) != OK;
+    const double error = error_of(s, &decode, k_dense, v_dense, q, out);
+    failed |= !(error <= 1e-4);
+    printf("%-10s heads %ld group %ld dims %ld/%ld block %ld q_len %ld length %-4ld error %.1e %s\n", isa, (long)s->heads,
+           (long)s->group, (long)s->head_dim, (long)s->v_head_dim, (long)s->block_size, (long)s->q_len, (long)s->length,
+           error, failed ? "FAILED" : "ok");
+    void *all[] = {ids, center, sinks, k, v, q, out, k_dense, v_dense, mask, layer.k, layer.v, layer.k_scales,
+                   layer.v_scales, portable.k, portable.v, portable.k_scales, portable.v_scales};
+    for (size_t i = 0; i < sizeof all / sizeof *all; i++) free(all[i]);
+    return failed;
+}
+
+/* Arguments: instruction sets that must be here. */
+int main(int count, char **names)
+{
+    int failed = 0;
+    void *address[2];
+    int32_t (*run)(int64_t, int64_t, int64_t, void (*)(int64_t, int64_t, void *), void *) = serial_for;
+    int32_t (*threads)(uint32_t *) = three;
+    memcpy(&address[0], &run, sizeof run);
+    memcpy(&address[1], &threads, sizeof threads);
+    int8_paged_set_threads(address[0], address[1]);
+    for (int i = 1; i < count; i++)
+        if (!int8_paged_select_isa(names[i])) failed = 1, printf("%s is not here\n", names[i]);
+    const char *isa;
+    for (int64_t i = 0; (isa = int8_paged_isa(i)); i++)
+        for (size_t s = 0; s < sizeof shapes / sizeof *shapes; s++) failed |= check(&shapes[s], isa);
+    return failed;
+}

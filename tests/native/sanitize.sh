@@ -1,0 +1,22 @@
+#!/bin/bash
+# The kernel tests on a build of the C files with AddressSanitizer and UndefinedBehaviorSanitizer:
+#   tests/native/sanitize.sh PYTHON [pytest arguments]
+# Torch's allocations are ASan's too, so a read or write past the end of a pool, table or mask is seen.
+set -euo pipefail
+cd "$(dirname "$0")/../.."
+python=$1
+shift
+build=$(mktemp -d)
+trap 'rm -rf "$build"' EXIT
+flags=$($python -c 'import re, pathlib; print(*re.findall(r"\"(-[^O\"]\S*)\"", pathlib.Path("setup.py").read_text()))')
+# -O1: the sanitizers then see every access that the source makes.
+${CC:-gcc} -O1 -g $flags -fPIC -shared -fsanitize=address,undefined -fno-sanitize-recover=all \
+    kernels/torch-ext/int8_paged_attention/cpu_src/*.c -lm -o "$build/sanitized.so"
+runtime=$(${CC:-gcc} -print-file-name=libasan.so):$(${CC:-gcc} -print-file-name=libubsan.so)
+for isa in $($python -c 'from hf_int8_paged.kernels import cpu; print(*cpu.isas())'); do
+    echo "== $isa"
+    LD_PRELOAD=$runtime ASAN_OPTIONS=detect_leaks=0 HF_INT8_PAGED_CPU_LIBRARY=$build/sanitized.so \
+        HF_INT8_PAGED_CPU_ISA=$isa OMP_NUM_THREADS=2 $python -m pytest -q -p no:cacheprovider \
+        tests/kernels/test_append.py tests/kernels/test_decode.py tests/kernels/test_gather_copy.py \
+        -k "cpu and not million and not reference" "$@"
+done
