@@ -78,7 +78,7 @@ class Contestant:
         self.times.append(time.perf_counter() - start)
 
     def summary(self) -> dict[str, float]:
-        tenths = statistics.quantiles(self.times, n=10)
+        tenths = statistics.quantiles(self.times, n=10, method="inclusive")
         median = statistics.median(self.times)
         return {
             "median_ms": median * 1e3,
