@@ -17,7 +17,7 @@ from transformers.cache_utils import (
 )
 
 from .hybrid import PagedInt8HybridLayer
-from .kernels import resolve_backend, why_unavailable
+from .kernels import ROTATIONS, resolve_backend, why_unavailable
 from .layers import PagedInt8Layer
 from .pool import PagedInt8Pool
 from .sequences import Sequences
@@ -41,8 +41,13 @@ class PagedInt8Cache(Cache):
         max_cache_len: most tokens per sequence, or ``None`` for no limit. Beyond it `CacheFullError` is raised,
             and the cache stays valid at its old length.
         max_tokens: most tokens of all sequences together, rounded down to blocks, or ``None``.
+        rotation: ``"hadamard"`` rotates keys and values before quantization, which spreads outliers over the row;
+            ``None`` does not. Exact: queries and outputs are rotated too.
+        center_keys: subtract the mean of the first prompt's keys from all keys before quantization. Exact: it lowers
+            all scores of a query alike. A first prompt of fewer than 16 tokens leaves the keys as they are. The mean
+            is that of the whole batch, so how a sequence's keys are rounded depends on its batch mates.
         pool: take blocks from this pool, which other caches of the same model may use too. ``block_size``,
-            ``backend`` and ``max_tokens`` are then the pool's.
+            ``backend``, ``max_tokens``, ``rotation`` and ``center_keys`` are then the pool's.
         device: where the model will run. A backend that cannot serve it is refused now; without ``device``, one that
             can serve no device of this machine.
         offloading: must be False. Models that make a cross-attention cache of the same class pass it.
@@ -77,6 +82,8 @@ class PagedInt8Cache(Cache):
         max_batch_size: int | None = None,
         max_cache_len: int | None = None,
         max_tokens: int | None = None,
+        rotation: str | None = "hadamard",
+        center_keys: bool = True,
         pool: PagedInt8Pool | None = None,
         device: torch.device | str | None = None,
         offloading: bool = False,
@@ -89,10 +96,16 @@ class PagedInt8Cache(Cache):
         for name, limit in limits.items():
             if limit is not None and limit < 1:
                 raise ValueError(f"{name} must be at least 1, got {limit}")
-        if pool is not None and (block_size, backend, max_tokens) != (16, None, None):
-            raise ValueError("block_size, backend and max_tokens belong to the pool; give them to PagedInt8Pool")
+        own = (block_size, backend, max_tokens, rotation, center_keys)
+        if pool is not None and own != (16, None, None, "hadamard", True):
+            raise ValueError(
+                "block_size, backend, max_tokens, rotation and center_keys belong to the pool; "
+                "give them to PagedInt8Pool"
+            )
+        if rotation is not None and rotation not in ROTATIONS:
+            raise ValueError(f"unknown rotation {rotation!r}; choose one of {', '.join(ROTATIONS)}, or None")
         _check_backend(backend if pool is None else pool.backend, device, block_size)
-        self.pool = PagedInt8Pool(block_size, backend, max_tokens) if pool is None else pool
+        self.pool = PagedInt8Pool(*own) if pool is None else pool
         self._sequences = Sequences(self.pool, max_cache_len)
         text_config = config.get_text_config(decoder=True)
         if max_batch_size is None:
@@ -100,7 +113,8 @@ class PagedInt8Cache(Cache):
         elif max_cache_len is None or pool is not None:
             raise ValueError("max_batch_size goes with max_cache_len, and without a pool: it preallocates everything")
         else:
-            layers = _static_layers_for(text_config, max_batch_size, max_cache_len, block_size, backend)
+            sizes = (max_batch_size, max_cache_len)
+            layers = _static_layers_for(text_config, *sizes, block_size, backend, rotation, center_keys)
         super().__init__(layers=layers)
 
     def update(
@@ -270,15 +284,13 @@ def _layers_for(config: PreTrainedConfig, sequences: Sequences) -> list:
     return layers
 
 
-def _static_layers_for(
-    config: PreTrainedConfig, max_batch_size: int, max_cache_len: int, block_size: int, backend: str | None
-) -> list:
+def _static_layers_for(config: PreTrainedConfig, max_batch_size: int, max_cache_len: int, *options: Any) -> list:
     """One preallocated layer per model layer; transformers' own class where nothing is held per token."""
     layers: list = []
     for index, (layer_type, kwargs) in enumerate(zip(*get_layer_types_and_kwargs(config))):
         if layer_type in ("full_attention", "sliding_attention", "chunked_attention"):
             window = kwargs.get("sliding_window")
-            layers.append(PagedInt8StaticLayer(index, max_batch_size, max_cache_len, window, block_size, backend))
+            layers.append(PagedInt8StaticLayer(index, max_batch_size, max_cache_len, window, *options))
         elif layer_type in STATIC_LAYER_TYPE_MAPPING:
             layers.append(STATIC_LAYER_TYPE_MAPPING[layer_type](max_cache_len=max_cache_len, **kwargs))
         else:

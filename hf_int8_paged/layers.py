@@ -111,6 +111,8 @@ class PagedInt8Layer(CacheLayerMixin):
             sequences.unshare()
         if not self.is_initialized:
             self.lazy_initialization(key_states, value_states)
+        if start == 0 and group.holds_the_pool:
+            sequences.pool.center(self.index, key_states)
         if key_states.requires_grad and torch.is_grad_enabled():
             say_once(
                 logging.WARNING,

@@ -12,6 +12,8 @@ from .kernels import KvCacheQuant, alloc_paged_int8_layer, copy_blocks
 
 #: A pool that has to grow grows by at least this fraction, so that copying stays rare.
 GROWTH = 0.25
+#: Fewer tokens say too little about the mean of a layer's keys.
+MIN_CENTER_TOKENS = 16
 
 
 class CacheFullError(RuntimeError):
@@ -31,12 +33,24 @@ class PagedInt8Pool:
         block_size: tokens per block, a multiple of 16.
         backend: name of the kernel backend, or ``None`` for the best one of each layer's device.
         max_tokens: slots that any group may have at most (a hard limit), or ``None``.
+        rotation: ``"hadamard"`` rotates rows before quantization, ``None`` does not.
+        center_keys: whether the mean of a layer's first prompt is subtracted from its keys before quantization.
     """
 
-    def __init__(self, block_size: int = 16, backend: str | None = None, max_tokens: int | None = None):
+    def __init__(
+        self,
+        block_size: int = 16,
+        backend: str | None = None,
+        max_tokens: int | None = None,
+        rotation: str | None = "hadamard",
+        center_keys: bool = True,
+    ):
         self.block_size = block_size
         self.backend = backend
         self.max_tokens = max_tokens
+        self.rotation = rotation
+        self.center_keys = center_keys
+        self._centered: set[int] = set()
         self.allocators: dict[str, BlockAllocator] = {}
         self._storage: dict[int, KvCacheQuant] = {}
         self._members: dict[str, list[int]] = {}
@@ -80,8 +94,24 @@ class PagedInt8Pool:
             v_head_dim=v_head_dim,
             device=key_states.device,
             backend=self.backend,
+            rotation=self.rotation,
+            center_keys=self.center_keys,
         )
         self._members[group].append(layer)
+
+    def center(self, layer: int, key_states: torch.Tensor) -> None:
+        """Centre a layer's keys on the mean of these, unless they have been centred before or are too few.
+
+        Call only while no block of the layer holds a token: what is stored keeps the centre it was stored with.
+
+        Args:
+            layer: index of the layer.
+            key_states: ``[batch, num_kv_heads, tokens, head_dim]``.
+        """
+        center = self._storage[layer].key_center
+        if center is not None and layer not in self._centered and key_states.shape[2] >= MIN_CENTER_TOKENS:
+            center.copy_(key_states.detach().to(torch.float32).mean(dim=(0, 2)))
+            self._centered.add(layer)
 
     def storage(self, layer: int) -> KvCacheQuant | None:
         """The layer's blocks as they are now; growth replaces the object. None before the layer's first token."""

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 from typing import NamedTuple
 
+import numpy as np
 import torch
 
+from .block_allocator import HOLE
 from .block_table import BlockTable
 from .kernels import MAX_DECODE_ROWS
 from .pool import CacheFullError, PagedInt8Pool
@@ -39,6 +41,12 @@ class Group:
     def first_visible(self, position: int) -> int:
         """First position that a query at ``position`` sees."""
         return 0 if self.window is None else max(position - self.window + 1, 0)
+
+    @property
+    def holds_the_pool(self) -> bool:
+        """Whether all blocks in use are this table's."""
+        held = np.unique(self.table.ids)
+        return self.table.allocator.num_used == len(held) - (HOLE in held)
 
     def changed(self) -> None:
         """Note that lengths or blocks are no longer what they were at the last step."""

@@ -12,7 +12,7 @@ from transformers.cache_utils import CacheLayerMixin
 from . import compiled_ops
 from .kernels import FLOAT_DTYPES, MAX_DECODE_ROWS, KvCacheQuant, alloc_paged_int8_layer, load_backend
 from .once import dense_read
-from .pool import CacheFullError
+from .pool import MIN_CENTER_TOKENS, CacheFullError
 from .views import PagedView, hand_over
 
 
@@ -26,6 +26,8 @@ class PagedInt8StaticLayer(CacheLayerMixin):
         window: sliding window in tokens, or ``None`` for full attention.
         block_size: tokens per block.
         backend: name of the kernel backend, or ``None`` for the best one of the keys' device.
+        rotation: ``"hadamard"`` or ``None``.
+        center_keys: whether the mean of the first prompt is subtracted from the keys.
     """
 
     is_compileable = True
@@ -46,6 +48,8 @@ class PagedInt8StaticLayer(CacheLayerMixin):
         window: int | None = None,
         block_size: int = 16,
         backend: str | None = None,
+        rotation: str | None = "hadamard",
+        center_keys: bool = True,
     ):
         self.index = index
         self.max_batch_size = max_batch_size
@@ -53,6 +57,8 @@ class PagedInt8StaticLayer(CacheLayerMixin):
         self.window = window
         self.block_size = block_size
         self.backend = backend
+        self.rotation = rotation
+        self.center_keys = center_keys
         self.is_sliding = window is not None
         self.is_initialized = False
         self.batch_size = -1
@@ -80,6 +86,8 @@ class PagedInt8StaticLayer(CacheLayerMixin):
             v_head_dim=value_states.shape[3],
             device=device,
             backend=self.backend,
+            rotation=self.rotation,
+            center_keys=self.center_keys,
         )
         # Positions of a window that were never written are masked, not skipped, by other attention implementations.
         self.storage.k_scales.zero_()
@@ -137,6 +145,8 @@ class PagedInt8StaticLayer(CacheLayerMixin):
                 f"holds {start}; shorten the prompt or make a longer cache"
             )
         fresh = start == 0 or new_tokens > MAX_DECODE_ROWS
+        if start == 0 and self.storage.key_center is not None and new_tokens >= MIN_CENTER_TOKENS:
+            self.storage.key_center.copy_(key_states.detach().to(torch.float32).mean(dim=(0, 2)))
         past = self._past(start) if fresh and start else None
         skipped = 0 if self.window is None else max(new_tokens - self.window, 0)
         keys, values = key_states[:, :, skipped:], value_states[:, :, skipped:]

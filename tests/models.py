@@ -19,7 +19,9 @@ from transformers import (
 from transformers.cache_utils import Cache, DynamicLayer, get_layer_types_and_kwargs
 
 from hf_int8_paged.kernels import MAX_DECODE_ROWS
+from hf_int8_paged.kernels.conditioning import hadamard
 from hf_int8_paged.kernels.reference import quantize_rows
+from hf_int8_paged.pool import MIN_CENTER_TOKENS
 
 VOCABULARY = 128
 _COMMON = {
@@ -60,17 +62,23 @@ def random_ids(*shape: int, seed: int = 0) -> torch.Tensor:
     return torch.randint(1, VOCABULARY, shape, generator=torch.Generator().manual_seed(seed))
 
 
-def fake_quantize(x: torch.Tensor) -> torch.Tensor:
-    """Rows quantized and dequantized again."""
-    q, scales = quantize_rows(x.float())
-    return (q.float() * scales.float()[..., None]).to(x.dtype)
+def fake_quantize(x: torch.Tensor, rotation: str | None = None, center: torch.Tensor | None = None) -> torch.Tensor:
+    """Rows ``[batch, heads, tokens, dim]`` conditioned, quantized, dequantized and restored."""
+    rows = x.float() if center is None else x.float() - center[:, None]
+    q, scales = quantize_rows(hadamard(rows) if rotation else rows)
+    rows = q.float() * scales.float()[..., None]
+    rows = hadamard(rows) if rotation else rows
+    return (rows if center is None else rows + center[:, None]).to(x.dtype)
 
 
 class FakeQuantizedLayer(DynamicLayer):
     """A dense layer whose stored rows went through int8, seen by attention as the paged cache shows them."""
 
-    def __init__(self, window: int | None = None):
+    def __init__(self, window: int | None = None, rotation: str | None = "hadamard", center_keys: bool = True):
         super().__init__()
+        self.rotation = rotation
+        self.center_keys = center_keys
+        self.center: torch.Tensor | None = None
         self.window = window
         self.is_sliding = window is not None
 
@@ -78,14 +86,19 @@ class FakeQuantizedLayer(DynamicLayer):
         if not self.is_initialized:
             self.lazy_initialization(key_states, value_states)
         past = self.get_seq_length()
+        if not past and self.center_keys and key_states.shape[2] >= MIN_CENTER_TOKENS:
+            self.center = key_states.float().mean(dim=(0, 2))
         seen = []
         for name, new in (("keys", key_states), ("values", value_states)):
             stored = getattr(self, name)
-            setattr(self, name, torch.cat([stored, fake_quantize(new)], dim=-2))
+            setattr(self, name, torch.cat([stored, self.quantized(name, new)], dim=-2))
             fresh = new.shape[2] > (MAX_DECODE_ROWS if past else 1)
             seen.append(torch.cat([stored, new], dim=-2) if fresh else getattr(self, name))
         first = self._first(past)
         return seen[0][:, :, first:], seen[1][:, :, first:]
+
+    def quantized(self, name, new):
+        return fake_quantize(new, self.rotation, self.center if name == "keys" else None)
 
     def _first(self, length: int) -> int:
         return 0 if self.window is None else max(length - self.window + 1, 0)
@@ -98,7 +111,7 @@ class FakeQuantizedLayer(DynamicLayer):
 class FakeQuantizedCache(Cache):
     """The oracle for `PagedInt8Cache`: the same numbers, dense, in a few lines of torch."""
 
-    def __init__(self, config):
+    def __init__(self, config, **conditioning):
         types, kwargs = get_layer_types_and_kwargs(config.get_text_config(decoder=True))
         assert set(types) <= {"full_attention", "sliding_attention"}
-        super().__init__(layers=[FakeQuantizedLayer(k.get("sliding_window")) for k in kwargs])
+        super().__init__(layers=[FakeQuantizedLayer(k.get("sliding_window"), **conditioning) for k in kwargs])

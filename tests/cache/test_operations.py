@@ -11,6 +11,8 @@ from transformers import Cache
 from hf_int8_paged import PagedInt8Cache, PagedInt8Pool
 from tests.models import TINY, FakeQuantizedCache, fake_quantize, random_ids, tiny_model
 
+#: Rows stored as they come: what a sequence stores then depends on nothing but itself.
+PLAIN = {"rotation": None, "center_keys": False}
 GREEDY = {"do_sample": False, "pad_token_id": 0, "max_new_tokens": 30}
 
 
@@ -47,7 +49,7 @@ def append(cache: PagedInt8Cache, twin: DenseTwin, batch: int, tokens: int, seed
 
 @pytest.mark.parametrize("tokens", [3, 16, 21, 64], ids=lambda n: f"{n}_tokens")
 def test_table_operations_amount_to_tensor_operations(tokens):
-    cache, twin = PagedInt8Cache(ready("llama").config), DenseTwin(3)
+    cache, twin = PagedInt8Cache(ready("llama").config, **PLAIN), DenseTwin(3)
     append(cache, twin, 3, tokens, seed=0)
     cache.reorder_cache(torch.tensor([2, 0, 2]))
     twin.keys = twin.keys[[2, 0, 2]]
@@ -103,8 +105,8 @@ def test_decoding_modes_give_the_oracle_s_tokens(name, mode):
 @pytest.mark.parametrize("name", ["llama", "mistral"])
 def test_a_draft_model_assists_with_both_caches_paged(name):
     model, draft, ids = ready(name), ready(name, num_hidden_layers=1), random_ids(1, 40, seed=2)
-    expected = generate(model, ids, PagedInt8Cache(model.config, backend="reference"))
-    cache = PagedInt8Cache(model.config, backend="reference")
+    expected = generate(model, ids, PagedInt8Cache(model.config, backend="reference", **PLAIN))
+    cache = PagedInt8Cache(model.config, backend="reference", **PLAIN)
     assisted = generate(model, ids, cache, assistant_model=draft)
     assert torch.equal(assisted, expected)
 
@@ -129,7 +131,7 @@ def test_equal_prompts_with_different_padding_do_not_share():
     logits = []
     with torch.no_grad():
         for rows in (slice(0, 2), slice(0, 1), slice(1, 2)):
-            cache = PagedInt8Cache(model.config)
+            cache = PagedInt8Cache(model.config, **PLAIN)
             model(ids[rows], attention_mask=mask[rows], position_ids=positions[rows], past_key_values=cache)
             one = {"attention_mask": step["attention_mask"][rows], "position_ids": torch.full((len(ids[rows]), 1), 40)}
             logits.append(model(ids[rows, :1], past_key_values=cache, **one).logits)
@@ -188,10 +190,10 @@ def test_the_prefix_caching_recipe_of_the_transformers_documentation():
 
 
 def test_caches_of_one_pool_do_not_disturb_each_other():
-    model, pool = ready("mistral"), PagedInt8Pool()
+    model, pool = ready("mistral"), PagedInt8Pool(**PLAIN)
     prompts = [random_ids(2, n, seed=n) for n in (33, 60)]
     caches = [PagedInt8Cache(model.config, pool=pool) for _ in prompts]
-    alone = [PagedInt8Cache(model.config) for _ in prompts]
+    alone = [PagedInt8Cache(model.config, **PLAIN) for _ in prompts]
     with torch.no_grad():
         for pair in (caches, alone):
             for cache, prompt in zip(pair, prompts):
@@ -216,7 +218,7 @@ def test_a_row_of_padding_only_disturbs_nobody():
     model, ids = ready("llama"), random_ids(2, 50)
     mask = torch.ones(2, 50, dtype=torch.long)
     mask[1] = 0
-    cache, alone = PagedInt8Cache(model.config), PagedInt8Cache(model.config)
+    cache, alone = PagedInt8Cache(model.config, **PLAIN), PagedInt8Cache(model.config, **PLAIN)
     with torch.no_grad():
         model(ids, attention_mask=mask, past_key_values=cache)
         model(ids[:1], past_key_values=alone)
@@ -233,7 +235,7 @@ def test_holes_of_padding_between_turns(name):
     model = ready(name)
     turns = [random_ids(1, n, seed=n) for n in (20, 25)]
     with torch.no_grad():
-        cache, alone = PagedInt8Cache(model.config), PagedInt8Cache(model.config)
+        cache, alone = PagedInt8Cache(model.config, **PLAIN), PagedInt8Cache(model.config, **PLAIN)
         padded = torch.nn.functional.pad(turns[0], (0, 40))
         mask = (padded != 0).long()
         positions = torch.arange(60)[None].clamp(max=19)

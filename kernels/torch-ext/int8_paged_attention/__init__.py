@@ -24,6 +24,7 @@ from .storage import TILE_ORDERS, KvCacheQuant
 __all__ = [
     "BACKENDS",
     "FLOAT_DTYPES",
+    "ROTATIONS",
     "MAX_DECODE_ROWS",
     "MAX_HEAD_DIM",
     "TILE_ORDERS",
@@ -63,7 +64,7 @@ def alloc_paged_int8_layer(
         num_blocks: blocks to allocate; 0 is allowed.
         block_size: tokens per block, a multiple of 16.
         num_kv_heads: key/value heads.
-        head_dim: elements of a key row, at most 256.
+        head_dim: elements of a key row, at most 1024. Rows of more than 256 are served by the reference backend.
         v_head_dim: elements of a value row; default ``head_dim``.
         device: where the blocks live.
         backend: ``"reference"``, ``"cpu"`` or ``"triton"``; ``None`` takes the best one for the device.
