@@ -14,6 +14,7 @@ import torch
 from hf_int8_paged.kernels import KvCacheQuant
 
 ROOT = Path(__file__).parents[2]
+sys.path.append(str(ROOT / "eval"))
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 
 
@@ -100,7 +101,8 @@ VARIANTS: dict[str, tuple[Any, ...]] = {
 @pytest.mark.parametrize("variant", VARIANTS)
 @pytest.mark.parametrize("gpu", ["sm_80", "sm_90", "sm_100", "gfx942"])
 def test_every_kernel_compiles_ahead_of_time(gpu: str, variant: str) -> None:
-    from eval.triton_offline import TARGETS, compiling_for
+    from _triton_offline import TARGETS, compiling_for
+
     from hf_int8_paged.kernels.triton_append import launch_append
     from hf_int8_paged.kernels.triton_decode import Chip, launch_decode
 

@@ -32,8 +32,8 @@ STREAMS = 4
 #: Programs that one multiprocessor should have at hand, to hide the latency of memory.
 PROGRAMS_PER_PROCESSOR = 3
 #: Registers per thread, by (chip, products per key row, third term), where the compiler's own choice would keep a third
-#: program from a multiprocessor (docs/gpu.md).
-MAX_REGISTERS = {("sm_90", 2, True): 168}
+#: program from a multiprocessor or spill inside the loop (docs/gpu.md).
+MAX_REGISTERS = {("sm_90", 2, True): 168, ("sm_90", 4, False): 208, ("sm_100", 4, False): 224}
 
 
 @dataclass(frozen=True)

@@ -1,0 +1,126 @@
+"""Static audit of the Triton decode kernel: what its machine code allows, told without a GPU.
+
+Compiles variants for GPUs that need not be here, disassembles them and counts the main loop. From the instructions a
+warp issues per iteration follows an upper bound on the bandwidth: a multiprocessor issues four instructions per cycle,
+so it takes in ``bytes of K and V / (instructions * warps / 4)`` bytes per cycle at most.
+
+    python eval/gpu_audit.py --json docs/gpu_audit.json
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+from itertools import product
+from pathlib import Path
+from typing import Any
+
+import torch
+import triton
+from _machine_code import MULTIPROCESSORS, audit_cubin, audit_hsaco
+from _triton_offline import TARGETS, compiling_for
+from tqdm import tqdm
+
+from hf_int8_paged.kernels import KvCacheQuant
+from hf_int8_paged.kernels.triton_decode import Chip, launch_decode
+from hf_int8_paged.kernels.triton_tiles import TOKENS
+
+HEAD_DIMS, GROUPS, BLOCK_SIZES = (64, 128, 256), (1, 4, 8), (16, 64)
+DTYPES = (torch.float16, torch.bfloat16)
+ROTATIONS = ("hadamard", None)
+#: Scales of K and V: two loads of eight each, by every thread, per tile.
+SCALE_LOADS = 4
+
+
+def audit(
+    chip: str,
+    head_dim: int,
+    group: int,
+    block_size: int = 16,
+    dtype: torch.dtype = torch.float16,
+    rotation: str | None = "hadamard",
+    integer: bool = True,
+) -> dict[str, Any]:
+    """Compile the decode kernel as its launcher would on ``chip`` and return its figures."""
+    kv_heads, num_blocks = 2, 64
+    slots = (kv_heads, num_blocks, block_size)
+    cache = KvCacheQuant(
+        k=torch.empty(*slots, head_dim, dtype=torch.int8),
+        v=torch.empty(*slots, head_dim, dtype=torch.int8),
+        k_scales=torch.empty(slots, dtype=torch.float16),
+        v_scales=torch.empty(slots, dtype=torch.float16),
+        backend="triton",
+        tile_order="v_transposed",
+        rotation=rotation,
+    )
+    q = torch.empty(2, kv_heads * group, 1, head_dim, dtype=dtype)
+    table, lens = torch.empty(2, num_blocks, dtype=torch.int32), torch.empty(2, dtype=torch.int32)
+    with compiling_for(TARGETS[chip]) as compiled:
+        launch_decode(
+            torch.empty_like(q), q, cache, table, lens, head_dim**-0.5, None, None, 0, None, None, None,
+            chip=Chip(chip, 132), integer=integer,
+        )  # fmt: skip
+    kernel = next(kernel for name, kernel in compiled if name == "decode_kernel")
+    variant = {
+        "chip": chip,
+        "head_dim": head_dim,
+        "group": group,
+        "block_size": block_size,
+        "dtype": str(dtype).removeprefix("torch."),
+        "rotation": rotation,
+        "integer": integer,
+    }
+    if chip not in MULTIPROCESSORS:
+        return variant | audit_hsaco(kernel)
+    figures = audit_cubin(kernel, MULTIPROCESSORS[chip])
+    bytes_per_warp = TOKENS.value * 2 * head_dim
+    wide_loads = figures["loop_loads_by_bytes_per_thread"].get(16, 0) - SCALE_LOADS
+    return variant | figures | {
+        "bytes_per_iteration": bytes_per_warp * figures["warps"],
+        "kv_loads_narrower_than_16_bytes": max(0, bytes_per_warp // (16 * 32) - wide_loads),
+        "bytes_per_cycle": round(bytes_per_warp * 4 / figures["loop_instructions"], 1),
+        "bytes_per_cycle_needed": MULTIPROCESSORS[chip].bytes_per_cycle_needed,
+    }  # fmt: skip
+
+
+def table(rows: list[dict[str, Any]]) -> str:
+    """Markdown table of the NVIDIA variants, and one of the AMD ones."""
+    lines = [
+        "| chip | head_dim | group | block | q | rotation | registers | spills | loop | bytes/cycle | need | blocks |",
+        "|---|---|---|---|---|---|---|---|---|---|---|---|",
+    ]
+    for r in (r for r in rows if "registers" in r):
+        lines.append(
+            f"| {r['chip']} | {r['head_dim']} | {r['group']} | {r['block_size']} | {r['dtype']} | {r['rotation']} "
+            f"| {r['registers']} | {r['spill_instructions']} | {r['loop_instructions']} | {r['bytes_per_cycle']} "
+            f"| {r['bytes_per_cycle_needed']} | {r['blocks_per_multiprocessor']} |"
+        )
+    lines += ["", "| chip | head_dim | group | rotation | VGPRs | spills | stack |", "|---|---|---|---|---|---|---|"]
+    for r in (r for r in rows if "vector_registers" in r):
+        lines.append(
+            f"| {r['chip']} | {r['head_dim']} | {r['group']} | {r['rotation']} | {r['vector_registers']} "
+            f"| {r['spills']} | {r['stack_bytes']} |"
+        )
+    return "\n".join(lines)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--chips", nargs="+", default=list(TARGETS), choices=list(TARGETS))
+    parser.add_argument("--head-dims", nargs="+", type=int, default=HEAD_DIMS)
+    parser.add_argument("--groups", nargs="+", type=int, default=GROUPS)
+    parser.add_argument("--block-sizes", nargs="+", type=int, default=BLOCK_SIZES)
+    parser.add_argument("--json", type=Path, help="write all figures here")
+    arguments = parser.parse_args()
+    variants = list(
+        product(arguments.chips, arguments.head_dims, arguments.groups, arguments.block_sizes, DTYPES, ROTATIONS)
+    )
+    rows = [audit(*variant) for variant in tqdm(variants, desc="compiling", unit="kernel")]
+    print(table(rows))
+    if arguments.json:
+        report = {"triton": triton.__version__, "variants": rows}
+        arguments.json.write_text(json.dumps(report, indent=1) + "\n")
+
+
+if __name__ == "__main__":
+    main()
