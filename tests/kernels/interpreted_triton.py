@@ -20,7 +20,7 @@ from hf_int8_paged.kernels import (
 from hf_int8_paged.kernels.triton_decode import Chip
 
 from .attention_oracle import dense_attention
-from .helpers import make_case
+from .helpers import Case, make_case
 
 MAP_NORESERVE = 0x4000  # Linux; Python names it from 3.13 on
 #: Largest error of an output row, relative to the row's length, that the integer arithmetic may cause.
@@ -155,3 +155,79 @@ def test_the_variant_without_int8_products_is_exact(monkeypatch, rotation: str |
     out = int8_paged_decode_attention(*case.arguments).double().numpy()
     # Two float16 terms carry 21 bits.
     assert (np.linalg.norm(out - want, axis=-1) <= 2e-5 * np.linalg.norm(want, axis=-1)).all()
+
+
+def extend_by_gathering(
+    case: Case, q: torch.Tensor, k_new: torch.Tensor, v_new: torch.Tensor, sinks: torch.Tensor | None = None
+) -> torch.Tensor:
+    """Attention of a chunk over a dense copy of the past and over itself, in float64."""
+    past_k, past_v = gather_dense(case.cache, case.block_table, case.context_lens, backend="reference")
+    chunk, group = q.shape[2], q.shape[1] // k_new.shape[1]
+    window, softcap, kv_start = (case.options.get(name) for name in ("window", "softcap", "kv_start"))
+    outputs = []
+    for b, past in enumerate(case.context_lens.tolist()):
+        k, v = (
+            # Tokens that no row sees are poisoned.
+            torch.cat([dense[b, :, :past].nan_to_num(0.0).double(), new[b].double()], dim=1).repeat_interleave(group, 0)
+            for dense, new in ((past_k, k_new), (past_v, v_new))
+        )
+        scores = q[b].double() @ k.mT * case.scale
+        if softcap is not None:
+            scores = softcap * torch.tanh(scores / softcap)
+        positions, keys = past + torch.arange(chunk)[:, None], torch.arange(past + chunk)
+        visible = keys <= positions
+        if window is not None:
+            visible &= keys > positions - window
+        if kv_start is not None:
+            visible &= keys >= kv_start[b]
+        scores = scores.masked_fill(~visible, -torch.inf)
+        if sinks is not None:
+            scores = torch.cat([scores, sinks.double()[:, None, None].expand(-1, chunk, 1)], dim=-1)
+        outputs.append(scores.softmax(-1).nan_to_num(0.0)[..., : past + chunk] @ v)
+    return torch.stack(outputs)
+
+
+@pytest.mark.parametrize(
+    ("past", "chunk", "options"),
+    [
+        ((0,), 1, {}),
+        ((37, 0, 5), 17, {}),
+        ((70, 33), 40, {"rotation": "hadamard", "center": True}),
+        ((200, 64), 130, {"window": 90, "head_dim": 80, "v_head_dim": 48, "rotation": "hadamard", "center": True}),
+        ((100, 20), 50, {"softcap": 5.0, "sinks": True, "center": True, "kv_start": (3, 30)}),
+        ((700,), 300, {"group": 1, "head_dim": 32, "block_size": 128}),
+    ],
+    ids=["one_token", "ragged", "rotated_and_centred", "window", "softcap_sinks_left_padding", "long"],
+)
+def test_extend_equals_gather_and_dense_attention(past: tuple[int, ...], chunk: int, options: dict) -> None:
+    case = make_case("triton", lens=past, **{"group": 3, "head_dim": 64, **options})
+    rng = torch.Generator().manual_seed(0)
+    cache, (batch, heads) = case.cache, case.q.shape[:2]
+    q = torch.randn(batch, heads, chunk, cache.head_dim, generator=rng)
+    k_new = torch.randn(batch, cache.num_kv_heads, chunk, cache.head_dim, generator=rng)
+    # Strided, as a model's projections are.
+    v_new = torch.randn(batch, chunk, cache.num_kv_heads, cache.v_head_dim, generator=rng).transpose(1, 2)
+    out = torch.full((batch, heads, chunk, cache.v_head_dim), torch.nan)
+    sinks = case.options.get("sinks")
+    triton_backend.extend(
+        out, q, k_new, v_new, cache, case.block_table, case.context_lens, case.scale,
+        case.options.get("kv_start"), case.options["window"], case.options["softcap"], sinks,
+    )  # fmt: skip
+    want = extend_by_gathering(case, q, k_new, v_new, sinks)
+    # float32 sums of some hundred terms
+    assert ((out - want).norm(dim=-1) <= 1e-5 * want.norm(dim=-1)).all()
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
+def test_extend_in_half_precision(dtype: torch.dtype) -> None:
+    case = make_case("triton", lens=(100, 20), group=2, head_dim=64, rotation="hadamard", center=True)
+    rng = torch.Generator().manual_seed(0)
+    q = torch.randn(2, 4, 50, 64, generator=rng).to(dtype)
+    k_new, v_new = (torch.randn(2, 2, 50, 64, generator=rng).to(dtype) for _ in range(2))
+    out = torch.empty_like(q)
+    triton_backend.extend(
+        out, q, k_new, v_new, case.cache, case.block_table, case.context_lens, case.scale, None, None, None, None
+    )
+    want = extend_by_gathering(case, q, k_new, v_new)
+    # Output, weights and rotated queries are rounded once each.
+    assert ((out - want).norm(dim=-1) <= 3 * torch.finfo(dtype).eps * want.norm(dim=-1)).all()

@@ -105,6 +105,7 @@ def test_every_kernel_compiles_ahead_of_time(gpu: str, variant: str) -> None:
 
     from hf_int8_paged.kernels.triton_append import launch_append
     from hf_int8_paged.kernels.triton_decode import Chip, launch_decode
+    from hf_int8_paged.kernels.triton_extend import launch_extend
 
     head_dim, v_head_dim, block_size, rotation, heads, q_len, dtype, options = VARIANTS[variant]
     cache = layer(head_dim, v_head_dim, block_size, rotation)
@@ -119,6 +120,9 @@ def test_every_kernel_compiles_ahead_of_time(gpu: str, variant: str) -> None:
                 out, q, cache, table, lens, 0.1,
                 key_mask_start=0, chip=Chip(gpu, 100), integer=integer, **{**absent, **options},
             )  # fmt: skip
-    assert [name for name, _ in compiled] == ["append_kernel"] + 2 * ["decode_kernel", "reduce_kernel"]
+        seen = {name: options.get(name) for name in ("kv_start", "window", "softcap", "sinks")}
+        launch_extend(out, q, *new, cache, table, lens, 0.1, **seen)
+    names = ["append_kernel", *2 * ["decode_kernel", "reduce_kernel"], "extend_kernel"]
+    assert [name for name, _ in compiled] == names
     binary = "hsaco" if gpu == "gfx942" else "cubin"
     assert all(kernel.asm[binary] for _, kernel in compiled)

@@ -11,12 +11,14 @@ import functools
 import torch
 import triton
 
+from .checks import MAX_NATIVE_HEAD_DIM
 from .reference import copy, empty, gather
 from .storage import KvCacheQuant
 from .triton_append import launch_append
 from .triton_decode import Chip, launch_decode
+from .triton_extend import launch_extend
 
-__all__ = ["NAME", "TILE_ORDER", "append", "copy", "decode", "empty", "gather", "unavailable"]
+__all__ = ["NAME", "TILE_ORDER", "append", "copy", "decode", "empty", "extend", "gather", "unavailable"]
 
 NAME = "triton"
 TILE_ORDER = "v_transposed"
@@ -32,6 +34,8 @@ def unavailable(device: torch.device, block_size: int, head_dim: int, v_head_dim
         return f"triton {triton.__version__} is older than {'.'.join(map(str, OLDEST_TRITON))}"
     if device.type == "cpu" and not INTERPRETED:
         return "triton has no compiler for the CPU; TRITON_INTERPRET=1 interprets the kernels, slowly"
+    if max(head_dim, v_head_dim) > MAX_NATIVE_HEAD_DIM:
+        return f"rows may have at most {MAX_NATIVE_HEAD_DIM} elements, got {max(head_dim, v_head_dim)}"
     return None
 
 
@@ -83,11 +87,38 @@ def decode(
         out.zero_()
         return
     chip = chip_of(out.device)
-    # The interpreter truncates to bfloat16 where a GPU rounds.
-    exact = torch.empty_like(out, dtype=torch.float32) if INTERPRETED and out.dtype == torch.bfloat16 else out
+    exact = _interpretable(out)
     launch_decode(
         exact, q, cache, block_table, context_lens, scale, kv_start, key_mask, key_mask_start, window, softcap, sinks,
         chip=chip, integer=multiplies_int8(chip),
     )  # fmt: skip
     if exact is not out:
         out.copy_(exact)
+
+
+def extend(
+    out: torch.Tensor,
+    q: torch.Tensor,
+    k_new: torch.Tensor,
+    v_new: torch.Tensor,
+    cache: KvCacheQuant,
+    block_table: torch.Tensor,
+    past_lens: torch.Tensor,
+    scale: float,
+    kv_start: torch.Tensor | None,
+    window: int | None,
+    softcap: float | None,
+    sinks: torch.Tensor | None,
+) -> None:
+    """Attention of a chunk over the past in the blocks and over itself; the arguments are `launch_extend`'s."""
+    if not out.numel():
+        return
+    exact, q, k_new, v_new = (_interpretable(x) for x in (out, q, k_new, v_new))
+    launch_extend(exact, q, k_new, v_new, cache, block_table, past_lens, scale, kv_start, window, softcap, sinks)
+    if exact is not out:
+        out.copy_(exact)
+
+
+def _interpretable(x: torch.Tensor) -> torch.Tensor:
+    """``x``, in float32 where the interpreter would fail: it truncates to bfloat16 and cannot multiply it."""
+    return x.to(torch.float32) if INTERPRETED and x.dtype == torch.bfloat16 else x

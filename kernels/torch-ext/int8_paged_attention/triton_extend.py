@@ -1,0 +1,274 @@
+"""Extend attention in Triton: a chunk of new rows over a past in int8 blocks, as in chunked prefill.
+
+The past is read from its blocks, tile by tile, and dequantized in registers; the chunk's own keys and values are taken
+in full precision. The past comes first, in the conditioned domain; then the sums are rotated back once, and the chunk
+follows in the model's own domain.
+"""
+
+from __future__ import annotations
+
+import torch
+import triton
+import triton.language as tl
+
+from .conditioning import hadamard_block
+from .storage import KvCacheQuant
+from .triton_primitives import LOG2_E, block_ids, exponent_shift, hadamard, tanh
+
+
+@triton.jit
+def to_base_2(scores, softcap, HAS_SOFTCAP: tl.constexpr):
+    """Scaled scores -> exponents of two, after the softcap."""
+    if HAS_SOFTCAP:
+        scores = softcap * tanh(scores / softcap)
+    return scores * LOG2_E
+
+
+@triton.jit
+def extend_kernel(
+    out_ptr,  # [batch, q_heads, chunk, V_DIM]
+    q_ptr,  # [batch, q_heads, chunk, HEAD_DIM]
+    k_new_ptr,  # [batch, kv_heads, chunk, HEAD_DIM]
+    v_new_ptr,  # [batch, kv_heads, chunk, V_DIM]
+    k_ptr,  # [kv_heads, num_blocks, BLOCK_SIZE, HEAD_DIM]
+    v_ptr,  # [kv_heads, num_blocks, V_DIM, BLOCK_SIZE]
+    k_scales_ptr,  # [kv_heads, num_blocks, BLOCK_SIZE]
+    v_scales_ptr,
+    key_center_ptr,  # [kv_heads, HEAD_DIM] or None
+    block_table_ptr,  # [batch, table_width]
+    past_lens_ptr,  # [batch]
+    kv_start_ptr,
+    sinks_ptr,
+    scale,
+    softcap,
+    chunk,
+    num_blocks,
+    table_width,
+    window,
+    out_batch_stride,
+    out_head_stride,
+    out_row_stride,
+    q_batch_stride,
+    q_head_stride,
+    q_row_stride,
+    q_dim_stride,
+    k_new_batch_stride,
+    k_new_head_stride,
+    k_new_row_stride,
+    k_new_dim_stride,
+    v_new_batch_stride,
+    v_new_head_stride,
+    v_new_row_stride,
+    v_new_dim_stride,
+    k_head_stride,
+    v_head_stride,
+    k_scale_head_stride,
+    v_scale_head_stride,
+    table_stride,
+    GROUP: tl.constexpr,
+    HEAD_DIM: tl.constexpr,
+    V_DIM: tl.constexpr,
+    DIMS: tl.constexpr,  # HEAD_DIM, rounded up to a power of two
+    V_DIMS: tl.constexpr,
+    K_ROTATED: tl.constexpr,  # size of the Hadamard blocks, 1 without rotation
+    V_ROTATED: tl.constexpr,
+    BLOCK_SIZE: tl.constexpr,
+    ROWS: tl.constexpr,
+    TOKENS: tl.constexpr,
+    HAS_WINDOW: tl.constexpr,
+    HAS_SOFTCAP: tl.constexpr,
+):
+    """One program takes ROWS query rows of one key/value head: rows of a position stand together, group by group."""
+    head = tl.program_id(1).to(tl.int64)
+    sequence = tl.program_id(2).to(tl.int64)
+    rows = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
+    row_exists = rows < GROUP * chunk
+    q_head, row = head * GROUP + rows % GROUP, rows // GROUP
+    first_row = tl.program_id(0) * ROWS // GROUP
+    last_row = tl.minimum(((tl.program_id(0) + 1) * ROWS - 1) // GROUP, chunk - 1)
+    dims, v_dims = tl.arange(0, DIMS), tl.arange(0, V_DIMS)
+    # float32 queries are multiplied in float32; others in their own precision, and with the past in float16.
+    past_dtype: tl.constexpr = tl.float32 if q_ptr.dtype.element_ty == tl.float32 else tl.float16
+    new_dtype: tl.constexpr = q_ptr.dtype.element_ty
+
+    past = tl.load(past_lens_ptr + sequence)
+    first = 0
+    if kv_start_ptr is not None:
+        first = tl.maximum(tl.load(kv_start_ptr + sequence), 0)
+    position = past + row
+    first_seen = first
+    if HAS_WINDOW:
+        first_seen = tl.maximum(first, past + first_row - window + 1)
+
+    q_ptrs = q_ptr + sequence * q_batch_stride + q_head * q_head_stride + row * q_row_stride
+    q_mask = row_exists[:, None] & (dims < HEAD_DIM)[None, :]
+    q_new = tl.load(q_ptrs[:, None] + dims[None, :] * q_dim_stride, mask=q_mask, other=0.0)
+    q = q_new.to(tl.float32) * scale
+    bias = tl.zeros((ROWS,), tl.float32)
+    if key_center_ptr is not None:
+        center = tl.load(key_center_ptr + head * HEAD_DIM + dims, mask=dims < HEAD_DIM, other=0.0)
+        bias = tl.sum(q * center[None, :], axis=1)
+    if K_ROTATED > 1:
+        q = hadamard(q, ROWS, DIMS, K_ROTATED)
+    q_unit = tl.max(tl.abs(q), axis=1)
+    q = (q * tl.where(q_unit > 1e-30, 1.0 / q_unit, 0.0)[:, None]).to(past_dtype)
+    q_unit += tl.sum(q_new.to(tl.float32) * 0.0, axis=1)  # a fault in the query spoils its scores
+
+    highest = tl.full((ROWS,), float("-inf"), tl.float32)
+    total = tl.zeros((ROWS,), tl.float32)
+    acc = tl.zeros((ROWS, V_DIMS), tl.float32)
+    table_row_ptr = block_table_ptr + sequence * table_stride
+    for start in range(first_seen // TOKENS * TOKENS, past, TOKENS):
+        tokens = start + tl.arange(0, TOKENS)
+        logical = tokens // BLOCK_SIZE
+        ids, there = block_ids(table_row_ptr, logical, (tokens < past) & (logical < table_width), num_blocks)
+        there &= tokens >= first
+        slots = ids * BLOCK_SIZE + tokens % BLOCK_SIZE
+        k_ptrs = k_ptr + head * k_head_stride + slots[None, :] * HEAD_DIM + dims[:, None]
+        k = tl.load(k_ptrs, mask=there[None, :] & (dims < HEAD_DIM)[:, None], other=0)  # [DIMS, TOKENS]
+        k_scales = tl.load(k_scales_ptr + head * k_scale_head_stride + slots, mask=there, other=0.0).to(tl.float32)
+        v_scales = tl.load(v_scales_ptr + head * v_scale_head_stride + slots, mask=there, other=0.0).to(tl.float32)
+        # A faulty value row is seen by the queries whose score it spoils, and by no others.
+        k_scales += v_scales * 0.0
+        scores = tl.dot(q, k.to(past_dtype), input_precision="ieee") * q_unit[:, None] * k_scales[None, :]
+        scores = to_base_2(scores + bias[:, None], softcap, HAS_SOFTCAP)
+        visible = tl.broadcast_to(there[None, :], (ROWS, TOKENS))
+        if HAS_WINDOW:
+            visible &= tokens[None, :] > (position - window)[:, None]
+        scores = tl.where(visible, scores, float("-inf"))
+        new_highest = tl.maximum(highest, tl.max(scores, axis=1))
+        shift = exponent_shift(new_highest)
+        decay = tl.exp2(highest - shift)
+        highest = new_highest
+        weights = tl.exp2(scores - shift[:, None])
+        total = total * decay + tl.sum(weights, axis=1)
+        # Scales of V may be too large or too small for float16, their ratios to the tile's largest are not.
+        weights = tl.where(visible, weights * v_scales[None, :], 0.0)
+        largest = tl.max(weights, axis=1)
+        weights *= tl.where(largest > 1e-30, 1.0 / largest, 0.0)[:, None]
+        v_ptrs = v_ptr + head * v_head_stride + (ids * (BLOCK_SIZE * V_DIM) + tokens % BLOCK_SIZE)[:, None]
+        v_mask = there[:, None] & (v_dims < V_DIM)[None, :]
+        v = tl.load(v_ptrs + v_dims[None, :] * BLOCK_SIZE, mask=v_mask, other=0)  # [TOKENS, V_DIMS]
+        sums = tl.dot(weights.to(past_dtype), v.to(past_dtype), input_precision="ieee")
+        acc = acc * decay[:, None] + sums * largest[:, None]
+    if V_ROTATED > 1:
+        acc = hadamard(acc, ROWS, V_DIMS, V_ROTATED)
+
+    k_new_ptr += sequence * k_new_batch_stride + head * k_new_head_stride
+    v_new_ptr += sequence * v_new_batch_stride + head * v_new_head_stride
+    begin = 0
+    if HAS_WINDOW:
+        begin = tl.maximum(first_row - window + 1, 0) // TOKENS * TOKENS
+    for start in range(begin, last_row + 1, TOKENS):
+        new = start + tl.arange(0, TOKENS)
+        new64 = new.to(tl.int64)
+        k_mask = (new < chunk)[None, :] & (dims < HEAD_DIM)[:, None]
+        k_new = tl.load(
+            k_new_ptr + new64[None, :] * k_new_row_stride + dims[:, None] * k_new_dim_stride, mask=k_mask, other=0.0
+        )
+        scores = tl.dot(q_new, k_new.to(new_dtype), input_precision="ieee") * scale
+        scores = to_base_2(scores, softcap, HAS_SOFTCAP)
+        visible = (new[None, :] <= row[:, None]) & (past + new >= first)[None, :]
+        if HAS_WINDOW:
+            visible &= new[None, :] > (row - window)[:, None]
+        scores = tl.where(visible, scores, float("-inf"))
+        new_highest = tl.maximum(highest, tl.max(scores, axis=1))
+        shift = exponent_shift(new_highest)
+        decay = tl.exp2(highest - shift)
+        highest = new_highest
+        weights = tl.exp2(scores - shift[:, None])
+        total = total * decay + tl.sum(weights, axis=1)
+        v_mask = (new < chunk)[:, None] & (v_dims < V_DIM)[None, :]
+        v_new = tl.load(
+            v_new_ptr + new64[:, None] * v_new_row_stride + v_dims[None, :] * v_new_dim_stride, mask=v_mask, other=0.0
+        )
+        sums = tl.dot(weights.to(new_dtype), v_new.to(new_dtype), input_precision="ieee")
+        acc = acc * decay[:, None] + sums
+
+    if sinks_ptr is not None:
+        sink = tl.load(sinks_ptr + q_head, mask=row_exists, other=0.0).to(tl.float32) * LOG2_E
+        top = tl.maximum(highest, sink)
+        acc *= tl.exp2(highest - top)[:, None]
+        total = total * tl.exp2(highest - top) + tl.exp2(sink - top)
+    out = acc / tl.where(total == 0.0, 1.0, total)[:, None]
+    out_ptrs = out_ptr + sequence * out_batch_stride + q_head * out_head_stride + row.to(tl.int64) * out_row_stride
+    out_mask = row_exists[:, None] & (v_dims < V_DIM)[None, :]
+    tl.store(out_ptrs[:, None] + v_dims[None, :], out.to(out_ptr.dtype.element_ty), mask=out_mask)
+
+
+def launch_extend(
+    out: torch.Tensor,
+    q: torch.Tensor,
+    k_new: torch.Tensor,
+    v_new: torch.Tensor,
+    cache: KvCacheQuant,
+    block_table: torch.Tensor,
+    past_lens: torch.Tensor,
+    scale: float,
+    kv_start: torch.Tensor | None,
+    window: int | None,
+    softcap: float | None,
+    sinks: torch.Tensor | None,
+) -> None:
+    """Attention of a chunk over the past in the blocks and over itself, one launch.
+
+    Row i of sequence b stands at position ``past_lens[b] + i``. It sees the past as stored and rows 0 to i of the
+    chunk as given, both from ``kv_start`` on and inside the window.
+
+    Args:
+        out: ``[batch, num_q_heads, chunk, v_head_dim]``, last axis contiguous.
+        q: ``[batch, num_q_heads, chunk, head_dim]``.
+        k_new: ``[batch, num_kv_heads, chunk, head_dim]`` keys of the chunk, as the model computed them; of q's dtype.
+        v_new: ``[batch, num_kv_heads, chunk, v_head_dim]``.
+        past_lens: int32 ``[batch]`` tokens before the chunk. Blocks past them are not read: whether the chunk has been
+            appended already makes no difference.
+    """
+    batch, num_q_heads, chunk, head_dim = q.shape
+    group = num_q_heads // cache.num_kv_heads
+    rows, tokens = (32, 64) if max(head_dim, cache.v_head_dim) > 128 or q.dtype == torch.float32 else (64, 64)
+    rotated = cache.rotation is not None
+    extend_kernel[(-(-group * chunk // rows), cache.num_kv_heads, batch)](
+        out,
+        q,
+        k_new,
+        v_new,
+        cache.k,
+        cache.v,
+        cache.k_scales,
+        cache.v_scales,
+        cache.key_center,
+        block_table,
+        past_lens,
+        kv_start,
+        sinks,
+        float(scale),
+        float(softcap or 0.0),
+        chunk,
+        cache.num_blocks,
+        block_table.shape[1],
+        window or 0,
+        *out.stride()[:3],
+        *q.stride(),
+        *k_new.stride(),
+        *v_new.stride(),
+        cache.k.stride(0),
+        cache.v.stride(0),
+        cache.k_scales.stride(0),
+        cache.v_scales.stride(0),
+        block_table.stride(0),
+        GROUP=group,
+        HEAD_DIM=head_dim,
+        V_DIM=cache.v_head_dim,
+        DIMS=max(16, triton.next_power_of_2(head_dim)),
+        V_DIMS=max(16, triton.next_power_of_2(cache.v_head_dim)),
+        K_ROTATED=hadamard_block(head_dim) if rotated else 1,
+        V_ROTATED=hadamard_block(cache.v_head_dim) if rotated else 1,
+        BLOCK_SIZE=cache.block_size,
+        ROWS=rows,
+        TOKENS=tokens,
+        HAS_WINDOW=window is not None,
+        HAS_SOFTCAP=softcap is not None,
+        num_warps=4,
+        num_stages=2,
+        enable_fp_fusion=True,
+    )
