@@ -8,7 +8,7 @@ from collections.abc import Iterable, Mapping
 import torch
 
 from .block_allocator import RUN_LENGTH, BlockAllocator
-from .kernels import KvCacheQuant, alloc_paged_int8_layer, copy_blocks
+from .kernels import KvCacheQuant, alloc_paged_int8_layer, copy_blocks, mean_key
 
 #: A pool that has to grow grows by at least this fraction, so that copying stays rare.
 GROWTH = 0.25
@@ -110,7 +110,7 @@ class PagedInt8Pool:
         """
         center = self._storage[layer].key_center
         if center is not None and layer not in self._centered and key_states.shape[2] >= MIN_CENTER_TOKENS:
-            center.copy_(key_states.detach().to(torch.float32).mean(dim=(0, 2)))
+            center.copy_(mean_key(key_states))
             self._centered.add(layer)
 
     def storage(self, layer: int) -> KvCacheQuant | None:

@@ -10,7 +10,7 @@ import torch
 from transformers.cache_utils import CacheLayerMixin
 
 from . import compiled_ops
-from .kernels import FLOAT_DTYPES, MAX_DECODE_ROWS, KvCacheQuant, alloc_paged_int8_layer, load_backend
+from .kernels import FLOAT_DTYPES, MAX_DECODE_ROWS, KvCacheQuant, alloc_paged_int8_layer, load_backend, mean_key
 from .once import dense_read
 from .pool import MIN_CENTER_TOKENS, CacheFullError
 from .views import PagedView, hand_over
@@ -146,7 +146,7 @@ class PagedInt8StaticLayer(CacheLayerMixin):
             )
         fresh = start == 0 or new_tokens > MAX_DECODE_ROWS
         if start == 0 and self.storage.key_center is not None and new_tokens >= MIN_CENTER_TOKENS:
-            self.storage.key_center.copy_(key_states.detach().to(torch.float32).mean(dim=(0, 2)))
+            self.storage.key_center.copy_(mean_key(key_states))
         past = self._past(start) if fresh and start else None
         skipped = 0 if self.window is None else max(new_tokens - self.window, 0)
         keys, values = key_states[:, :, skipped:], value_states[:, :, skipped:]

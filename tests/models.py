@@ -18,7 +18,7 @@ from transformers import (
 )
 from transformers.cache_utils import Cache, DynamicLayer, get_layer_types_and_kwargs
 
-from hf_int8_paged.kernels import MAX_DECODE_ROWS
+from hf_int8_paged.kernels import MAX_DECODE_ROWS, mean_key
 from hf_int8_paged.kernels.conditioning import hadamard
 from hf_int8_paged.kernels.reference import quantize_rows
 from hf_int8_paged.pool import MIN_CENTER_TOKENS
@@ -87,7 +87,7 @@ class FakeQuantizedLayer(DynamicLayer):
             self.lazy_initialization(key_states, value_states)
         past = self.get_seq_length()
         if not past and self.center_keys and key_states.shape[2] >= MIN_CENTER_TOKENS:
-            self.center = key_states.float().mean(dim=(0, 2))
+            self.center = mean_key(key_states)
         seen = []
         for name, new in (("keys", key_states), ("values", value_states)):
             stored = getattr(self, name)

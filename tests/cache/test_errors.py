@@ -233,6 +233,17 @@ def test_faulty_rows_reach_the_output_as_nan_and_only_where_they_are_seen():
     assert logits[1].isnan().all()
 
 
+def test_a_faulty_row_of_the_first_prompt_stays_alone():
+    """It must not reach the others through the mean of the keys."""
+    cache = PagedInt8Cache(llama().config)
+    keys = rows(2, 2, 20, 16)
+    keys[0, 0, 3, 5] = torch.inf
+    cache.update(keys, keys.nan_to_num(0.0, 0.0, 0.0), 0)
+    stored = cache.layers[0].keys.clone()
+    assert stored[0, 0, 3].isnan().all()
+    assert stored.isnan().sum() == 16
+
+
 def test_huge_and_zero_rows_stay_finite():
     cache = PagedInt8Cache(llama().config, rotation=None, center_keys=False)
     huge = torch.full((1, 2, 3, 16), 3e38)

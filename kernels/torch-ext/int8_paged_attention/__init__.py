@@ -18,7 +18,7 @@ from .checks import (
     check_lengths,
     check_tensor,
 )
-from .conditioning import ROTATIONS
+from .conditioning import ROTATIONS, mean_key
 from .storage import TILE_ORDERS, KvCacheQuant
 
 __all__ = [
@@ -35,6 +35,7 @@ __all__ = [
     "int8_kv_append_paged",
     "int8_paged_decode_attention",
     "load_backend",
+    "mean_key",
     "resolve_backend",
     "why_unavailable",
 ]
