@@ -24,9 +24,9 @@ from .storage import TILE_ORDERS, KvCacheQuant
 __all__ = [
     "BACKENDS",
     "FLOAT_DTYPES",
-    "ROTATIONS",
     "MAX_DECODE_ROWS",
     "MAX_HEAD_DIM",
+    "ROTATIONS",
     "TILE_ORDERS",
     "KvCacheQuant",
     "alloc_paged_int8_layer",

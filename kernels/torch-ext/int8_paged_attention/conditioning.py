@@ -46,7 +46,8 @@ def hadamard(x: torch.Tensor) -> torch.Tensor:
 def mean_key(k: torch.Tensor) -> torch.Tensor:
     """Mean of key rows ``[batch, num_kv_heads, tokens, head_dim]``, float32 ``[num_kv_heads, head_dim]``.
 
-    Rows with NaN or infinity are left out: a fault in one row, or what attention made of padding, must not reach others.
+    Rows with NaN or infinity are left out: a fault in one row, or what attention made of padding, must not reach
+    others.
     """
     rows = k.detach().to(torch.float32)
     finite = torch.isfinite(rows).all(dim=-1, keepdim=True)
