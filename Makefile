@@ -28,10 +28,10 @@ endef
 export RUN_NOTEBOOKS
 
 .DEFAULT_GOAL := help
-.PHONY: help demo info test test-fast lint types format notebooks clean
+.PHONY: help demo info test test-fast test-sanitize test-neon lint types format notebooks clean
 
 help:  ## Show this list
-	@sed -n 's/^\([a-z-]*\):.*## /\1|/p' $(MAKEFILE_LIST) | while IFS='|' read -r name text; do printf '  make %-10s %s\n' "$$name" "$$text"; done
+	@sed -n 's/^\([a-z-]*\):.*## /\1|/p' $(MAKEFILE_LIST) | while IFS='|' read -r name text; do printf '  make %-13s %s\n' "$$name" "$$text"; done
 
 demo: $(DEMO)  ## Compare DynamicCache with PagedInt8Cache on a real model
 	@$(BIN)/hf-int8-paged demo
@@ -44,6 +44,12 @@ test: $(DEV)  ## Run all tests
 
 test-fast: $(DEV)  ## Run the tests that need neither minutes nor a real model
 	$(PARALLEL) -m "not slow and not gpu"
+
+test-sanitize: $(DEV)  ## Run the CPU kernels' tests under AddressSanitizer and UBSan
+	tests/native/sanitize.sh $(BIN)/python
+
+test-neon:  ## Check the CPU kernels for Arm (Debian: gcc-aarch64-linux-gnu, qemu-user)
+	tests/native/neon.sh
 
 lint: $(DEV)  ## Check style
 	$(BIN)/ruff check

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import importlib.metadata
 import importlib.util
-import os
 import platform
 import sys
 import warnings
@@ -88,7 +87,7 @@ def _cpu_instruction_sets() -> dict[str, Any]:
     if library.missing is not None:
         return {"used": None, "available": [], "problem": library.missing}
     available = library.isas()
-    return {"used": os.environ.get(cpu_library.ISA_VARIABLE) or available[0], "available": available, "problem": None}
+    return {"used": library.isa, "available": available, "problem": None}
 
 
 def _device(kind: str, count: int, name: str | None) -> dict[str, Any]:
