@@ -66,13 +66,15 @@ class Variant:
         Args:
             center: ``[num_kv_heads, 1, head_dim]``.
         """
-        return (self._through(k.float() - center) + center).to(k.dtype)
+        return (self._through(k.float() - center, k.dtype) + center).to(k.dtype)
 
     def values(self, v: torch.Tensor) -> torch.Tensor:
-        return self._through(v.float()).to(v.dtype)
+        return self._through(v.float(), v.dtype).to(v.dtype)
 
-    def _through(self, x: torch.Tensor) -> torch.Tensor:
-        return hadamard(self.quantize(hadamard(x))) if self.rotate else self.quantize(x)
+    def _through(self, x: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+        """Quantized in float32, as the package does, and rotated back in at least that."""
+        wide = torch.promote_types(dtype, torch.float32)
+        return hadamard(self.quantize(hadamard(x)).to(wide)) if self.rotate else self.quantize(x).to(wide)
 
 
 def _int8_bytes(head_dim: int) -> float:

@@ -154,7 +154,12 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--stride", type=positive, help="tokens from window to window (default: half a window)")
     parser.add_argument("--prompt", type=positive, default=16, help="least tokens fed at once (default: %(default)s)")
     parser.add_argument("--chunk", type=positive, default=1, help="tokens per pass after that (default: %(default)s)")
-    parser.add_argument("--batch-size", type=positive, default=1, help="windows at once (default: %(default)s)")
+    parser.add_argument(
+        "--batch-size",
+        type=positive,
+        default=1,
+        help="windows at once, which then share one key centre (default: %(default)s)",
+    )
     parser.add_argument("--json", type=Path, help="write the result to this file")
     parser.add_argument("--journal", type=Path, help="JSON lines of finished windows: run again to go on after a kill")
     args = parser.parse_args()

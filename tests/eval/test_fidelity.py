@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+from functools import partial
+from typing import Any
 
 import _variants
 import fidelity
@@ -18,6 +20,13 @@ from hf_int8_paged.demo_model import DemoModelError, load_demo_model
 
 from ..models import random_ids, tiny_model
 
+#: How to make a cache of each variant.
+CONDITIONING: dict[str, dict[str, Any]] = {
+    "int8": {"rotation": None, "center_keys": False},
+    "int8-rotated": {"center_keys": False},
+    "int8-both": {},
+}
+
 
 class DoublePrecisionCache(PagedInt8Cache):
     """Stores the rows of a float64 model. The reference backend then attends in float64."""
@@ -28,37 +37,51 @@ class DoublePrecisionCache(PagedInt8Cache):
         return (key_states, value_states) if prompt else views
 
 
+def in_float64(model: PreTrainedModel) -> PreTrainedModel:
+    """The model in float64, its norms too, which transformers computes in float32."""
+    for module in model.double().modules():
+        if type(module).__name__.endswith("RMSNorm"):
+            module.forward = partial(rms_norm, module)
+    return model
+
+
+def rms_norm(norm: Any, x: torch.Tensor) -> torch.Tensor:
+    return x * torch.rsqrt(x.square().mean(-1, keepdim=True) + norm.variance_epsilon) * norm.weight
+
+
 @torch.inference_mode()
-def token_by_token(model: PreTrainedModel, ids: torch.Tensor, prompt: int) -> torch.Tensor:
-    """Logits after the prompt, through the pool, one row at a time."""
-    cache = DoublePrecisionCache(model.config, backend="reference")
+def decode(model: PreTrainedModel, ids: torch.Tensor, prompt: int, variant: str, rows: int = 1) -> torch.Tensor:
+    """Logits after the prompt, through the pool, a few rows at a time."""
+    cache = DoublePrecisionCache(model.config, backend="reference", **CONDITIONING[variant])
     model.set_attn_implementation("int8_paged")
     model(ids[:, :prompt], past_key_values=cache)
-    return torch.cat([model(token, past_key_values=cache).logits[0] for token in ids[:, prompt:].split(1, dim=1)])
+    return torch.cat([model(chunk, past_key_values=cache).logits[0] for chunk in ids[:, prompt:].split(rows, dim=1)])
 
 
 # In float64: a rounding error of float32 can give a key close to a tie another int8 value, and every layer after it
 # other keys. Two ways to compute the same logits in float32 differ by up to half of what quantization changes.
-@pytest.mark.parametrize("name", ["llama", "qwen3", "mistral", "gemma2"])
-def test_one_pass_over_fake_quantized_rows_equals_decoding_token_by_token(name: str) -> None:
-    model, ids = tiny_model(name).double(), random_ids(1, 75)
-    one_pass = fidelity.logits_after_prompt(model, FakeQuantizedCache(model.config, VARIANTS["int8"]), ids, 17)
+@pytest.mark.parametrize("variant", CONDITIONING)
+@pytest.mark.parametrize("name", ["llama", "qwen3", "mistral"])
+def test_one_pass_over_fake_quantized_rows_equals_decoding_token_by_token(name: str, variant: str) -> None:
+    model, ids = in_float64(tiny_model(name)), random_ids(1, 75)
+    one_pass = fidelity.logits_after_prompt(model, FakeQuantizedCache(model.config, VARIANTS[variant]), ids, 17)
     dense = model(ids, use_cache=False).logits[0, 17:]
-    torch.testing.assert_close(token_by_token(model, ids, 17), one_pass, rtol=0, atol=1e-5)
+    torch.testing.assert_close(decode(model, ids, 17, variant), one_pass, rtol=0, atol=1e-5)
     assert (one_pass - dense).abs().mean() > 1e-3
 
 
 @pytest.mark.slow
-def test_the_same_for_300_tokens_of_a_real_model() -> None:
+@pytest.mark.parametrize("variant", ["int8", "int8-both"])
+def test_the_same_for_300_tokens_of_a_real_model(variant: str) -> None:
     try:
         model, tokenizer = load_demo_model()
     except DemoModelError as error:
         pytest.fail(f"the demo model is needed: {error}")
     text = "The history of the paged cache is a history of small blocks. " * 40
     ids = tokenizer(text, return_tensors="pt").input_ids[:, :316]
-    model.double()
-    one_pass = fidelity.logits_after_prompt(model, FakeQuantizedCache(model.config, VARIANTS["int8"]), ids, 16)
-    torch.testing.assert_close(token_by_token(model, ids, 16), one_pass, rtol=0, atol=1e-4)
+    in_float64(model)
+    one_pass = fidelity.logits_after_prompt(model, FakeQuantizedCache(model.config, VARIANTS[variant]), ids, 16)
+    torch.testing.assert_close(decode(model, ids, 16, variant, rows=5), one_pass, rtol=0, atol=1e-4)
 
 
 def test_the_package_is_fed_in_chunks_that_decode_attention_serves() -> None:
