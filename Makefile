@@ -65,6 +65,9 @@ format: $(DEV)  ## Rewrite the sources in the project's style
 notebooks: $(DEV)  ## Run the notebooks on the demo model and store their output
 	PYTHONWARNINGS="ignore:IProgress" $(BIN)/python -c "$$RUN_NOTEBOOKS" examples/*.ipynb
 
+coverage: $(DEV)  ## Compare every architecture of transformers with its oracle; writes docs/coverage.md
+	OMP_NUM_THREADS=1 HF_HUB_OFFLINE=1 $(BIN)/python -m eval.coverage --workers $(WORKERS) --markdown docs/coverage.md
+
 clean:  ## Remove the environment, builds and caches of tools
 	rm -rf $(VENV) build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis .benchmarks
 	find hf_int8_paged kernels tests eval examples -name __pycache__ -prune -exec rm -rf {} +

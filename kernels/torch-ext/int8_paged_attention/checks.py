@@ -8,7 +8,10 @@ import torch
 
 #: dtypes of keys, values and queries that every backend takes.
 FLOAT_DTYPES = (torch.float32, torch.float16, torch.bfloat16)
-MAX_HEAD_DIM = 256
+#: Widest rows that a layer may hold; latents of multi-head latent attention have 512 elements.
+MAX_HEAD_DIM = 1024
+#: Widest rows that the native kernels take; wider ones are served by the reference backend.
+MAX_NATIVE_HEAD_DIM = 256
 
 
 def check_tensor(

@@ -15,7 +15,7 @@ from collections.abc import Callable
 import torch
 
 from . import cpu_library
-from .checks import MAX_HEAD_DIM, check_block_ids, check_lengths
+from .checks import MAX_NATIVE_HEAD_DIM, check_block_ids, check_lengths
 from .cpu_memory import empty
 from .storage import KvCacheQuant
 
@@ -60,8 +60,8 @@ def unavailable(device: torch.device, block_size: int, head_dim: int, v_head_dim
     if block_size % 16:
         return f"block_size must be a multiple of 16, got {block_size}"
     for name, dim in (("head_dim", head_dim), ("v_head_dim", v_head_dim)):
-        if dim % 4 or not 4 <= dim <= MAX_HEAD_DIM:
-            return f"{name} must be a multiple of 4 up to {MAX_HEAD_DIM}, got {dim}"
+        if dim % 4 or not 4 <= dim <= MAX_NATIVE_HEAD_DIM:
+            return f"{name} must be a multiple of 4 up to {MAX_NATIVE_HEAD_DIM}, got {dim}"
     return None
 
 
@@ -166,8 +166,8 @@ def copy(cache: KvCacheQuant, src: torch.Tensor, dst: torch.Tensor) -> None:
 
 def hadamard(x: torch.Tensor) -> torch.Tensor:
     """`conditioning.hadamard` in C, to the same bits: float32 ``[..., head_dim]``, head_dim at most 256."""
-    if x.dtype != torch.float32 or not 0 < x.shape[-1] <= MAX_HEAD_DIM:
-        raise ValueError(f"x must be float32 with at most {MAX_HEAD_DIM} columns, got {x.dtype} {list(x.shape)}")
+    if x.dtype != torch.float32 or not 0 < x.shape[-1] <= MAX_NATIVE_HEAD_DIM:
+        raise ValueError(f"x must be float32 with at most {MAX_NATIVE_HEAD_DIM} columns, got {x.dtype} {list(x.shape)}")
     x = x.contiguous()
     out = torch.empty_like(x)
     _LIBRARY.hadamard(out.data_ptr(), x.data_ptr(), x.numel() // x.shape[-1], x.shape[-1])
