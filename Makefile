@@ -28,7 +28,7 @@ endef
 export RUN_NOTEBOOKS
 
 .DEFAULT_GOAL := help
-.PHONY: help demo info test test-fast test-sanitize test-neon lint types format notebooks clean
+.PHONY: help demo info test test-fast test-sanitize test-neon lint types format notebooks coverage clean
 
 help:  ## Show this list
 	@sed -n 's/^\([a-z-]*\):.*## /\1|/p' $(MAKEFILE_LIST) | while IFS='|' read -r name text; do printf '  make %-13s %s\n' "$$name" "$$text"; done

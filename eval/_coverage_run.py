@@ -155,7 +155,8 @@ def _logits(model: PreTrainedModel, inputs: dict[str, Any], cache: Cache, tokens
     model.generation_config.eos_token_id = None
     model.generation_config.forced_bos_token_id = model.generation_config.forced_eos_token_id = None
     torch.manual_seed(0)
-    out = model.generate(
+    generate: Any = model.generate
+    out = generate(
         **inputs,
         **{name: cache},
         logits_processor=LogitsProcessorList([] if tokens is None else [_Force(tokens)]),

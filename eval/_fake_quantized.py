@@ -67,7 +67,7 @@ class FakeQuantizedLayer(DynamicLayer):
         return length + query_length - self._first(length), self._first(length)
 
 
-class FakeQuantizedHybridLayer(FakeQuantizedLayer, LinearAttentionAndFullAttentionLayer):
+class FakeQuantizedHybridLayer(FakeQuantizedLayer, LinearAttentionAndFullAttentionLayer):  # type: ignore[misc,override]
     """With transformers' own convolution and recurrent states beside the keys and values."""
 
     def __init__(self, window: int | None = None, number_of_states: int = 1, **conditioning):

@@ -73,7 +73,7 @@ def shrunk(
         if field.name in config_class.sub_configs:
             inner = getattr(default, field.name)
             if isinstance(inner, PreTrainedConfig):
-                merge = changes.get(field.name) if isinstance(changes.get(field.name), dict) else {}
+                merge: Any = changes.get(field.name) if isinstance(changes.get(field.name), dict) else {}
                 arguments[field.name] = {"model_type": inner.model_type} | shrunk(type(inner), inner, **merge)
             continue
         if isinstance(field.default, bool) or not isinstance(field.default, int | float | None.__class__):

@@ -55,7 +55,7 @@ def _child(pipe: Connection, mapping: str, architecture: str, class_name: str) -
 
 def run_one(mapping: str, architecture: str, class_name: str) -> dict[str, Any]:
     """Measure one architecture in a process of its own: a crash or a hang there is a result like any other."""
-    context = multiprocessing.get_context(_METHOD)
+    context: Any = multiprocessing.get_context(_METHOD)
     ours, theirs = context.Pipe(duplex=False)
     process = context.Process(target=_child, args=(theirs, mapping, architecture, class_name), daemon=True)
     process.start()

@@ -135,11 +135,13 @@ def int8_paged_attention(
             'know; use model.set_attn_implementation("eager"), the cache works with it'
         )
     if indices is not None:
+        assert attention_mask is not None, "sparse attention asks for a mask always"
         attention_mask = with_selected_keys(attention_mask, indices)
     if block_indices is not None:
         positions = kwargs["position_ids"].expand(len(query), -1)
         size = (key.shape[2], query.dtype, query.device)
-        attention_mask = module.indexer.build_block_mask(block_indices, attention_mask, *size, positions)
+        build_block_mask: Any = module.indexer.build_block_mask  # type: ignore[union-attr]
+        attention_mask = build_block_mask(block_indices, attention_mask, *size, positions)
     if torch.compiler.is_compiling():
         layer = take_over(key, value)
         if layer is not None and position_bias is None and not dropout and query.shape[2] == 1:

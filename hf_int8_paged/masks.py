@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from transformers import (
     MODEL_FOR_CAUSAL_LM_MAPPING,
@@ -20,7 +22,7 @@ def needs_additive_masks(config: PreTrainedConfig) -> bool:
     kind = type(config)
     if kind not in _needs_additive:
         mappings = (MODEL_MAPPING, MODEL_FOR_CAUSAL_LM_MAPPING, MODEL_FOR_SEQ_TO_SEQ_CAUSAL_LM_MAPPING)
-        model = next((mapping[kind] for mapping in mappings if kind in mapping), None)
+        model: Any = next((mapping[kind] for mapping in mappings if kind in mapping), None)
         model = model[0] if isinstance(model, tuple) else model
         _needs_additive[kind] = model is not None and not (
             model._supports_sdpa or (model._supports_flash_attn and model._supports_attention_backend)
