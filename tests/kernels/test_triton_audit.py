@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import sys
+import timeit
 from pathlib import Path
 from typing import Any
 
@@ -122,3 +123,27 @@ def test_gfx942_has_no_spill(head_dim: int) -> None:
     figures = audit("gfx942", head_dim, 4)
     assert figures["spills"] == figures["stack_bytes"] == 0
     assert figures["vector_registers"] <= 256
+
+
+def test_launchers_take_little_time_beside_the_launch(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Append and decode of one layer, launching nothing: 12 us measured; twice the budget of 15 us on slow machines."""
+    from triton.runtime.jit import JITFunction
+
+    from hf_int8_paged.kernels import KvCacheQuant
+    from hf_int8_paged.kernels.triton_append import launch_append
+    from hf_int8_paged.kernels.triton_decode import Chip, launch_decode
+
+    monkeypatch.setattr(JITFunction, "run", lambda self, *args, **kwargs: None)
+    slots = (8, 64, 16)
+    k, v = (torch.empty(*slots, 128, dtype=torch.int8) for _ in range(2))
+    scales = torch.empty(2, *slots, dtype=torch.float16)
+    cache = KvCacheQuant(k, v, scales[0], scales[1], "triton", "v_transposed", "hadamard", torch.zeros(8, 128))
+    new, q = torch.empty(1, 8, 1, 128), torch.empty(1, 32, 1, 128)
+    out, table, lens = torch.empty_like(q), torch.zeros(1, 64, dtype=torch.int32), torch.zeros(1, dtype=torch.int32)
+    chip = Chip("sm_90", 132)
+
+    def layer() -> None:
+        launch_append(new, new, cache, table, lens)
+        launch_decode(out, q, cache, table, lens, 0.1, None, None, 0, None, None, None, chip=chip)
+
+    assert min(timeit.repeat(layer, number=100, repeat=30)) / 100 < 30e-6

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import functools
+from typing import Any
+
 import torch
 import triton
 import triton.language as tl
@@ -91,6 +94,23 @@ def append_kernel(
     tl.store(v_scales_ptr + head * v_scale_head_stride + blocks * BLOCK_SIZE + slots, scales, mask=kept)
 
 
+@functools.lru_cache(maxsize=1024)
+def append_constants(head_dim: int, v_dim: int, block_size: int, rotated: bool, rows: int) -> dict[str, Any]:
+    """The kernel's constants and options, worked out once per kind of call."""
+    return dict(
+        HEAD_DIM=head_dim,
+        V_DIM=v_dim,
+        K_DIMS=triton.next_power_of_2(head_dim),
+        V_DIMS=triton.next_power_of_2(v_dim),
+        K_ROTATED=hadamard_block(head_dim) if rotated else 1,
+        V_ROTATED=hadamard_block(v_dim) if rotated else 1,
+        BLOCK_SIZE=block_size,
+        TOKENS=rows,
+        num_warps=4 if rows > 1 else 1,
+        enable_fp_fusion=False,  # the bits are the contract
+    )
+
+
 def launch_append(
     k_new: torch.Tensor,
     v_new: torch.Tensor,
@@ -121,14 +141,5 @@ def launch_append(
         *k_new.stride(),
         *v_new.stride(),
         block_table.stride(0),
-        HEAD_DIM=cache.head_dim,
-        V_DIM=cache.v_head_dim,
-        K_DIMS=triton.next_power_of_2(cache.head_dim),
-        V_DIMS=triton.next_power_of_2(cache.v_head_dim),
-        K_ROTATED=hadamard_block(cache.head_dim) if cache.rotation else 1,
-        V_ROTATED=hadamard_block(cache.v_head_dim) if cache.rotation else 1,
-        BLOCK_SIZE=cache.block_size,
-        TOKENS=rows,
-        num_warps=4 if rows > 1 else 1,
-        enable_fp_fusion=False,  # the bits are the contract
+        **append_constants(cache.k.shape[3], cache.v.shape[3], cache.k.shape[2], cache.rotation is not None, rows),
     )

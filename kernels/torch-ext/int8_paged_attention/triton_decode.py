@@ -4,7 +4,9 @@
 
 from __future__ import annotations
 
+import functools
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 import triton
@@ -29,6 +31,8 @@ from .triton_tiles import (
 
 #: Warps of a program; each is a stream of its own.
 STREAMS = 4
+#: Tokens that a program reads per iteration.
+CHUNK = STREAMS * TOKENS.value
 #: Programs that one multiprocessor should have at hand, to hide the latency of memory.
 PROGRAMS_PER_PROCESSOR = 3
 #: Registers per thread, by (chip, products per key row, third term), where the compiler's own choice would keep a third
@@ -46,8 +50,8 @@ class Chip:
 
 @triton.jit
 def decode_kernel(
-    partial_ptr,  # float32 [batch * q_heads * q_len, splits, V_DIM]: sums of values, not yet divided
-    stats_ptr,  # float32 [batch * q_heads * q_len, splits, 2]: base-2 maximum and denominator
+    partial_ptr,  # float32: sums of values, not yet divided, [batch * q_heads * q_len, splits, V_DIM], and after them
+    # [batch * q_heads * q_len, splits, 2]: base-2 maximum and denominator
     q_ptr,  # [batch, q_heads, q_len, HEAD_DIM]
     k_ptr,  # [kv_heads, num_blocks, BLOCK_SIZE, HEAD_DIM]
     v_ptr,  # [kv_heads, num_blocks, V_DIM, BLOCK_SIZE]
@@ -214,6 +218,7 @@ def decode_kernel(
     top = tl.max(highest, axis=0)
     weight = tl.exp2(highest - exponent_shift(top)[None, :])
     row_exists = rows < GROUP * q_len
+    stats_ptr = partial_ptr + tl.num_programs(2).to(tl.int64) * num_q_heads * q_len * num_splits * V_DIM
     partial_rows = ((sequence * num_q_heads + head * GROUP) * q_len + rows) * num_splits + split
     tl.store(stats_ptr + partial_rows * 2, top, mask=row_exists)
     tl.store(stats_ptr + partial_rows * 2 + 1, tl.sum(total * weight, axis=0), mask=row_exists)
@@ -233,8 +238,7 @@ def rows_of_terms(x, ROWS: tl.constexpr):
 @triton.jit
 def reduce_kernel(
     out_ptr,  # [batch, q_heads, q_len, V_DIM]
-    partial_ptr,  # [batch * q_heads * q_len, splits, V_DIM]
-    stats_ptr,  # [batch * q_heads * q_len, splits, 2]
+    partial_ptr,  # as the decode kernel leaves it
     sinks_ptr,  # [q_heads]
     num_q_heads,
     q_len,
@@ -250,6 +254,7 @@ def reduce_kernel(
     """Join the splits of one query row, apply its sink, divide, rotate back."""
     row = tl.program_id(0).to(tl.int64)
     head = row // q_len % num_q_heads
+    stats_ptr = partial_ptr + tl.num_programs(0).to(tl.int64) * num_splits * V_DIM
     dims = tl.arange(0, DIMS)
     splits = tl.arange(0, SPLIT_TILE)
     top = float("-inf")
@@ -280,6 +285,41 @@ def reduce_kernel(
     tl.store(out_row_ptr + dims, out.to(out_ptr.dtype.element_ty), mask=dims < V_DIM)
 
 
+@functools.lru_cache(maxsize=1024)
+def decode_constants(
+    group: int, q_len: int, head_dim: int, v_dim: int, block_size: int, rotated: bool, integer: bool, chip: Chip
+) -> tuple[int, dict[str, Any], dict[str, Any]]:
+    """Row tiles, and the constants and options of both kernels, worked out once per kind of call."""
+    rows = 8 if group * q_len <= 8 else 16
+    registers = MAX_REGISTERS.get((chip.name, -(-head_dim // PART.value), integer and not rotated))
+    decode = dict(
+        GROUP=group,
+        HEAD_DIM=head_dim,
+        V_DIM=v_dim,
+        DIMS=max(PART.value, triton.next_power_of_2(head_dim)),
+        V_PART=max(16, min(PART.value, triton.next_power_of_2(v_dim))),
+        ROTATED=hadamard_block(head_dim) if rotated else 1,
+        BLOCK_SIZE=block_size,
+        ROWS=rows,
+        STREAMS=STREAMS,
+        INTEGER=integer,
+        num_warps=STREAMS,
+        num_stages=1,
+        enable_fp_fusion=True,
+    )
+    if registers is not None:
+        decode["maxnreg"] = registers
+    reduce = dict(
+        V_DIM=v_dim,
+        DIMS=triton.next_power_of_2(v_dim),
+        ROTATED=hadamard_block(v_dim) if rotated else 1,
+        SPLIT_TILE=16,
+        num_warps=4,
+        enable_fp_fusion=True,
+    )
+    return -(-group * q_len // rows), decode, reduce
+
+
 def launch_decode(
     out: torch.Tensor,
     q: torch.Tensor,
@@ -304,23 +344,20 @@ def launch_decode(
         integer: multiply int8 with int8; False multiplies in float16, for chips whose matrix unit knows no int8.
     """
     batch, num_q_heads, q_len, head_dim = q.shape
-    v_dim = cache.v_head_dim
-    group = num_q_heads // cache.num_kv_heads
-    rows = 8 if group * q_len <= 8 else 16
-    row_tiles = -(-group * q_len // rows)
-    table_width = block_table.shape[1]
-    chunks = -(-table_width * cache.block_size // (STREAMS * TOKENS.value))
-    programs = batch * cache.num_kv_heads * row_tiles
+    kv_heads, num_blocks, block_size, _ = cache.k.shape
+    v_dim, table_width = cache.v.shape[3], block_table.shape[1]
+    row_tiles, decode, reduce = decode_constants(
+        num_q_heads // kv_heads, q_len, head_dim, v_dim, block_size, cache.rotation is not None, integer, chip
+    )
+    chunks = -(-table_width * block_size // CHUNK)
+    programs = batch * kv_heads * row_tiles
     splits = max(1, min(chunks, -(-PROGRAMS_PER_PROCESSOR * chip.num_processors // programs)))
     num_rows = batch * num_q_heads * q_len
-    registers = MAX_REGISTERS.get((chip.name, -(-head_dim // PART.value), integer and not cache.rotation))
-    partial = torch.empty(num_rows, splits, v_dim, dtype=torch.float32, device=q.device)
-    stats = torch.empty(num_rows, splits, 2, dtype=torch.float32, device=q.device)
+    partial = torch.empty(num_rows * splits * (v_dim + 2), dtype=torch.float32, device=q.device)
     # Without softcap and sinks the keys' centre moves all scores of a row alike, and softmax does not see it.
     absolute = softcap is not None or sinks is not None
-    decode_kernel[(splits, cache.num_kv_heads * row_tiles, batch)](
+    decode_kernel[(splits, kv_heads * row_tiles, batch)](
         partial,
-        stats,
         q,
         cache.k,
         cache.v,
@@ -334,7 +371,7 @@ def launch_decode(
         float(scale),
         float(softcap or 0.0),
         q_len,
-        cache.num_blocks,
+        num_blocks,
         table_width,
         key_mask_start,
         0 if key_mask is None else key_mask.shape[1],
@@ -346,36 +383,17 @@ def launch_decode(
         cache.v_scales.stride(0),
         block_table.stride(0),
         0 if key_mask is None else key_mask.stride(0),
-        GROUP=group,
-        HEAD_DIM=head_dim,
-        V_DIM=v_dim,
-        DIMS=max(PART.value, triton.next_power_of_2(head_dim)),
-        V_PART=max(16, min(PART.value, triton.next_power_of_2(v_dim))),
-        ROTATED=hadamard_block(head_dim) if cache.rotation else 1,
-        BLOCK_SIZE=cache.block_size,
-        ROWS=rows,
-        STREAMS=STREAMS,
         HAS_WINDOW=window is not None,
         HAS_SOFTCAP=softcap is not None,
-        INTEGER=integer,
-        num_warps=STREAMS,
-        num_stages=1,
-        **({} if registers is None else {"maxnreg": registers}),
-        enable_fp_fusion=True,
+        **decode,
     )
     reduce_kernel[(num_rows,)](
         out,
         partial,
-        stats,
         sinks,
         num_q_heads,
         q_len,
         splits,
         *out.stride()[:3],
-        V_DIM=v_dim,
-        DIMS=triton.next_power_of_2(v_dim),
-        ROTATED=hadamard_block(v_dim) if cache.rotation else 1,
-        SPLIT_TILE=16,
-        num_warps=4,
-        enable_fp_fusion=True,
+        **reduce,
     )
