@@ -33,6 +33,8 @@ class BlockTable:
         self._store = np.full((0, 0), HOLE, dtype=np.int32)  # [batch, columns and room for more]
         self._columns = 0
         self._dropped_columns = 0
+        #: Columns before this one may never have held anything, as they were out of sight when their tokens came.
+        self._skipped_columns = 0
         self._version = 0
         self._mirrors: dict[torch.device, tuple[int, torch.Tensor]] = {}
 
@@ -92,6 +94,8 @@ class BlockTable:
                     held = self._store[row, :before]
                     after = int(held[-1]) if before and held[-1] != HOLE else HOLE
                     self._store[row, first:last] = self.allocator.allocate(last - first, after)
+            if first > before:
+                self._skipped_columns = first
             self._columns = last
             self._version += 1
         self.length += new_tokens
@@ -118,7 +122,8 @@ class BlockTable:
     def fork(self) -> BlockTable:
         """A table of its own over the same blocks."""
         twin = BlockTable(self.allocator, self.block_size)
-        twin.length, twin._columns, twin._dropped_columns = self.length, self._columns, self._dropped_columns
+        twin.length, twin._columns = self.length, self._columns
+        twin._dropped_columns, twin._skipped_columns = self._dropped_columns, self._skipped_columns
         twin._store = self._store.copy()
         self.allocator.retain(self.ids[self.ids != HOLE].tolist())
         return twin
@@ -169,11 +174,12 @@ class BlockTable:
         self.length = min(length, self.length)
         self._columns = min(columns, self._columns)
         self._dropped_columns = min(self._dropped_columns, self._columns)
+        self._skipped_columns = min(self._skipped_columns, self._columns)
 
     @property
     def first_held(self) -> int:
-        """First position that has not been dropped."""
-        return self._dropped_columns * self.block_size
+        """First position from which on all tokens are held."""
+        return max(self._dropped_columns, self._skipped_columns) * self.block_size
 
     def clear(self) -> None:
         """Give all blocks back and forget the sequences."""

@@ -248,3 +248,14 @@ def test_holes_of_padding_between_turns(name):
     if name == "llama":
         assert (ours - other).abs().max() < 1e-3 * other.abs().max()
     assert ours.isfinite().all()
+
+
+def test_a_prompt_longer_than_the_window_is_not_cropped_without_recording():
+    """Block 0 was never written: position 15, which the sliding layers would see again, is not held."""
+    model = ready("mistral")
+    cache = PagedInt8Cache(model.config)
+    with torch.no_grad():
+        model(random_ids(1, 36), past_key_values=cache)
+        with pytest.raises(RuntimeError, match="activate_past_recording"):
+            cache.crop(-2)
+    assert cache.get_seq_length() == 36

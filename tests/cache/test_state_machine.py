@@ -1,0 +1,227 @@
+"""Any sequence of operations on caches that share a pool, against lists of tokens.
+
+The model of a cache is a list of token lists. A token's keys and values follow from its id, so the lists say what every
+layer must hold. After each step contents, reference counts and free lists are compared, and the free blocks poisoned.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections import Counter
+
+import torch
+from hypothesis import HealthCheck, settings
+from hypothesis import strategies as st
+from hypothesis.stateful import (
+    RuleBasedStateMachine,
+    initialize,
+    invariant,
+    precondition,
+    rule,
+    run_state_machine_as_test,
+)
+from transformers import Gemma2Config
+
+from hf_int8_paged import CacheFullError, PagedInt8Cache, PagedInt8Pool
+from hf_int8_paged.kernels import MAX_DECODE_ROWS
+from tests.models import fake_quantize
+
+WINDOW = 21
+MAX_BATCH, MAX_LENGTH, MAX_CACHES = 6, 120, 4
+#: Small enough that some appends are refused.
+MAX_TOKENS = 16 * 56
+IDS = 64
+CONFIG = Gemma2Config(
+    num_hidden_layers=2, layer_types=["sliding_attention", "full_attention"], sliding_window=WINDOW, vocab_size=IDS
+)
+#: Keys of each token id in both layers, ``[layers, ids, heads, head_dim]``; values are their negatives.
+KEYS = torch.randn(2, IDS, 2, 16, generator=torch.Generator().manual_seed(0))
+IMAGES = fake_quantize(KEYS)
+STEPS = 5000
+
+seeds = st.integers(0, 2**32 - 1)
+
+
+class Twin:
+    """A cache, and the tokens that it should hold."""
+
+    def __init__(self, cache: PagedInt8Cache):
+        self.cache = cache
+        self.tokens: list[list[int]] = []
+        #: Position from which on the sliding layer may be asked for tokens.
+        self.held_from = 0
+
+    @property
+    def length(self) -> int:
+        return len(self.tokens[0]) if self.tokens else 0
+
+
+class Caches(RuleBasedStateMachine):
+    steps = 0
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.pool = PagedInt8Pool(max_tokens=MAX_TOKENS, rotation=None, center_keys=False)
+        self.twins: list[Twin] = []
+
+    @initialize()
+    def one_cache(self) -> None:
+        self.new_cache()
+
+    def new_cache(self) -> None:
+        self.twins.append(Twin(PagedInt8Cache(CONFIG, pool=self.pool)))
+
+    def pick(self, which: int) -> Twin:
+        return self.twins[which % len(self.twins)]
+
+    @precondition(lambda self: len(self.twins) < MAX_CACHES)
+    @rule()
+    def another_cache(self) -> None:
+        self.new_cache()
+
+    @rule(which=seeds, batch=st.integers(1, 4), count=st.integers(1, 45), seed=seeds, alike=st.booleans())
+    def append(self, which: int, batch: int, count: int, seed: int, alike: bool) -> None:
+        twin = self.pick(which)
+        batch = len(twin.tokens) or batch
+        count = min(count, MAX_LENGTH - twin.length)
+        if not count:
+            return
+        new = torch.randint(0, IDS, (batch, count), generator=torch.Generator().manual_seed(seed))
+        if alike:  # as beams of one prompt are
+            new[1:] = new[:1]
+        start = twin.length
+        try:
+            for layer in range(2):
+                rows = KEYS[layer][new].transpose(1, 2)
+                twin.cache.update(rows, -rows, layer)
+        except CacheFullError:
+            return
+        twin.tokens = [held + more for held, more in zip(twin.tokens or [[]] * batch, new.tolist())]
+        if not twin.cache.layers[0].record_past:
+            # A prompt's or a long chunk's own tokens are not kept where no later token sees them.
+            seen_from = start if start and count <= MAX_DECODE_ROWS else twin.length
+            twin.held_from = max(twin.held_from, seen_from - WINDOW + 1)
+
+    @rule(which=seeds, count=st.integers(0, 50))
+    def crop(self, which: int, count: int) -> None:
+        twin = self.pick(which)
+        target = max(twin.length - count, 0)
+        visible = max(target - WINDOW + 1, 0)
+        try:
+            twin.cache.crop(-count)
+        except RuntimeError:
+            assert target > 0
+            assert visible < twin.held_from, "refused, although every visible token is still held"
+            return
+        twin.tokens = [held[:target] for held in twin.tokens] if target else []
+        twin.held_from = max(twin.held_from, visible) if target else 0
+
+    @rule(which=seeds)
+    def activate_past_recording(self, which: int) -> None:
+        self.pick(which).cache.activate_past_recording()
+
+    @precondition(lambda self: len(self.twins) < MAX_CACHES)
+    @rule(which=seeds, by_copy=st.booleans())
+    def fork(self, which: int, by_copy: bool) -> None:
+        twin = self.pick(which)
+        child = Twin(copy.deepcopy(twin.cache) if by_copy else twin.cache.fork())
+        child.tokens, child.held_from = [list(row) for row in twin.tokens], twin.held_from
+        self.twins.append(child)
+
+    @rule(which=seeds, seed=seeds)
+    def reorder(self, which: int, seed: int) -> None:
+        twin = self.pick(which)
+        if twin.tokens:
+            batch = len(twin.tokens)
+            rows = torch.randint(0, batch, (batch,), generator=torch.Generator().manual_seed(seed))
+            twin.cache.reorder_cache(rows)
+            twin.tokens = [twin.tokens[row] for row in rows]
+
+    @rule(which=seeds, repeats=st.integers(1, 3))
+    def repeat(self, which: int, repeats: int) -> None:
+        twin = self.pick(which)
+        if twin.tokens and len(twin.tokens) * repeats <= MAX_BATCH:
+            twin.cache.batch_repeat_interleave(repeats)
+            twin.tokens = [row for row in twin.tokens for _ in range(repeats)]
+
+    @rule(which=seeds, seed=seeds, boolean=st.booleans())
+    def select(self, which: int, seed: int, boolean: bool) -> None:
+        twin = self.pick(which)
+        if not twin.tokens:
+            return
+        generator, batch = torch.Generator().manual_seed(seed), len(twin.tokens)
+        keep = torch.rand(batch, generator=generator) < 0.7
+        keep[seed % batch] = True
+        rows = keep.nonzero()[:, 0]
+        if not boolean:
+            rows = keep = rows[torch.randperm(len(rows), generator=generator)]
+        twin.cache.batch_select_indices(keep)
+        twin.tokens = [twin.tokens[row] for row in rows]
+
+    @rule(which=seeds)
+    def reset(self, which: int) -> None:
+        twin = self.pick(which)
+        twin.cache.reset()
+        twin.tokens, twin.held_from = [], 0
+
+    @precondition(lambda self: len(self.twins) > 1)
+    @rule(which=seeds)
+    def free(self, which: int) -> None:
+        del self.twins[which % len(self.twins)]
+
+    @invariant()
+    def contents_agree(self) -> None:
+        Caches.steps += 1
+        for twin in self.twins:
+            assert twin.cache.get_seq_length() == twin.length
+            for index, layer in enumerate(twin.cache.layers):
+                if not twin.length:
+                    assert layer.keys is None
+                    continue
+                first = max(twin.length - WINDOW + 1, 0) if layer.is_sliding else 0
+                expected = IMAGES[index][torch.tensor(twin.tokens)[:, first:]].transpose(1, 2)
+                assert torch.equal(layer.keys.clone(), expected)
+                assert torch.equal(layer.values.clone(), -expected)
+
+    @invariant()
+    def books_agree(self) -> None:
+        for name, allocator in self.pool.allocators.items():
+            held: Counter = Counter()
+            for twin in self.twins:
+                ids = twin.cache._sequences.groups[name].table.ids
+                held.update(ids[ids >= 0].tolist())
+            counts = [allocator.ref_count(block) for block in range(allocator.num_blocks)]
+            assert counts == [held[block] for block in range(allocator.num_blocks)]
+            assert allocator.num_free == counts.count(0)
+            assert allocator.num_blocks <= MAX_TOKENS // 16
+
+    @invariant()
+    def poison_free_blocks(self) -> None:
+        for layer in range(2):
+            storage = self.pool.storage(layer)
+            if storage is not None:
+                name = "sliding_attention_21" if layer == 0 else "full_attention"
+                allocator = self.pool.allocators[name]
+                free = [b for b in range(allocator.num_blocks) if not allocator.ref_count(b)]
+                storage.k[:, free] = storage.v[:, free] = 127
+                storage.k_scales[:, free] = storage.v_scales[:, free] = torch.nan
+
+    def teardown(self) -> None:
+        self.twins.clear()
+        for allocator in self.pool.allocators.values():
+            assert allocator.num_used == 0
+
+
+def test_any_operations_on_caches_over_one_pool_agree_with_lists_of_tokens():
+    Caches.steps = 0
+    run_state_machine_as_test(
+        Caches,
+        settings=settings(
+            max_examples=100,
+            stateful_step_count=60,
+            deadline=None,
+            derandomize=True,
+            suppress_health_check=list(HealthCheck),
+        ),
+    )
+    assert Caches.steps >= STEPS
