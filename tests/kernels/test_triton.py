@@ -68,6 +68,15 @@ assert "TRITON_INTERPRET=1" in why_unavailable("triton", torch.device("cpu"))
     assert in_another_python(["-c", code], TRITON_INTERPRET="0").returncode == 0
 
 
+def test_rows_too_wide_for_int32_products_are_refused() -> None:
+    from hf_int8_paged.kernels import why_unavailable
+
+    cuda = torch.device("cuda")
+    assert why_unavailable("triton", cuda, 16, 256, 256) is None
+    assert "256" in (why_unavailable("triton", cuda, 16, 512, 256) or "")
+    assert "256" in (why_unavailable("triton", cuda, 16, 64, 257) or "")
+
+
 def layer(head_dim: int, v_head_dim: int, block_size: int, rotation: str | None) -> KvCacheQuant:
     slots = (2, 40, block_size)
     return KvCacheQuant(

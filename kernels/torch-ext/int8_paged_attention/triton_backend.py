@@ -23,6 +23,8 @@ __all__ = ["NAME", "TILE_ORDER", "append", "copy", "decode", "empty", "extend", 
 NAME = "triton"
 TILE_ORDER = "v_transposed"
 OLDEST_TRITON = (3, 6)
+#: 32639 * 127 * 256 < 2**31: the largest product of a query in steps with a key row.
+WIDEST_ROW = 256
 #: Triton decides when a kernel is defined whether it will be interpreted.
 INTERPRETED = triton.knobs.runtime.interpret
 
