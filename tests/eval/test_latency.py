@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 
 import latency
@@ -20,10 +21,11 @@ def test_contestants_rotate_over_more_bytes_than_stay_in_the_cache() -> None:
     assert latency.sets_for(bytes_read=10, cold_bytes=101) == 11
     assert latency.sets_for(bytes_read=1000, cold_bytes=10) == 2
     calls: list[int] = []
-    contestant = latency.Contestant([lambda: calls.append(0), lambda: calls.append(1)], bytes_read=1)
+    first, second, warm_up = (partial(calls.append, i) for i in range(3))
+    contestant = latency.Contestant([first, second], bytes_read=1, warm_up=warm_up)
     for _ in range(5):
         contestant.step()
-    assert calls == [0, 1, 0, 1, 0]
+    assert calls == [2, 0, 2, 1, 2, 0, 2, 1, 2, 0]
     assert len(contestant.times) == 5
 
 
