@@ -11,6 +11,7 @@ from transformers import PreTrainedConfig
 from transformers.cache_utils import (
     DYNAMIC_LAYER_TYPE_MAPPING,
     Cache,
+    DynamicCache,
     DynamicLayer,
     LinearAttentionAndFullAttentionLayer,
     LinearAttentionLayer,
@@ -75,7 +76,7 @@ class FakeQuantizedHybridLayer(FakeQuantizedLayer, LinearAttentionAndFullAttenti
         LinearAttentionLayer.__init__(self, number_of_states=number_of_states)
 
 
-class FakeQuantizedCache(Cache):
+class FakeQuantizedCache(DynamicCache):
     """What `PagedInt8Cache` should be equal to, for every kind of layer."""
 
     def __init__(self, config: PreTrainedConfig, offloading: bool = False, **conditioning):
@@ -93,4 +94,4 @@ class FakeQuantizedCache(Cache):
                 )
             else:
                 layers.append(DYNAMIC_LAYER_TYPE_MAPPING[kind](**kwargs))
-        super().__init__(layers=layers)
+        Cache.__init__(self, layers=layers)

@@ -12,6 +12,7 @@ from transformers.cache_utils import (
     DYNAMIC_LAYER_TYPE_MAPPING,
     STATIC_LAYER_TYPE_MAPPING,
     Cache,
+    DynamicCache,
     LinearAttentionCacheLayerMixin,
     get_layer_types_and_kwargs,
 )
@@ -24,7 +25,7 @@ from .sequences import Sequences
 from .static_layers import PagedInt8StaticLayer
 
 
-class PagedInt8Cache(Cache):
+class PagedInt8Cache(DynamicCache):
     """A KV cache of int8 blocks with one float16 scale per token and KV head.
 
     Pass it to ``model.generate(past_key_values=...)`` or to a model's forward. With
@@ -115,7 +116,8 @@ class PagedInt8Cache(Cache):
         else:
             sizes = (max_batch_size, max_cache_len)
             layers = _static_layers_for(text_config, *sizes, block_size, backend, rotation, center_keys)
-        super().__init__(layers=layers)
+        # A `DynamicCache`, as transformers lets only those be cropped within an `EncoderDecoderCache`.
+        Cache.__init__(self, layers=layers)
 
     def update(
         self, key_states: torch.Tensor, value_states: torch.Tensor, layer_idx: int, *args, **kwargs

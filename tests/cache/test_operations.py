@@ -88,7 +88,7 @@ def generate(model, ids: torch.Tensor, cache: Cache, **options) -> torch.Tensor:
 
 
 @pytest.mark.parametrize("mode", MODES)
-@pytest.mark.parametrize("name", TINY)
+@pytest.mark.parametrize("name", sorted(set(TINY) - {"llama"}))  # test_decoding_matrix.py has all modes of that
 def test_decoding_modes_give_the_oracle_s_tokens(name, mode):
     """The oracle moves real rows where the paged cache moves table entries."""
     model, ids = ready(name), random_ids(2, 45, seed=6)
