@@ -115,7 +115,8 @@ class BlockTable:
         gained, lost = gained[gained != HOLE].tolist(), lost[lost != HOLE].tolist()
         self.allocator.retain(gained)
         self.allocator.release(lost)
-        self._store = np.full((len(new), self._store.shape[1]), HOLE, dtype=np.int32)
+        if len(new) != self.batch_size:
+            self._store = np.full((len(new), self._store.shape[1]), HOLE, dtype=np.int32)
         self._store[:, : self._columns] = new
         self._version += 1
 
