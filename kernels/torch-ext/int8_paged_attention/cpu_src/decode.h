@@ -44,6 +44,15 @@ INLINE void prefetch_line(Prefetch *p)
     if (p->line == p->end) next_run(p);
 }
 
+static Prefetch start_prefetch(const Tile *tile, const Layer *layer)
+{
+    const int64_t stride = layer->block_size * 4;
+    Prefetch p = {.line = (const int8_t *)layer, .tile = tile, .key_stride = stride, .key_bytes = layer->head_dim / 4 * stride,
+                  .value_bytes = SUBTILE * layer->v_head_dim};
+    next_run(&p);
+    return p;
+}
+
 /* Integer products of `rows` query rows with `subtiles` subtiles from s on; terms from `term` on. */
 INLINE void key_products(const State *st, int r0, const Tile *tile, Prefetch *prefetch, int s, int64_t step_bytes,
                          float (*scores)[TILE_TOKENS], const int rows, const int subtiles, const int term,
@@ -257,13 +266,12 @@ ATTEND_ROWS(3)
 ATTEND_ROWS(4)
 #endif
 
-static void attend_tile(State *st, const Tile *tile, const Tile *next, int64_t step_bytes)
+static void attend_tile(State *st, const Tile *tile, const Tile *next, const Layer *layer)
 {
+    const int64_t step_bytes = layer->block_size * 4;
     Scales scales;
     load_scales(st, tile, &scales);
-    Prefetch ahead = {.line = tile->k[0], .tile = next, .key_stride = step_bytes,
-                      .key_bytes = st->head_dim / 4 * step_bytes, .value_bytes = SUBTILE * st->v_head_dim};
-    next_run(&ahead);
+    Prefetch ahead = start_prefetch(next, layer);
     const int tiles = (st->rows + MAX_TILE_ROWS - 1) / MAX_TILE_ROWS;
     for (int i = 0; i < tiles; i++) {
         const int from = st->rows * i / tiles, to = st->rows * (i + 1) / tiles;
@@ -318,17 +326,19 @@ static void decode_item(const DecodePlan *plan, int64_t item)
     begin += split * plan->split_tokens;
     end = min_i64(end, begin + plan->split_tokens);
 
-    State st;
-    load_queries(&st, plan, sequence, head, row_block, begin, end);
     Cursor cursor = {layer, call->table.ids + sequence * call->table.stride,
                      call->key_mask ? call->key_mask + sequence * call->mask_stride : NULL,
                      call->mask_start, call->mask_columns, head, begin, end};
     Tile tiles[2];
     next_tile(&cursor, &tiles[0]);
+    Prefetch first_tile = start_prefetch(&tiles[0], layer);
+    while (first_tile.stride) prefetch_line(&first_tile); /* it comes while the queries are split */
+    State st;
+    load_queries(&st, plan, sequence, head, row_block, begin, end);
     for (int i = 0; tiles[i].count; i ^= 1) {
         Tile *next = &tiles[i ^ 1];
         next_tile(&cursor, next);
-        attend_tile(&st, &tiles[i], next, layer->block_size * 4);
+        attend_tile(&st, &tiles[i], next, layer);
     }
 
     const int64_t row_floats = plan->partial_floats;

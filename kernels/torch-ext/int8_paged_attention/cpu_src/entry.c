@@ -147,7 +147,9 @@ INT8_PAGED_EXPORT int64_t int8_paged_decode(const Layer *layer, const DecodeCall
     int64_t splits = 1, split_tokens = max_i64(longest, 1);
     if (threads > 1 && units < ITEMS_PER_THREAD * threads) {
         const int64_t target = tokens * layer->num_kv_heads * row_blocks / (ITEMS_PER_THREAD * threads);
-        split_tokens = max_i64(LEAST_SPLIT, (target + 63) & ~(int64_t)63);
+        splits = ceil_div(longest, max_i64(LEAST_SPLIT, target));
+        while (splits > 1 && units * splits % threads) splits++; /* the same number of items for every thread */
+        split_tokens = max_i64(64, (ceil_div(longest, max_i64(splits, 1)) + 63) & ~(int64_t)63);
         splits = max_i64(1, ceil_div(longest, split_tokens));
     }
     DecodePlan plan = {.layer = layer, .call = call, .group = group, .rows = rows, .row_blocks = row_blocks,
