@@ -1,6 +1,6 @@
 """One process of the tensor-parallel test: generates with a model split over all processes, and writes its tokens.
 
-    torchrun --nproc-per-node 2 tensor_parallel_worker.py MODEL_FOLDER OUTPUT_FOLDER
+torchrun --nproc-per-node 2 tensor_parallel_worker.py MODEL_FOLDER OUTPUT_FOLDER
 """
 
 from __future__ import annotations
