@@ -29,8 +29,8 @@ SAMPLE = {
 }
 
 
-#: Exact under eager attention, beyond the bound under the kernels. Both route tokens to experts, where a tipped rounding
-#: may pick another expert; that this is the whole reason has not been shown yet.
+#: Exact under eager attention, beyond the bound under the kernels. Both route tokens to experts, where a tipped
+#: rounding may pick another expert; that this is the whole reason has not been shown yet.
 BEYOND_THE_BOUND = {"mixtral", "olmoe"}
 
 
