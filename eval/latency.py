@@ -2,9 +2,10 @@
 
 The contestants take turns in one process, one call each per round. Memory is cold: each contestant goes through so
 many distinct caches that their bytes exceed four times the last-level cache, as in a model whose layers take turns.
-Just before each timed call the same function runs on 16 tokens, untimed: its code is warm, and no contestant pays for
-the one before it. PyTorch's attention gets contiguous keys and values, with the queries that share a head packed into
-query rows. The read sweep is torch's faster reduction (a sum of float32 or a maximum of int32) over a larger buffer.
+Just before each timed call the same function runs on a few hundred tokens, untimed: its code is warm in every core,
+and no contestant pays for the one before it. PyTorch's attention gets contiguous keys and values, with the queries that
+share a head packed into query rows. The read sweep is torch's faster reduction (a sum of float32 or a maximum of int32)
+over a larger buffer.
 
     python eval/latency.py --threads 2 --json eval/results/latency_kernel.json --picture eval/results/latency_kernel.png
 
@@ -64,7 +65,7 @@ CASES = (
 
 @dataclass
 class Contestant:
-    """Calls to rotate over, the bytes that each of them reads, and the same call on next to nothing."""
+    """Calls to rotate over, the bytes that each of them reads, and the same call on little."""
 
     calls: list[Callable[[], Any]]
     bytes_read: int
@@ -106,6 +107,12 @@ def sets_for(bytes_read: int, cold_bytes: int) -> int:
     return max(2, -(-cold_bytes // bytes_read))
 
 
+def warm_up_context(case: Case) -> int:
+    """Tokens that are enough to put all threads to work, and too few to matter for the cache: half a MiB of int8."""
+    blocks = (1 << 19) // (case.elements // case.context * BLOCK_SIZE)
+    return BLOCK_SIZE * max(1, min(blocks, case.context // BLOCK_SIZE))
+
+
 def int8_calls(case: Case, count: int, *, q: torch.Tensor, random_order: bool = False) -> list[Callable[[], Any]]:
     blocks = case.context // BLOCK_SIZE
     calls: list[Callable[[], Any]] = []
@@ -135,7 +142,7 @@ def sweep_calls(cold_bytes: int) -> dict[str, Contestant]:
     buffer = torch.zeros(2 * cold_bytes // 4, dtype=torch.int32)
     reductions = {"sweep_sum": lambda x: x.view(torch.float32).sum(), "sweep_amax": torch.amax}
     return {
-        name: Contestant([partial(call, buffer)], buffer.nbytes, partial(call, buffer[:1024]))
+        name: Contestant([partial(call, buffer)], buffer.nbytes, partial(call, buffer[: 1 << 17]))
         for name, call in reductions.items()
     }
 
@@ -145,7 +152,7 @@ def run_case(case: Case, rounds: int, cold_bytes: int) -> dict[str, Any]:
     scales_bytes = 2 * case.elements // case.head_dim
     int8_bytes, sets = case.elements + scales_bytes, sets_for(case.elements + scales_bytes, cold_bytes)
     fp32_sets, bf16_sets = (sets_for(case.elements * size, cold_bytes) for size in (4, 2))
-    tiny = replace(case, context=BLOCK_SIZE)
+    tiny = replace(case, context=warm_up_context(case))
     ours = partial(int8_calls, q=q)
     contestants = {
         "int8": Contestant(ours(case, sets), int8_bytes, *ours(tiny, 1)),
