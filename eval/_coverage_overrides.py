@@ -89,7 +89,7 @@ def inputs_for(model: PreTrainedModel, mapping: str, architecture: str) -> dict[
     mask = torch.ones_like(ids)
     if architecture.startswith("musicgen"):
         model.generation_config.guidance_scale = 1.0
-        model.generation_config.pad_token_id = 0
+        model.generation_config.decoder_start_token_id = model.generation_config.pad_token_id = 0
     if not model.config.is_encoder_decoder:
         return {"input_ids": ids, "attention_mask": mask}
     decoder_ids = torch.randint(3, VOCABULARY, (2, PROMPTS[1]), generator=torch.Generator().manual_seed(1))
