@@ -217,7 +217,7 @@ def test_any_operations_on_caches_over_one_pool_agree_with_lists_of_tokens():
     run_state_machine_as_test(
         Caches,
         settings=settings(
-            max_examples=100,
+            max_examples=200,
             stateful_step_count=60,
             deadline=None,
             derandomize=True,
