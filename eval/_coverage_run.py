@@ -198,7 +198,8 @@ def _counted() -> Iterator[Counter]:
         return decode(self, *args, **kwargs)
 
     def counted_dense(self):
-        calls["dense view"] += self.fresh is None or self.fresh.shape[2] < self.shape[2]
+        fresh = self.content.fresh
+        calls["dense view"] += fresh is None or fresh[0].shape[2] < self.shape[2]
         return dense(self)
 
     PagedInt8Layer.decode, PagedView.dense = counted_decode, counted_dense  # type: ignore[method-assign]

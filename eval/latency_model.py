@@ -1,7 +1,8 @@
 """Milliseconds per token of a whole model against the length of its context, for each kind of cache.
 
 Every cache is filled with random keys and values up to each context length (what they hold does not matter for time),
-then the contestants generate a token in turns, in one process. The median of their forward passes is reported.
+then the contestants generate a token in turns, in random order, in one process. The median of their forward passes is
+reported.
 
     python eval/latency_model.py --threads 2 --json eval/results/latency_model.json --picture docs/latency_model.png
 """
@@ -9,6 +10,7 @@ then the contestants generate a token in turns, in one process. The median of th
 from __future__ import annotations
 
 import argparse
+import random
 import statistics
 import time
 from collections.abc import Callable
@@ -32,15 +34,17 @@ CONTESTANTS: dict[str, tuple[str, Callable[[PreTrainedModel, int], Cache]]] = {
     "PagedInt8Cache": ("int8_paged", lambda model, tokens: PagedInt8Cache(model.config)),
 }
 if is_hqq_available():
-    CONTESTANTS["QuantizedCache (HQQ, 8 bit)"] = (
+    CONTESTANTS["QuantizedCache (HQQ)"] = (
         "sdpa",
         lambda model, tokens: QuantizedCache("hqq", model.config, nbits=8, axis_key=1, axis_value=1),
     )
 
 
-def filled(model: PreTrainedModel, make: Callable[[PreTrainedModel, int], Cache], batch: int, tokens: int) -> Cache:
-    """A cache with ``tokens`` random tokens in every layer, and room for a few more."""
-    cache, config = make(model, tokens + 64), model.config
+def filled(
+    model: PreTrainedModel, make: Callable[[PreTrainedModel, int], Cache], batch: int, tokens: int, room: int
+) -> Cache:
+    """A cache with ``tokens`` random tokens in every layer, and room for ``room`` more."""
+    cache, config = make(model, tokens + room), model.config
     shape = (batch, config.num_key_value_heads, tokens, config.head_dim)
     for layer in range(config.num_hidden_layers):
         keys, values = (torch.randn(shape, dtype=model.dtype, device=model.device) for _ in range(2))
@@ -53,11 +57,13 @@ def time_steps(
     model: PreTrainedModel, batch: int, context: int, rounds: int, warmup: int = 3
 ) -> dict[str, list[float]]:
     """Seconds per forward pass of one token, one list per contestant; they take turns."""
-    caches = {name: filled(model, make, batch, context) for name, (_, make) in CONTESTANTS.items()}
+    caches = {name: filled(model, make, batch, context, warmup + rounds) for name, (_, make) in CONTESTANTS.items()}
     ids = torch.ones(batch, 1, dtype=torch.long, device=model.device)
     times: dict[str, list[float]] = {name: [] for name in CONTESTANTS}
+    shuffle = random.Random(0)
     for step in range(warmup + rounds):
-        for name, (implementation, _) in CONTESTANTS.items():
+        for name in shuffle.sample(list(CONTESTANTS), len(CONTESTANTS)):
+            implementation = CONTESTANTS[name][0]
             model.set_attn_implementation(implementation)
             positions = torch.full((batch, 1), context + step, device=model.device)
             start = time.perf_counter()

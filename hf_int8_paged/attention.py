@@ -150,17 +150,18 @@ def int8_paged_attention(
             if mask is None or mask.dtype == torch.bool:
                 return layer.decode(query, scale, 0, mask, 0, softcap, s_aux), None
     elif isinstance(key, PagedView) and isinstance(value, PagedView):
-        from_blocks = key.from_blocks and value.layer is key.layer and value.is_values > key.is_values
-        if from_blocks and position_bias is None and sinks is None and not dropout:
+        content = key.content
+        paired = value.content == content and value.is_values > key.is_values
+        if content.fresh is None and paired and position_bias is None and sinks is None and not dropout:
             causal = is_causal if is_causal is not None else getattr(module, "is_causal", True)
             key_mask = _as_key_mask(attention_mask, query, key, causal)
             if key_mask is not None:
                 scale = query.shape[-1] ** -0.5 if scaling is None else scaling
-                return key.layer.decode(query, scale, key.stop, *key_mask, softcap, s_aux), None
+                return content.layer.decode(query, scale, content.stop, *key_mask, softcap, s_aux), None
         padding = getattr(attention_mask, _PADDING, (None,))[0]
-        layer, key, value = key.layer, key.dense(), value.dense()
+        key, value = key.dense(), value.dense()
         if padding is not None:
-            layer.drop_padding(padding)
+            content.layer.drop_padding(padding)
     causal = is_causal if is_causal is not None else getattr(module, "is_causal", True)
     if attention_mask is None and causal and 1 < query.shape[2] < key.shape[2]:
         attention_mask = causal_rows(query.shape[2], key.shape[2], query.device)
@@ -197,7 +198,7 @@ def _as_key_mask(
         return None, 0
     if q_len == 1 and mask.dtype == torch.bool and mask.shape[1:3] == (1, 1) and mask.shape[3] == key.shape[2]:
         # Whatever its pattern, the mask of a single row is a mask over keys.
-        return mask[:, 0, 0].expand(batch, -1), key.start
+        return mask[:, 0, 0].expand(batch, -1), key.content.start
     padding = getattr(mask, _PADDING, None)
     return None if padding is None else (padding[0], 0)
 

@@ -116,6 +116,7 @@ class PagedInt8Cache(DynamicCache):
         else:
             sizes = (max_batch_size, max_cache_len)
             layers = _static_layers_for(text_config, *sizes, block_size, backend, rotation, center_keys)
+        self._preallocated = max_batch_size is not None
         # A `DynamicCache`, as transformers lets only those be cropped within an `EncoderDecoderCache`.
         Cache.__init__(self, layers=layers)
 
@@ -135,7 +136,7 @@ class PagedInt8Cache(DynamicCache):
             ValueError: shapes, dtype, device or number of layers are not those of this cache.
             CacheFullError: a limit is reached.
         """
-        if self.is_compileable:
+        if self._preallocated:
             return self.layers[layer_idx].update(key_states, value_states, *args, **kwargs)
         layer = self.layers[layer_idx] if layer_idx < len(self.layers) else None
         try:

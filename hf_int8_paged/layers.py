@@ -13,7 +13,7 @@ from .kernels import FLOAT_DTYPES, KvCacheQuant, load_backend
 from .once import dense_read, say_once
 from .prompts import is_same, same_prompts
 from .sequences import Group, Sequences, StepTensors
-from .views import PagedView
+from .views import Content, PagedView
 
 
 class PagedInt8Layer(CacheLayerMixin):
@@ -93,10 +93,11 @@ class PagedInt8Layer(CacheLayerMixin):
             CacheFullError: a limit is reached. The cache is unchanged.
         """
         sequences, group = self.sequences, self.group
-        batch, heads, new_tokens, head_dim = key_states.shape
+        batch, _, new_tokens, _ = key_states.shape
         if self.is_initialized:
             self._check(key_states, value_states)
-        start, stop = self.length, self.length + new_tokens
+        start = sequences.layer_lengths[self.index]
+        stop = start + new_tokens
         if start == sequences.length:
             sequences.advance(batch, new_tokens, same_prompts(key_states) if start == 0 else None)
         elif start != sequences.step_start or stop != sequences.length or batch != sequences.batch_size:
@@ -119,15 +120,14 @@ class PagedInt8Layer(CacheLayerMixin):
                 "PagedInt8Cache stores keys and values without gradient, so nothing is learned through the cache; "
                 "run generation under torch.no_grad().",
             )
-        self._append(key_states.detach(), value_states.detach(), group.step_tensors(self._device, start))
+            key_states, value_states = key_states.detach(), value_states.detach()
+        self._append(key_states, value_states, group.step_tensors(self._device, start))
         sequences.layer_lengths[self.index] = stop
         first = group.first_visible(start)
-        fresh = not sequences.from_blocks
-        shape = (batch, heads, stop - first)
-        return (
-            PagedView(self, False, (*shape, head_dim), key_states, first, key_states if fresh else None),
-            PagedView(self, True, (*shape, value_states.shape[3]), key_states, first, value_states if fresh else None),
-        )
+        keys, values = group.blank_views(batch, stop - first, self._key_shape, self._value_shape, key_states)
+        fresh = None if sequences.from_blocks else (key_states, value_states)
+        keys.content = values.content = Content(self, first, stop, group.epoch, fresh)
+        return keys, values
 
     def get_seq_length(self) -> int:
         return self.length
@@ -290,4 +290,6 @@ class PagedInt8Layer(CacheLayerMixin):
         heads, dim = self._value_shape if values else self._key_shape
         first = self.group.first_visible(self.length)
         shape = (self.sequences.batch_size, heads, self.length - first, dim)
-        return PagedView(self, values, shape, torch.empty(0, dtype=self._dtype, device=self._device), first, None)
+        view = PagedView.blank(shape, self._dtype, self._device, is_values=values)
+        view.content = Content(self, first, self.length, self.epoch, None)
+        return view

@@ -11,6 +11,7 @@ from .block_allocator import HOLE
 from .block_table import BlockTable
 from .kernels import MAX_DECODE_ROWS
 from .pool import CacheFullError, PagedInt8Pool
+from .views import PagedView
 
 
 class StepTensors(NamedTuple):
@@ -36,7 +37,11 @@ class Group:
         self.window = window
         #: Counts the times that tokens were dropped or moved; views made before are no longer valid.
         self.epoch = 0
+        #: Layers that share the table.
+        self.num_layers = 0
         self._step_tensors: dict[torch.device, StepTensors] = {}
+        self._blank_views: list[tuple[PagedView, PagedView]] = []
+        self._blank_kind: tuple = ()
 
     def first_visible(self, position: int) -> int:
         """First position that a query at ``position`` sees."""
@@ -51,6 +56,28 @@ class Group:
     def changed(self) -> None:
         """Note that lengths or blocks are no longer what they were at the last step."""
         self._step_tensors.clear()
+        self._blank_views.clear()
+
+    def blank_views(
+        self, batch: int, tokens: int, key_shape: tuple[int, int], value_shape: tuple[int, int], like: torch.Tensor
+    ) -> tuple[PagedView, PagedView]:
+        """Views of keys and of values, each ``[batch, heads, tokens, dim]``, of the dtype and device of ``like``.
+
+        One after the other, layer by layer, they take four times as long to make as all at once, while the processor
+        has at hand what it needs for it: so the first layer makes those of all.
+        """
+        kind = (batch, tokens, key_shape, value_shape, like.dtype, like.device)
+        if not self._blank_views or kind != self._blank_kind:
+            of_keys, of_values = ((batch, heads, tokens, dim) for heads, dim in (key_shape, value_shape))
+            self._blank_kind = kind
+            self._blank_views = [
+                (
+                    PagedView.blank(of_keys, like.dtype, like.device, is_values=False),
+                    PagedView.blank(of_values, like.dtype, like.device, is_values=True),
+                )
+                for _ in range(self.num_layers)
+            ]
+        return self._blank_views.pop()
 
     def step_tensors(self, device: torch.device, start: int) -> StepTensors:
         """What the kernels need to know of the sequences, on ``device``: made once per step for all layers.
@@ -104,6 +131,7 @@ class Sequences:
         if name not in self.groups:
             table = BlockTable(self.pool.add_group(name), self.pool.block_size)
             self.groups[name] = Group(name, table, window)
+        self.groups[name].num_layers += 1
         return self.groups[name]
 
     def advance(self, batch: int, new_tokens: int, same_as: list[int] | None = None) -> None:
@@ -231,6 +259,7 @@ class Sequences:
         twin = Sequences(self.pool, self.max_cache_len)
         for name, group in self.groups.items():
             twin.groups[name] = Group(name, group.table.fork(), group.window)
+            twin.groups[name].num_layers = group.num_layers
         twin.layer_lengths = dict(self.layer_lengths)
         twin.length, twin.batch_size, twin.step_start = self.length, self.batch_size, self.step_start
         twin.from_blocks, twin.record_past = self.from_blocks, self.record_past

@@ -13,7 +13,7 @@ from . import compiled_ops
 from .kernels import FLOAT_DTYPES, MAX_DECODE_ROWS, KvCacheQuant, alloc_paged_int8_layer, load_backend, mean_key
 from .once import dense_read
 from .pool import MIN_CENTER_TOKENS, CacheFullError
-from .views import PagedView, hand_over
+from .views import Content, PagedView, hand_over
 
 
 class PagedInt8StaticLayer(CacheLayerMixin):
@@ -289,8 +289,9 @@ class PagedInt8StaticLayer(CacheLayerMixin):
         self, key_states: torch.Tensor, value_states: torch.Tensor, stop: int, fresh: bool
     ) -> tuple[torch.Tensor, torch.Tensor]:
         batch, heads, _, head_dim = key_states.shape
-        shape = (batch, heads, stop)
-        return (
-            PagedView(self, False, (*shape, head_dim), key_states, 0, key_states if fresh else None),
-            PagedView(self, True, (*shape, value_states.shape[3]), key_states, 0, value_states if fresh else None),
-        )
+        like = (key_states.dtype, key_states.device)
+        keys = PagedView.blank((batch, heads, stop, head_dim), *like, is_values=False)
+        values = PagedView.blank((batch, heads, stop, value_states.shape[3]), *like, is_values=True)
+        recent = (key_states, value_states) if fresh else None
+        keys.content = values.content = Content(self, 0, stop, self.epoch, recent)
+        return keys, values

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import gc
 import os
 import subprocess
@@ -183,27 +184,23 @@ def test_direct_calls_check_lengths_and_the_blocks_they_use(ids: list[int], leng
     assert not out.any()
 
 
-def test_replaced_tensors_are_noticed() -> None:
-    case = make_case("cpu", lens=(50,), center=True, softcap=1.0)
-    want = attend(case)
-    cache = case.cache
+def test_tensors_cannot_be_replaced() -> None:
+    """The kernels keep their addresses."""
+    cache = make_case("cpu", lens=(50,)).cache
     for name in ("k", "v", "k_scales", "v_scales", "key_center"):
-        old = getattr(cache, name)
-        setattr(cache, name, old.clone())
-        old.zero_()
-        assert torch.equal(attend(case), want), name
+        with pytest.raises(dataclasses.FrozenInstanceError):
+            setattr(cache, name, torch.zeros(1))
 
 
 @linux
-def test_calls_keep_neither_a_cache_nor_its_old_tensors_alive() -> None:
-    address = 0
+def test_calls_do_not_keep_a_cache_alive() -> None:
     cache = layer(num_blocks=2 * HUGE_PAGE // (2 * 16 * 64))
     table, lens = torch.zeros(1, 1, dtype=torch.int32), torch.zeros(1, dtype=torch.int32)
     rows = torch.randn(1, 2, 1, 64)
     cpu.append(rows, rows, cache, table, lens)
     address = cache.k.data_ptr()
     assert is_mapped(address)
-    cache.k = cache.k[:, :4].clone()
+    del cache
     gc.collect()
     assert not is_mapped(address)
 

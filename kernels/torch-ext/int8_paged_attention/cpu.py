@@ -10,7 +10,6 @@ import functools
 import struct
 import warnings
 import weakref
-from collections.abc import Callable
 
 import torch
 
@@ -197,24 +196,14 @@ def _rows_contiguous(x: torch.Tensor) -> torch.Tensor:
     return x if x.stride(-1) == 1 else x.contiguous()
 
 
-#: By id of a cache: its packed struct, and weak references to the tensors whose addresses it holds.
-_layers: dict[int, tuple[bytes, Callable, Callable, Callable, Callable, Callable, weakref.ref]] = {}
+#: By id of a cache: its packed struct, and a weak reference that forgets it.
+_layers: dict[int, tuple[bytes, weakref.ref]] = {}
 
 
 def _layer(cache: KvCacheQuant) -> bytes:
-    """The struct `Layer` of a cache; made anew when one of the cache's tensors was replaced."""
+    """The struct `Layer` of a cache, made once: its tensors are never replaced."""
     entry = _layers.get(id(cache))
-    if entry is not None:
-        packed, k, v, k_scales, v_scales, center, _ = entry
-        if (
-            k() is cache.k
-            and v() is cache.v
-            and k_scales() is cache.k_scales
-            and v_scales() is cache.v_scales
-            and center() is cache.key_center
-        ):
-            return packed
-    return _make_layer(cache)
+    return _make_layer(cache) if entry is None else entry[0]
 
 
 def _make_layer(cache: KvCacheQuant) -> bytes:
@@ -231,14 +220,8 @@ def _make_layer(cache: KvCacheQuant) -> bytes:
         cache.rotation is not None,
     )  # fmt: skip
     key = id(cache)
-    owner = weakref.ref(cache, lambda _: _layers.pop(key, None))
-    k, v, k_scales, v_scales = (weakref.ref(x) for x in tensors)
-    _layers[key] = (packed, k, v, k_scales, v_scales, _nothing if center is None else weakref.ref(center), owner)
+    _layers[key] = (packed, weakref.ref(cache, lambda _: _layers.pop(key, None)))
     return packed
-
-
-def _nothing() -> None:
-    return None
 
 
 def _raise(

@@ -22,9 +22,11 @@ import torch
 TILE_ORDERS = ("row_major", "v_transposed", "dot4")
 
 
-@dataclass(eq=False)
+@dataclass(eq=False, frozen=True)
 class KvCacheQuant:
     """Paged int8 keys and values of one attention layer, with one float16 scale per token and head.
+
+    Kernels write to the tensors and keep their addresses: the fields cannot be replaced.
 
     Args:
         k: int8 ``[num_kv_heads, num_blocks, block_size, head_dim]``, values in [-127, 127].
