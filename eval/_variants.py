@@ -42,6 +42,22 @@ def int4_in_groups_of_32(x: torch.Tensor) -> torch.Tensor:
     return (torch.round(groups / scales.masked_fill(scales == 0, 1.0)).clamp(-7, 7) * scales).flatten(-2)
 
 
+def hqq(bits: int) -> Callable[[torch.Tensor], torch.Tensor]:
+    """What ``QuantizedCache("hqq", axis_key=1, axis_value=1)`` of transformers does to what it quantizes: groups of 64
+    within a row, a scale and a zero point each, fitted by the library `hqq`."""
+
+    def quantize(x: torch.Tensor) -> torch.Tensor:
+        from hqq.core.quantize import Quantizer
+
+        options = {"axis": 1, "group_size": 64, "compute_dtype": torch.float16, "device": str(x.device)}
+        packed, meta = Quantizer.quantize(x.reshape(-1, x.shape[-1]), nbits=bits, **options)
+        for name in ("scale", "zero"):
+            meta[name] = meta[name].half()
+        return Quantizer.dequantize(packed, meta).float().view(x.shape)
+
+    return quantize
+
+
 @dataclass(frozen=True)
 class Variant:
     """One way to store keys and values.
@@ -92,6 +108,8 @@ VARIANTS = {
     "int8-both": Variant("+ Hadamard K and V + centred K", int8_per_row, _int8_bytes, rotate=True, center=True),
     "q8_0": Variant("int8 in groups of 32 (q8_0)", q8_0, lambda head_dim: head_dim / 32 * 34),
     "fp8": Variant("fp8 e4m3 per (token, head)", fp8_per_row, _int8_bytes),
+    "hqq8": Variant("HQQ 8 bit, groups of 64", hqq(8), lambda head_dim: head_dim / 64 * 68),
+    "hqq4": Variant("HQQ 4 bit, groups of 64", hqq(4), lambda head_dim: head_dim / 64 * 36),
     "int4-both": Variant("int4 in groups of 32 + both", int4_in_groups_of_32, _int4_bytes, rotate=True, center=True),
 }
 

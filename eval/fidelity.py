@@ -26,6 +26,7 @@ from accelerate import PartialState
 from accelerate.utils import gather_object
 from tqdm.auto import tqdm
 from transformers import Cache, DynamicCache, PreTrainedModel
+from transformers.utils import is_hqq_available
 
 from hf_int8_paged import PagedInt8Cache
 from hf_int8_paged.kernels import MAX_DECODE_ROWS
@@ -66,16 +67,22 @@ class Attention:
 
 
 def measure_windows(
-    model: PreTrainedModel, ids: torch.Tensor, args: argparse.Namespace, journal: Journal, state: PartialState
+    model: PreTrainedModel,
+    head: torch.Tensor,
+    ids: torch.Tensor,
+    args: argparse.Namespace,
+    journal: Journal,
+    state: PartialState,
 ) -> None:
-    """Add a record for each window of this process and each variant that the journal does not hold yet."""
+    """Add a record for each window of this process and each variant that the journal does not hold yet. Every window
+    begins with the tokens ``head``."""
     attention, done = Attention(model), {(r["variant"], r["begin"]) for r in journal.records}
     begins = range(0, len(ids) - args.window + 1, args.window)[: args.windows]
     todo = [(begin, [name for name in args.variants if (name, begin) not in done]) for begin in begins]
     mine = [(begin, names) for begin, names in todo if names][state.process_index :: state.num_processes]
     with tqdm(total=sum(len(n) for _, n in mine), desc="windows x variants", disable=not state.is_main_process) as bar:
         for begin, names in mine:
-            window = ids[None, begin : begin + args.window].to(state.device)
+            window = torch.cat([head, ids[begin : begin + args.window - len(head)]])[None].to(state.device)
             attention.use_for("dense")
             with torch.inference_mode():
                 dense = model(window, use_cache=False).logits[0, args.prompt : -1]
@@ -94,20 +101,25 @@ def measure_windows(
                 bar.update()
 
 
-def prompts(ids: torch.Tensor, args: argparse.Namespace) -> Iterator[tuple[int, torch.Tensor]]:
-    """Prompts of 128 tokens, spread over the text."""
+def prompts(head: torch.Tensor, ids: torch.Tensor, args: argparse.Namespace) -> Iterator[tuple[int, torch.Tensor]]:
+    """Prompts of ``head`` and 128 tokens, spread over the text."""
     length = min(128, len(ids) // max(1, args.greedy_prompts))
     for i in range(args.greedy_prompts):
         begin = i * (len(ids) // args.greedy_prompts)
-        yield begin, ids[None, begin : begin + length]
+        yield begin, torch.cat([head, ids[begin : begin + length]])[None]
 
 
 def measure_greedy(
-    model: PreTrainedModel, ids: torch.Tensor, args: argparse.Namespace, journal: Journal, state: PartialState
+    model: PreTrainedModel,
+    head: torch.Tensor,
+    ids: torch.Tensor,
+    args: argparse.Namespace,
+    journal: Journal,
+    state: PartialState,
 ) -> None:
     """Add a record for each prompt and variant: how many greedy tokens are those of the unquantized model."""
     attention, done = Attention(model), {(r["variant"], r["begin"]) for r in journal.records if GREEDY in r}
-    todo = [(b, p, [n for n in args.variants if (n, f"{GREEDY} {b}") not in done]) for b, p in prompts(ids, args)]
+    todo = [(b, p, [n for n in args.variants if (n, f"{GREEDY} {b}") not in done]) for b, p in prompts(head, ids, args)]
     mine = [item for item in todo if item[2]][state.process_index :: state.num_processes]
     with tqdm(total=sum(len(n) for *_, n in mine), desc="greedy texts", disable=not state.is_main_process) as bar:
         for begin, prompt, names in mine:
@@ -140,8 +152,10 @@ def parse_arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     add_model_arguments(parser)
     add_text_arguments(parser)
-    names = [*VARIANTS, PACKAGE]
-    parser.add_argument("--variants", choices=names, nargs="+", default=names, help="default: all")
+    names = [name for name in VARIANTS if is_hqq_available() or not name.startswith("hqq")] + [PACKAGE]
+    parser.add_argument(
+        "--variants", choices=names, nargs="+", default=names, help="default: all; hqq needs `pip install hqq`"
+    )
     parser.add_argument("--window", type=positive, default=2048, help="tokens of a window (default: %(default)s)")
     parser.add_argument("--windows", type=positive, default=20, help="most windows (default: %(default)s)")
     parser.add_argument("--prompt", type=positive, default=16, help="unquantized first tokens (default: %(default)s)")
@@ -165,6 +179,10 @@ def main() -> None:
     with state.local_main_process_first():
         model, tokenizer = load_model(args, state.device)
         ids = load_tokens(args, tokenizer)
+        # What the tokenizer puts in front of a text, if anything: Gemma is lost without it.
+        head = torch.tensor(tokenizer("").input_ids, dtype=torch.long)
+    if len(head) >= args.prompt:
+        raise SystemExit(f"--prompt must be above {len(head)}, the tokens that the tokenizer puts in front of a text")
     if len(ids) < args.window:
         raise SystemExit(f"the text has {len(ids)} tokens, less than one window of {args.window}")
     settings = {
@@ -176,8 +194,8 @@ def main() -> None:
         journal.start()
     state.wait_for_everyone()
     before = len(journal.records)
-    measure_windows(model, ids, args, journal, state)
-    measure_greedy(model, ids, args, journal, state)
+    measure_windows(model, head, ids, args, journal, state)
+    measure_greedy(model, head, ids, args, journal, state)
     new = gather_object(journal.records[before:]) if state.num_processes > 1 else journal.records[before:]
     if state.is_main_process:
         report(args, settings, journal.records[:before] + new, model, state.device)

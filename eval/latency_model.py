@@ -1,8 +1,8 @@
 """Milliseconds per token of a whole model against the length of its context, for each kind of cache.
 
 Every cache is filled with random keys and values up to each context length (what they hold does not matter for time),
-then the contestants generate a token in turns, in random order, in one process. The median of their forward passes is
-reported.
+then all contestants, at all context lengths, generate a token in turns, in random order, in one process. The median of
+their forward passes is reported.
 
     python eval/latency_model.py --threads 2 --json eval/results/latency_model.json --picture docs/latency_model.png
 """
@@ -10,10 +10,11 @@ reported.
 from __future__ import annotations
 
 import argparse
+import itertools
 import random
 import statistics
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import torch
@@ -54,24 +55,28 @@ def filled(
 
 @torch.no_grad()
 def time_steps(
-    model: PreTrainedModel, batch: int, context: int, rounds: int, warmup: int = 3
-) -> dict[str, list[float]]:
-    """Seconds per forward pass of one token, one list per contestant; they take turns."""
-    caches = {name: filled(model, make, batch, context, warmup + rounds) for name, (_, make) in CONTESTANTS.items()}
+    model: PreTrainedModel, batch: int, contexts: Sequence[int], rounds: int, warmup: int = 3
+) -> dict[tuple[int, str], list[float]]:
+    """Seconds per forward pass of one token, a list for each context length and contestant. All take turns: a machine
+    that slows down for a while slows all of them."""
+    runners = list(itertools.product(contexts, CONTESTANTS))
+    caches = {
+        (context, name): filled(model, CONTESTANTS[name][1], batch, context, warmup + rounds)
+        for context, name in runners
+    }
     ids = torch.ones(batch, 1, dtype=torch.long, device=model.device)
-    times: dict[str, list[float]] = {name: [] for name in CONTESTANTS}
+    times: dict[tuple[int, str], list[float]] = {runner: [] for runner in runners}
     shuffle = random.Random(0)
-    for step in range(warmup + rounds):
-        for name in shuffle.sample(list(CONTESTANTS), len(CONTESTANTS)):
-            implementation = CONTESTANTS[name][0]
-            model.set_attn_implementation(implementation)
+    for step in tqdm(range(warmup + rounds), desc=f"batch {batch}", leave=False):
+        for context, name in shuffle.sample(runners, len(runners)):
+            model.set_attn_implementation(CONTESTANTS[name][0])
             positions = torch.full((batch, 1), context + step, device=model.device)
             start = time.perf_counter()
-            model(ids, past_key_values=caches[name], position_ids=positions, use_cache=True, logits_to_keep=1)
+            model(ids, past_key_values=caches[context, name], position_ids=positions, use_cache=True, logits_to_keep=1)
             if model.device.type == "cuda":
                 torch.cuda.synchronize()
             if step >= warmup:
-                times[name].append(time.perf_counter() - start)
+                times[context, name].append(time.perf_counter() - start)
     return times
 
 
@@ -130,13 +135,15 @@ def main() -> None:
     for dtype in args.dtypes or [args.dtype]:
         args.dtype = dtype
         model, _ = load_model(args, device)
-        points = [(b, c) for b in args.batches for c in args.contexts if b * c <= args.max_batch_tokens]
-        for batch, context in tqdm(points, desc=dtype):
-            times = time_steps(model, batch, context, args.rounds)
-            fields = {"dtype": dtype, "batch": batch, "context": context}
-            results += [{**fields, "cache": name, **summary(t)} for name, t in times.items()]
-            line = "  ".join(f"{name} {summary(t)['ms']:.1f}" for name, t in times.items())
-            tqdm.write(f"{dtype} batch {batch} context {context:5}: ms per token  {line}")
+        for batch in args.batches:
+            contexts = [context for context in args.contexts if batch * context <= args.max_batch_tokens]
+            times = time_steps(model, batch, contexts, args.rounds)
+            for context in contexts:
+                of_context = {name: summary(times[context, name]) for name in CONTESTANTS}
+                fields = {"dtype": dtype, "batch": batch, "context": context}
+                results += [{**fields, "cache": name, **figures} for name, figures in of_context.items()]
+                line = "  ".join(f"{name} {figures['ms']:.1f}" for name, figures in of_context.items())
+                print(f"{dtype} batch {batch} context {context:5}: ms per token  {line}", flush=True)
     slopes = []
     for dtype, batch in sorted({(r["dtype"], r["batch"]) for r in results}):
         for name in CONTESTANTS:
