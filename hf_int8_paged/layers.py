@@ -79,7 +79,7 @@ class PagedInt8Layer(CacheLayerMixin):
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """Append new tokens and return lazy views of all keys and values that attention may see.
 
-        Stored keys and values carry no gradient.
+        Stored keys and values carry no gradient; those that attention sees in full precision keep theirs.
 
         Args:
             key_states: ``[batch, num_kv_heads, new_tokens, head_dim]``, float32, float16 or bfloat16.
@@ -114,19 +114,21 @@ class PagedInt8Layer(CacheLayerMixin):
             self.lazy_initialization(key_states, value_states)
         if start == 0 and group.holds_the_pool:
             sequences.pool.center(self.index, key_states)
-        if key_states.requires_grad and torch.is_grad_enabled():
+        learning = torch.is_grad_enabled() and (key_states.requires_grad or value_states.requires_grad)
+        if learning:
             say_once(
                 logging.WARNING,
                 "PagedInt8Cache stores keys and values without gradient, so nothing is learned through the cache; "
                 "run generation under torch.no_grad().",
             )
-            key_states, value_states = key_states.detach(), value_states.detach()
         self._append(key_states, value_states, group.step_tensors(self._device, start))
         sequences.layer_lengths[self.index] = stop
         first = group.first_visible(start)
         keys, values = group.blank_views(batch, stop - first, self._key_shape, self._value_shape, key_states)
         fresh = None if sequences.from_blocks else (key_states, value_states)
         keys.content = values.content = Content(self, first, stop, group.epoch, fresh)
+        if learning and fresh is not None:
+            return keys.dense(), values.dense()  # autograd does not look into views
         return keys, values
 
     def get_seq_length(self) -> int:
@@ -256,6 +258,8 @@ class PagedInt8Layer(CacheLayerMixin):
     # -- internals -------------------------------------------------------------------------------------------------
 
     def _append(self, key_states: torch.Tensor, value_states: torch.Tensor, step: StepTensors) -> None:
+        if key_states.requires_grad or value_states.requires_grad:
+            key_states, value_states = key_states.detach(), value_states.detach()
         block_table, lens = step.block_table, step.lens_before
         if self.sequences.same_as is not None:
             first = sorted(set(self.sequences.same_as))

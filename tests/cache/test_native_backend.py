@@ -18,7 +18,7 @@ if why_unavailable("cpu", torch.device("cpu")) is not None:
 NEW_TOKENS = 12
 
 
-def generate(model: torch.nn.Module, ids: torch.Tensor, cache: PagedInt8Cache, tokens: int = NEW_TOKENS) -> list:
+def generate(model, ids, cache, tokens=NEW_TOKENS):
     return model.generate(
         ids, attention_mask=torch.ones_like(ids), past_key_values=cache, max_new_tokens=tokens, do_sample=False
     ).tolist()

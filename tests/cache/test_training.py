@@ -1,0 +1,49 @@
+"""Gradients: none through what the cache has stored, and the usual ones where nothing was stored in between."""
+
+from __future__ import annotations
+
+import logging
+
+import pytest
+import torch
+from transformers import DynamicCache
+
+from hf_int8_paged import PagedInt8Cache, once
+from tests.models import random_ids, tiny_model
+
+
+def gradients(model, cache):
+    model.zero_grad()
+    ids = random_ids(2, 21)
+    model(ids, past_key_values=cache, labels=ids).loss.backward()
+    return [parameter.grad.clone() for parameter in model.parameters()]
+
+
+@pytest.mark.parametrize("implementation", ["int8_paged", "sdpa", "eager"])
+def test_a_first_prompt_has_the_gradients_of_the_dense_cache(implementation, monkeypatch, caplog):
+    """It attends to its own keys in full precision. The cache says once that what it stores has no gradient."""
+    monkeypatch.setattr(once, "_said", set())
+    model = tiny_model("llama")
+    expected = gradients(model, DynamicCache(config=model.config))
+    model.set_attn_implementation(implementation)
+    cache = PagedInt8Cache(model.config)
+    with caplog.at_level(logging.WARNING, logger="hf_int8_paged"):
+        ours = gradients(model, cache)
+    for a, b in zip(ours, expected):
+        torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-5 * b.abs().max().item())
+    assert [r.getMessage() for r in caplog.records if "without gradient" in r.getMessage()] == [caplog.messages[0]]
+    # A next token is computed from what is stored: its loss has a gradient, but none that reaches the prompt's keys.
+    logits = model(random_ids(2, 1, seed=3), past_key_values=cache).logits
+    assert logits.requires_grad
+    assert not cache.layers[0].keys.clone().requires_grad
+
+
+def test_gradient_checkpointing_leaves_the_cache_empty():
+    """transformers says so, and goes on without a cache."""
+    model = tiny_model("llama")
+    model.gradient_checkpointing_enable()
+    model.train()
+    cache = PagedInt8Cache(model.config)
+    assert all(gradient.isfinite().all() for gradient in gradients(model, cache))
+    assert cache.get_seq_length() == 0
+    assert cache.nbytes_allocated == 0
