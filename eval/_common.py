@@ -51,6 +51,14 @@ def positive(text: str) -> int:
     return number
 
 
+def device_called(name: str | None) -> torch.device:
+    """The device of this name, or without one the accelerator if there is one; the program ends if there is no GPU."""
+    device = torch.device(name or ("cuda" if torch.cuda.is_available() else "cpu"))
+    if device.type == "cuda" and not torch.cuda.is_available():
+        raise SystemExit(f"no GPU was found: torch {torch.__version__} sees no CUDA device, so nothing was measured")
+    return device
+
+
 def load_model(args: argparse.Namespace, device: torch.device) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
     """The model in evaluation mode, and its tokenizer. The demo model needs no hub: see `demo_model_folder`."""
     source = demo_model_folder() if args.model == HUB_ID else args.model

@@ -39,13 +39,14 @@ def summarize(records: list[dict[str, Any]], name: str, head_dim: int) -> dict[s
 
 def markdown(results: dict[str, dict[str, Any]]) -> str:
     greedy = any("greedy_prompts" in r for r in results.values())
-    heads = ["cache", "bytes of 16 bit", "mean KLD", "p99", "max", "top-1", "perplexity"]
+    heads = ["cache", "bytes of 16 bit", "windows", "mean KLD", "p99", "max", "top-1", "perplexity"]
     rows = [heads + ["greedy tokens alike (median)"] * greedy]
     rows.append(["---"] * len(rows[0]))
     for r in results.values():
         row = [
             r["title"],
             f"{r['bytes_of_16_bit_percent']:.1f} %",
+            f"{r['windows']}",
             f"{r['kld_mean']:.2e}",
             f"{r['kld_p99']:.2e}",
             f"{r['kld_max']:.2e}",

@@ -78,7 +78,10 @@ def measure_windows(
     begins with the tokens ``head``."""
     attention, done = Attention(model), {(r["variant"], r["begin"]) for r in journal.records}
     begins = range(0, len(ids) - args.window + 1, args.window)[: args.windows]
-    todo = [(begin, [name for name in args.variants if (name, begin) not in done]) for begin in begins]
+    todo = [
+        (begin, [name for name, most in args.variants.items() if i < most and (name, begin) not in done])
+        for i, begin in enumerate(begins)
+    ]
     mine = [(begin, names) for begin, names in todo if names][state.process_index :: state.num_processes]
     with tqdm(total=sum(len(n) for _, n in mine), desc="windows x variants", disable=not state.is_main_process) as bar:
         for begin, names in mine:
@@ -148,13 +151,29 @@ def continuation(model: PreTrainedModel, prompt: torch.Tensor, cache: Cache, tok
     return out[0, prompt.shape[1] :].cpu()
 
 
+def available_variants() -> list[str]:
+    return [name for name in VARIANTS if is_hqq_available() or not name.startswith("hqq")] + [PACKAGE]
+
+
+def variant(text: str) -> tuple[str, int | None]:
+    name, colon, most = text.partition(":")
+    if name not in available_variants():
+        raise argparse.ArgumentTypeError(f"unknown variant {name!r}; choose from {', '.join(available_variants())}")
+    return name, positive(most) if colon else None
+
+
 def parse_arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     add_model_arguments(parser)
     add_text_arguments(parser)
-    names = [name for name in VARIANTS if is_hqq_available() or not name.startswith("hqq")] + [PACKAGE]
     parser.add_argument(
-        "--variants", choices=names, nargs="+", default=names, help="default: all; hqq needs `pip install hqq`"
+        "--variants",
+        type=variant,
+        nargs="+",
+        metavar="NAME[:WINDOWS]",
+        default=[(name, None) for name in available_variants()],
+        help=f"each with the most windows to take, if fewer than --windows; of {', '.join(available_variants())}; hqq "
+        "needs `pip install hqq` (default: all)",
     )
     parser.add_argument("--window", type=positive, default=2048, help="tokens of a window (default: %(default)s)")
     parser.add_argument("--windows", type=positive, default=20, help="most windows (default: %(default)s)")
@@ -166,6 +185,7 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--markdown", type=Path, help="write the table to this file")
     parser.add_argument("--picture", type=Path, help="draw divergence against bytes per token to this file")
     args = parser.parse_args()
+    args.variants = {name: args.windows if most is None else most for name, most in args.variants}
     if args.prompt > args.window - 2:
         parser.error(f"--prompt {args.prompt} leaves no token of --window {args.window} to compare")
     return args

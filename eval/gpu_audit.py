@@ -5,19 +5,24 @@ warp issues per iteration follows an upper bound on the bandwidth: a multiproces
 so it takes in ``bytes of K and V / (instructions * warps / 4)`` bytes per cycle at most.
 
     python eval/gpu_audit.py --json docs/gpu_audit.json
+
+`make gpu-audit` does this; README.md shows `summary` of the file.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
+import re
+import shlex
+import sys
 from itertools import product
 from pathlib import Path
 from typing import Any
 
 import torch
 import triton
-from _machine_code import MULTIPROCESSORS, audit_cubin, audit_hsaco
+from _machine_code import MULTIPROCESSORS, audit_cubin, audit_hsaco, tool
 from _triton_offline import TARGETS, compiling_for
 from tqdm import tqdm
 
@@ -103,6 +108,40 @@ def table(rows: list[dict[str, Any]]) -> str:
     return "\n".join(lines)
 
 
+def summary(rows: list[dict[str, Any]]) -> str:
+    """Markdown table for README.md: head_dim 128, block_size 16, float16 queries, as caches are by default."""
+    lines = [
+        "| head_dim 128 | group | bytes per cycle and SM | what memory delivers | registers | spills | blocks per SM "
+        "| K and V loads under 16 bytes |",
+        "|---|---|---|---|---|---|---|---|",
+    ]
+    chips = {"sm_80": "A100 (sm_80)", "sm_90": "H100 (sm_90)"}
+    shown = {"head_dim": 128, "block_size": 16, "dtype": "float16", "rotation": "hadamard", "integer": True}
+    for r in (r for r in rows if r["chip"] in chips and shown.items() <= r.items()):
+        lines.append(
+            f"| {chips[r['chip']]} | {r['group']} | {r['bytes_per_cycle']} | {r['bytes_per_cycle_needed']} "
+            f"| {r['registers']} | {r['spill_instructions']} | {r['blocks_per_multiprocessor']} "
+            f"| {r['kv_loads_narrower_than_16_bytes']} |"
+        )
+    return "\n".join(lines)
+
+
+def versions() -> dict[str, str]:
+    """Of torch, triton, and the assemblers in triton's wheel: the older chips' and Blackwell's."""
+    found = {"torch": torch.__version__, "triton": triton.__version__}
+    for name in ("ptxas", "ptxas-blackwell"):
+        release = re.search(r"V(\d[\d.]*)", tool(name, "--version"))
+        found[name] = release[1] if release else "unknown"
+    return found
+
+
+def write_json(path: Path, rows: list[dict[str, Any]]) -> None:
+    """A line per variant: few bytes, and differences that can be read."""
+    head = {"command": shlex.join(["python", *sys.argv]), "versions": versions()}
+    lines = ",\n".join(json.dumps(row) for row in rows)
+    path.write_text(json.dumps(head, indent=1)[:-2] + f',\n "variants": [\n{lines}\n]}}\n', encoding="utf-8")
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--chips", nargs="+", default=list(TARGETS), choices=list(TARGETS))
@@ -117,8 +156,7 @@ def main() -> None:
     rows = [audit(*variant) for variant in tqdm(variants, desc="compiling", unit="kernel")]
     print(table(rows))
     if arguments.json:
-        report = {"triton": triton.__version__, "variants": rows}
-        arguments.json.write_text(json.dumps(report, indent=1) + "\n")
+        write_json(arguments.json, rows)
 
 
 if __name__ == "__main__":

@@ -8,8 +8,10 @@ share a head packed into query rows. The read sweep is torch's faster reduction 
 over a larger buffer.
 
     python eval/latency.py --threads 2 --json eval/results/latency_kernel.json --picture eval/results/latency_kernel.png
+    python eval/latency.py --device cuda
 
-For whole models see `latency_model.py`.
+On a GPU (`_latency_cuda.py`) the rivals are float16, and a device copy takes the place of the sweep. For whole models
+see `latency_model.py`.
 """
 
 from __future__ import annotations
@@ -18,17 +20,17 @@ import argparse
 import os
 import statistics
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
-from _common import positive, provenance, write_json
+from _common import device_called, positive, provenance, write_json
 from torch.nn.functional import scaled_dot_product_attention
 
-from hf_int8_paged.kernels import alloc_paged_int8_layer, cpu
+from hf_int8_paged.kernels import alloc_paged_int8_layer, cpu, load_backend
 
 BLOCK_SIZE = 16
 LLC_MULTIPLE = 4
@@ -116,28 +118,27 @@ def warm_up_context(case: Case) -> int:
 def int8_calls(case: Case, count: int, *, q: torch.Tensor, random_order: bool = False) -> list[Callable[[], Any]]:
     blocks = case.context // BLOCK_SIZE
     calls: list[Callable[[], Any]] = []
-    lens = torch.full((case.batch,), case.context, dtype=torch.int32)
+    lens = torch.full((case.batch,), case.context, dtype=torch.int32, device=q.device)
     out = torch.empty_like(q)
     for _ in range(count):
         cache = alloc_paged_int8_layer(
-            case.batch * blocks, BLOCK_SIZE, case.kv_heads, case.head_dim, backend="cpu", rotation="hadamard"
+            case.batch * blocks, BLOCK_SIZE, case.kv_heads, case.head_dim, device=q.device, rotation="hadamard"
         )
         for values, scales in ((cache.k, cache.k_scales), (cache.v, cache.v_scales)):
             values.random_(-127, 128)
             scales.uniform_(0.015, 0.03)
         ids = torch.randperm(case.batch * blocks) if random_order else torch.arange(case.batch * blocks)
-        table = ids.to(torch.int32).view(case.batch, blocks)
+        table = ids.to(torch.int32).view(case.batch, blocks).to(q.device)
         # As the cache calls it at every step, past the public function's argument checks.
-        calls.append(
-            partial(cpu.decode, out, q, cache, table, lens, case.head_dim**-0.5, None, None, 0, None, None, None)
-        )
+        decode = load_backend(cache.backend).decode
+        calls.append(partial(decode, out, q, cache, table, lens, case.head_dim**-0.5, None, None, 0, None, None, None))
     return calls
 
 
 def sdpa_calls(case: Case, count: int, q: torch.Tensor) -> list[Callable[[], Any]]:
     shape = (case.batch, case.kv_heads, case.context, case.head_dim)
     packed = q.view(case.batch, case.kv_heads, case.group, case.head_dim)
-    pairs = [(torch.randn(shape).to(q.dtype), torch.randn(shape).to(q.dtype)) for _ in range(count)]
+    pairs = [[torch.randn(shape, device=q.device).to(q.dtype) for _ in "kv"] for _ in range(count)]
     return [partial(scaled_dot_product_attention, packed, k, v) for k, v in pairs]
 
 
@@ -148,6 +149,18 @@ def sweep_calls(cold_bytes: int) -> dict[str, Contestant]:
         name: Contestant([partial(call, buffer)], buffer.nbytes, partial(call, buffer[: 1 << 17]))
         for name, call in reductions.items()
     }
+
+
+def race(contestants: Mapping[str, Contestant], rounds: int) -> dict[str, dict[str, float]]:
+    """Every contestant once over all its calls, untimed; then all in turns."""
+    for contestant in contestants.values():
+        for _ in range(len(contestant.calls)):
+            contestant.step()
+        contestant.times.clear()
+    for _ in range(rounds):
+        for contestant in contestants.values():
+            contestant.step()
+    return {name: contestant.summary() for name, contestant in contestants.items()}
 
 
 def run_case(case: Case, rounds: int, cold_bytes: int) -> dict[str, Any]:
@@ -166,14 +179,7 @@ def run_case(case: Case, rounds: int, cold_bytes: int) -> dict[str, Any]:
         ),
         **sweep_calls(cold_bytes),
     }
-    for contestant in contestants.values():
-        for _ in range(len(contestant.calls)):
-            contestant.step()
-        contestant.times.clear()
-    for _ in range(rounds):
-        for contestant in contestants.values():
-            contestant.step()
-    results = {name: contestant.summary() for name, contestant in contestants.items()}
+    results = race(contestants, rounds)
     bandwidth = max(results[name]["gb_per_s"] for name in results if name.startswith("sweep"))
     int8 = results["int8"]
     return {
@@ -211,7 +217,10 @@ def draw(results: list[dict[str, Any]], path: Path, title: str) -> None:
         "int8_random_order": "int8, blocks in random order",
         "sdpa_fp32": "SDPA fp32",
         "sdpa_bf16": "SDPA bf16",
+        "sdpa_fp16": "SDPA fp16",
+        "flex_fp16": "flex_attention fp16",
     }
+    labels = {name: label for name, label in labels.items() if all(name in r["contestants"] for r in results)}
     figure, axes = pyplot.subplots(figsize=(10, 4.5), layout="constrained")
     width = 0.8 / len(labels)
     for i, (name, label) in enumerate(labels.items()):
@@ -221,9 +230,9 @@ def draw(results: list[dict[str, Any]], path: Path, title: str) -> None:
         axes.bar_label(bars, [f"{t:.2f} ms" for t in times], rotation=90, fontsize=7, padding=2)
     for x, result in enumerate(results):
         limit = result["read_bandwidth_gb_per_s"]
-        line = axes.hlines(limit, x - width / 2, x + 3.5 * width, colors="black", linestyles="dashed")
-    line.set_label("read bandwidth")
-    ticks = [x + 1.5 * width for x in range(len(results))]
+        line = axes.hlines(limit, x - width / 2, x + (len(labels) - 0.5) * width, colors="black", linestyles="dashed")
+    line.set_label("bandwidth")
+    ticks = [x + (len(labels) - 1) / 2 * width for x in range(len(results))]
     axes.set_xticks(ticks, [Case(**result["case"]).in_lines() for result in results], fontsize=8)
     axes.set_ylabel("GB/s read (cold memory)")
     axes.set_title(title, fontsize=9)
@@ -235,6 +244,7 @@ def draw(results: list[dict[str, Any]], path: Path, title: str) -> None:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--rounds", type=positive, default=40, help="calls per contestant (default: %(default)s)")
+    parser.add_argument("--device", default="cpu", help="cpu or cuda (default: %(default)s)")
     parser.add_argument("--threads", type=positive, default=os.cpu_count(), help="(default: all, %(default)s)")
     parser.add_argument(
         "--case", type=int, nargs=5, action="append", metavar=("BATCH", "KV_HEADS", "GROUP", "HEAD_DIM", "CONTEXT"),
@@ -246,22 +256,30 @@ def main() -> None:
     cases = [Case(*numbers) for numbers in args.case] if args.case else list(CASES)
     if any(case.context % BLOCK_SIZE for case in cases):
         parser.error(f"the context must be a multiple of {BLOCK_SIZE}")
+    device = device_called(args.device)
     torch.set_num_threads(args.threads)
     torch.manual_seed(0)
-    cache_bytes = last_level_cache()
-    results = []
+    made = provenance(device)
+    machine = made["machine"]
+    results: list[dict[str, Any]] = []
+    if device.type == "cuda":
+        import _latency_cuda
+
+        cases = cases if args.case else list(_latency_cuda.CASES)
+        machine["last_level_cache_bytes"] = torch.cuda.get_device_properties(device).L2_cache_size
+        run, say, chip = partial(_latency_cuda.run_case, device=device), _latency_cuda.report, machine["device"]
+    else:
+        machine["last_level_cache_bytes"] = last_level_cache()
+        machine["instruction_set"] = cpu.selected_isa()
+        run, say = run_case, report
+        chip = f"{machine['processor']}, {machine['threads']} threads, {machine['instruction_set']}"
     for case in cases:
-        results.append(run_case(case, args.rounds, LLC_MULTIPLE * cache_bytes))
-        print(report(results[-1]), flush=True)
-    made = provenance(torch.device("cpu"))
-    made["machine"]["last_level_cache_bytes"] = cache_bytes
-    made["machine"]["instruction_set"] = cpu.selected_isa()
+        results.append(run(case, args.rounds, LLC_MULTIPLE * machine["last_level_cache_bytes"]))
+        print(say(results[-1]), flush=True)
     if args.json:
         write_json(args.json, {**made, "rounds": args.rounds, "results": results})
     if args.picture:
-        machine = made["machine"]
-        title = f"Decode attention, {machine['processor']}, {machine['threads']} threads, {machine['instruction_set']}"
-        draw(results, args.picture, title)
+        draw(results, args.picture, f"Decode attention, {chip}")
 
 
 if __name__ == "__main__":

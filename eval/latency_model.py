@@ -18,7 +18,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import torch
-from _common import DTYPES, add_model_arguments, load_model, positive, provenance, write_json
+from _common import DTYPES, add_model_arguments, device_called, load_model, positive, provenance, write_json
 from tqdm import tqdm
 from transformers import Cache, DynamicCache, PreTrainedModel, QuantizedCache, StaticCache
 from transformers.utils import is_hqq_available
@@ -130,7 +130,7 @@ def main() -> None:
     args = parse()
     if args.threads:
         torch.set_num_threads(args.threads)
-    device = torch.device(args.device or ("cuda" if torch.cuda.is_available() else "cpu"))
+    device = device_called(args.device)
     results: list[dict] = []
     for dtype in args.dtypes or [args.dtype]:
         args.dtype = dtype

@@ -7,6 +7,7 @@ from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 
+import _latency_cuda
 import latency
 import pytest
 import torch
@@ -69,3 +70,22 @@ def test_results_name_machine_versions_and_every_contestant(
 def test_a_context_that_ends_inside_a_block_is_refused(run_script: Callable[..., None]) -> None:
     with pytest.raises(SystemExit):
         run_script(latency, "--case", 1, 2, 2, 32, 65)
+
+
+def test_on_a_gpu_all_contestants_compute_the_same_attention_and_are_judged() -> None:
+    """As far as a machine without one can tell: the contestants run on the CPU, and the clock is the CPU's."""
+    flex = torch.nn.attention.flex_attention.flex_attention
+    q = torch.randn(2, 6, 1, 32).half()
+    found = _latency_cuda.contestants(CASE, 1 << 12, q, flex)
+    dense = found["sdpa_fp16"][0][0]
+    keys, values = dense.args[1:]
+    attended = flex(q, keys, values, enable_gqa=True)
+    # float16 has 11 bits, and rounds weights and outputs.
+    torch.testing.assert_close(attended, dense().view(2, 6, 1, 32), rtol=0, atol=2**-9)
+    contestants = {name: latency.Contestant(*parts) for name, parts in found.items()}
+    result = _latency_cuda.judged(CASE, latency.race(contestants, rounds=3))
+    assert all(contestant.bytes_read * len(contestant.calls) >= 1 << 12 for contestant in contestants.values())
+    assert {"speedup_over_sdpa_fp16", "speedup_over_flex_fp16", "share_of_read_bandwidth"} <= set(result)
+    line = _latency_cuda.report(result)
+    assert "\n    " in line
+    assert "flex_fp16" in line
