@@ -10,6 +10,9 @@ PYTEST := $(BIN)/python -m pytest
 WORKERS ?= 2
 PARALLEL := OMP_NUM_THREADS=1 $(PYTEST) -n $(WORKERS) --dist loadfile
 
+# Tests that the Triton interpreter runs too.
+TRITON_TESTS := tests/kernels/interpreted_triton.py tests/kernels/triton_extend.py
+
 # Reinstalled when one of these changes; Python sources are used in place.
 SOURCES := pyproject.toml constraints.txt $(wildcard setup.py) $(wildcard kernels/torch-ext/*/cpu_src/*)
 DEV := $(VENV)/.installed-dev
@@ -28,7 +31,7 @@ endef
 export RUN_NOTEBOOKS
 
 .DEFAULT_GOAL := help
-.PHONY: help demo info test test-fast test-sanitize test-neon lint types format notebooks coverage clean
+.PHONY: help demo info test test-fast test-sanitize test-neon test-gpu bench-gpu gpu-audit lint types format notebooks coverage clean
 
 help:  ## Show this list
 	@sed -n 's/^\([a-z-]*\):.*## /\1|/p' $(MAKEFILE_LIST) | while IFS='|' read -r name text; do printf '  make %-13s %s\n' "$$name" "$$text"; done
@@ -50,6 +53,16 @@ test-sanitize: $(DEV)  ## Run the CPU kernels' tests under AddressSanitizer and 
 
 test-neon:  ## Check the CPU kernels for Arm (Debian: gcc-aarch64-linux-gnu, qemu-user)
 	tests/native/neon.sh
+
+test-gpu: $(DEV)  ## Run the kernels' tests on a GPU, with fresh inputs
+	HF_INT8_PAGED_TEST_SEED=$$(date +%s) HF_HUB_OFFLINE=1 $(PYTEST) -m gpu tests/gpu tests/kernels $(TRITON_TESTS)
+
+bench-gpu: $(DEV)  ## Time kernels and a model on a GPU; writes eval/results/*_gpu.json
+	$(BIN)/python eval/latency.py --device cuda --json eval/results/latency_kernel_gpu.json
+	$(BIN)/python eval/latency_model.py --device cuda --dtype float16 --json eval/results/latency_model_gpu.json
+
+gpu-audit: $(DEV)  ## Count what GPUs' machine code allows, without a GPU; writes docs/gpu_audit.json
+	OMP_NUM_THREADS=1 $(BIN)/python eval/gpu_audit.py --json docs/gpu_audit.json
 
 lint: $(DEV)  ## Check style
 	$(BIN)/ruff check

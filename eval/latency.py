@@ -262,6 +262,7 @@ def main() -> None:
     made = provenance(device)
     machine = made["machine"]
     results: list[dict[str, Any]] = []
+    run: Callable[[Case, int, int], dict[str, Any]] = run_case
     if device.type == "cuda":
         import _latency_cuda
 
@@ -271,7 +272,7 @@ def main() -> None:
     else:
         machine["last_level_cache_bytes"] = last_level_cache()
         machine["instruction_set"] = cpu.selected_isa()
-        run, say = run_case, report
+        say = report
         chip = f"{machine['processor']}, {machine['threads']} threads, {machine['instruction_set']}"
     for case in cases:
         results.append(run(case, args.rounds, LLC_MULTIPLE * machine["last_level_cache_bytes"]))

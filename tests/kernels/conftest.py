@@ -13,6 +13,9 @@ from hf_int8_paged.kernels import why_unavailable
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 CPU = torch.device("cpu")
 
+#: Tests of Triton kernels on whatever runs them here: the interpreter, or a GPU.
+on_the_device = [] if INTERPRETED else [pytest.mark.gpu]
+
 
 def backends_here() -> list[str]:
     names = ["reference"]
@@ -44,8 +47,12 @@ def backend_of(item: pytest.Item) -> str | None:
     return parameters.params.get("backend") if parameters is not None else None
 
 
+@pytest.hookimpl(tryfirst=True)
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
     if not INTERPRETED:
+        for item in items:
+            if backend_of(item) == "triton":
+                item.add_marker("gpu")
         return
     slow = [item for item in items if item.get_closest_marker("wide") and backend_of(item) == "triton"]
     if slow:

@@ -18,6 +18,8 @@ from hf_int8_paged.kernels import KvCacheQuant, alloc_paged_int8_layer
 
 POISON = 127  # int8 value of a slot that nobody may read; its scale is NaN
 FLOAT16_MAX = np.float32(65504)
+#: Added to the seeds of all cases: `make test-gpu` draws fresh inputs.
+SEED = int(os.environ.get("HF_INT8_PAGED_TEST_SEED", "0"))
 
 
 def device_of(backend: str) -> torch.device:
@@ -151,7 +153,7 @@ def make_case(
         edit: changes q ``[batch, heads, q_len, head_dim]``, k and v ``[batch, kv_heads, capacity, dim]`` in place
             before k and v are quantized.
     """
-    rng = np.random.default_rng(seed)
+    rng = np.random.default_rng(SEED + seed)
     v_head_dim = head_dim if v_head_dim is None else v_head_dim
     blocks_of = [-(-n // block_size) for n in lens]
     width, batch = max(blocks_of, default=0) + 1, len(lens)

@@ -1,4 +1,5 @@
-"""What only Triton's kernels can get wrong. test_triton.py runs this file under TRITON_INTERPRET=1."""
+"""What only Triton's kernels can get wrong. test_triton.py runs this file under TRITON_INTERPRET=1, and `make test-gpu`
+on a GPU."""
 
 from __future__ import annotations
 
@@ -20,8 +21,11 @@ from hf_int8_paged.kernels import (
 from hf_int8_paged.kernels.triton_decode import Chip
 
 from .attention_oracle import dense_attention
-from .helpers import Case, make_case
+from .conftest import on_the_device
+from .helpers import device_of, make_case
 
+pytestmark = on_the_device
+DEVICE = device_of("triton")
 MAP_NORESERVE = 0x4000  # Linux; Python names it from 3.13 on
 #: Largest error of an output row, relative to the row's length, that the integer arithmetic may cause.
 ROW_ERROR = 3e-4
@@ -36,14 +40,14 @@ def dot_kernel(out_ptr, a_ptr, b_ptr, M: tl.constexpr, N: tl.constexpr, K: tl.co
 
 
 @pytest.mark.parametrize("fill", [None, 127, -128], ids=["random", "largest", "smallest"])
-def test_the_interpreters_int8_dot_is_exact(fill: int | None) -> None:
+def test_int8_products_are_exact(fill: int | None) -> None:
     rng = np.random.default_rng(0)
     a, b = (rng.integers(-128, 128, shape, dtype=np.int8) for shape in ((16, 256), (256, 64)))
     if fill is not None:
         a[:], b[:] = fill, -128
-    out = torch.empty(16, 64, dtype=torch.int32)
-    dot_kernel[(1,)](out, torch.from_numpy(a), torch.from_numpy(b), 16, 64, 256)
-    np.testing.assert_array_equal(out.numpy(), a.astype(np.int64) @ b.astype(np.int64))
+    out = torch.empty(16, 64, dtype=torch.int32, device=DEVICE)
+    dot_kernel[(1,)](out, torch.from_numpy(a).to(DEVICE), torch.from_numpy(b).to(DEVICE), 16, 64, 256)
+    np.testing.assert_array_equal(out.cpu().numpy(), a.astype(np.int64) @ b.astype(np.int64))
 
 
 def outlier_query(q: np.ndarray, k: np.ndarray, v: np.ndarray) -> None:
@@ -78,7 +82,7 @@ def loud_value_under_a_light_weight(q: np.ndarray, k: np.ndarray, v: np.ndarray)
 def test_integer_arithmetic_is_close_to_float64(edit, head_dim: int) -> None:
     case = make_case("triton", lens=(150, 333), kv_heads=1, group=4, head_dim=head_dim, edit=edit)
     want = dense_attention(case)
-    out = int8_paged_decode_attention(*case.arguments).double().numpy()
+    out = int8_paged_decode_attention(*case.arguments).double().cpu().numpy()
     error = np.linalg.norm(out - want, axis=-1) / np.linalg.norm(want, axis=-1)
     assert error.max() <= ROW_ERROR, error.max()
 
@@ -88,7 +92,7 @@ def test_integer_arithmetic_is_close_to_float64(edit, head_dim: int) -> None:
 def test_any_number_of_splits_gives_the_same_answer(monkeypatch, processors: int, options: dict) -> None:
     monkeypatch.setattr(triton_backend, "chip_of", lambda device: Chip("interpreter", processors))
     case = make_case("triton", lens=(9, 803), kv_heads=1, group=2, head_dim=32, **options)
-    out = int8_paged_decode_attention(*case.arguments, **case.options).double().numpy()
+    out = int8_paged_decode_attention(*case.arguments, **case.options).double().cpu().numpy()
     want = dense_attention(case)
     error = np.linalg.norm(out - want, axis=-1) / np.linalg.norm(want, axis=-1)
     assert error.max() <= ROW_ERROR, error.max()
@@ -105,7 +109,9 @@ def test_a_split_without_tokens_adds_nothing(monkeypatch) -> None:
 
 
 def reserved(shape: tuple[int, ...], dtype: torch.dtype) -> torch.Tensor:
-    """A tensor of zeros over reserved addresses; only pages that are written take memory."""
+    """A tensor of zeros over reserved addresses; only pages that are written take memory, on the CPU."""
+    if DEVICE.type != "cpu":
+        return torch.zeros(shape, dtype=dtype, device=DEVICE)
     count = int(np.prod(shape))
     memory = mmap.mmap(-1, count * dtype.itemsize, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS | MAP_NORESERVE)
     return torch.frombuffer(memory, dtype=dtype, count=count).view(shape)
@@ -125,12 +131,12 @@ def test_blocks_past_2_to_the_31_elements(kv_heads: int) -> None:
         backend="triton",
         tile_order="v_transposed",
     )
-    table = torch.tensor([[num_blocks - 1, num_blocks - 3]], dtype=torch.int32)
+    table = torch.tensor([[num_blocks - 1, num_blocks - 3]], dtype=torch.int32, device=DEVICE)
     rng = torch.Generator().manual_seed(0)
-    k, v = (torch.randn(1, kv_heads, 30, head_dim, generator=rng) for _ in range(2))
-    q = torch.randn(1, kv_heads, 1, head_dim, generator=rng)
-    lens = torch.tensor([30], dtype=torch.int32)
-    int8_kv_append_paged(k, v, cache, table, torch.zeros(1, dtype=torch.int32))
+    k, v = (torch.randn(1, kv_heads, 30, head_dim, generator=rng).to(DEVICE) for _ in range(2))
+    q = torch.randn(1, kv_heads, 1, head_dim, generator=rng).to(DEVICE)
+    lens = torch.tensor([30], dtype=torch.int32, device=DEVICE)
+    int8_kv_append_paged(k, v, cache, table, torch.zeros_like(lens))
     k_stored, v_stored = gather_dense(cache, table, lens, stop=30)
     torch.testing.assert_close(k_stored, k, rtol=0, atol=float(k.abs().max()) / 200)
     torch.testing.assert_close(v_stored, v, rtol=0, atol=float(v.abs().max()) / 200)
@@ -143,7 +149,7 @@ def test_blocks_past_2_to_the_31_elements(kv_heads: int) -> None:
 def test_head_dims_that_no_vector_fits(head_dim: int) -> None:
     case = make_case("triton", lens=(37,), group=2, head_dim=head_dim)
     want = dense_attention(case)
-    out = int8_paged_decode_attention(*case.arguments).double().numpy()
+    out = int8_paged_decode_attention(*case.arguments).double().cpu().numpy()
     assert np.linalg.norm(out - want) <= ROW_ERROR * np.linalg.norm(want)
 
 
@@ -152,82 +158,6 @@ def test_the_variant_without_int8_products_is_exact(monkeypatch, rotation: str |
     monkeypatch.setattr(triton_backend, "multiplies_int8", lambda chip: False)
     case = make_case("triton", lens=(150, 33), kv_heads=1, group=3, head_dim=80, rotation=rotation, edit=outlier_query)
     want = dense_attention(case)
-    out = int8_paged_decode_attention(*case.arguments).double().numpy()
+    out = int8_paged_decode_attention(*case.arguments).double().cpu().numpy()
     # Two float16 terms carry 21 bits.
     assert (np.linalg.norm(out - want, axis=-1) <= 2e-5 * np.linalg.norm(want, axis=-1)).all()
-
-
-def extend_by_gathering(
-    case: Case, q: torch.Tensor, k_new: torch.Tensor, v_new: torch.Tensor, sinks: torch.Tensor | None = None
-) -> torch.Tensor:
-    """Attention of a chunk over a dense copy of the past and over itself, in float64."""
-    past_k, past_v = gather_dense(case.cache, case.block_table, case.context_lens, backend="reference")
-    chunk, group = q.shape[2], q.shape[1] // k_new.shape[1]
-    window, softcap, kv_start = (case.options.get(name) for name in ("window", "softcap", "kv_start"))
-    outputs = []
-    for b, past in enumerate(case.context_lens.tolist()):
-        k, v = (
-            # Tokens that no row sees are poisoned.
-            torch.cat([dense[b, :, :past].nan_to_num(0.0).double(), new[b].double()], dim=1).repeat_interleave(group, 0)
-            for dense, new in ((past_k, k_new), (past_v, v_new))
-        )
-        scores = q[b].double() @ k.mT * case.scale
-        if softcap is not None:
-            scores = softcap * torch.tanh(scores / softcap)
-        positions, keys = past + torch.arange(chunk)[:, None], torch.arange(past + chunk)
-        visible = keys <= positions
-        if window is not None:
-            visible &= keys > positions - window
-        if kv_start is not None:
-            visible &= keys >= kv_start[b]
-        scores = scores.masked_fill(~visible, -torch.inf)
-        if sinks is not None:
-            scores = torch.cat([scores, sinks.double()[:, None, None].expand(-1, chunk, 1)], dim=-1)
-        outputs.append(scores.softmax(-1).nan_to_num(0.0)[..., : past + chunk] @ v)
-    return torch.stack(outputs)
-
-
-@pytest.mark.parametrize(
-    ("past", "chunk", "options"),
-    [
-        ((0,), 1, {}),
-        ((37, 0, 5), 17, {}),
-        ((70, 33), 40, {"rotation": "hadamard", "center": True}),
-        ((200, 64), 130, {"window": 90, "head_dim": 80, "v_head_dim": 48, "rotation": "hadamard", "center": True}),
-        ((100, 20), 50, {"softcap": 5.0, "sinks": True, "center": True, "kv_start": (3, 30)}),
-        ((700,), 300, {"group": 1, "head_dim": 32, "block_size": 128}),
-    ],
-    ids=["one_token", "ragged", "rotated_and_centred", "window", "softcap_sinks_left_padding", "long"],
-)
-def test_extend_equals_gather_and_dense_attention(past: tuple[int, ...], chunk: int, options: dict) -> None:
-    case = make_case("triton", lens=past, **{"group": 3, "head_dim": 64, **options})
-    rng = torch.Generator().manual_seed(0)
-    cache, (batch, heads) = case.cache, case.q.shape[:2]
-    q = torch.randn(batch, heads, chunk, cache.head_dim, generator=rng)
-    k_new = torch.randn(batch, cache.num_kv_heads, chunk, cache.head_dim, generator=rng)
-    # Strided, as a model's projections are.
-    v_new = torch.randn(batch, chunk, cache.num_kv_heads, cache.v_head_dim, generator=rng).transpose(1, 2)
-    out = torch.full((batch, heads, chunk, cache.v_head_dim), torch.nan)
-    sinks = case.options.get("sinks")
-    triton_backend.extend(
-        out, q, k_new, v_new, cache, case.block_table, case.context_lens, case.scale,
-        case.options.get("kv_start"), case.options["window"], case.options["softcap"], sinks,
-    )  # fmt: skip
-    want = extend_by_gathering(case, q, k_new, v_new, sinks)
-    # float32 sums of some hundred terms
-    assert ((out - want).norm(dim=-1) <= 1e-5 * want.norm(dim=-1)).all()
-
-
-@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
-def test_extend_in_half_precision(dtype: torch.dtype) -> None:
-    case = make_case("triton", lens=(100, 20), group=2, head_dim=64, rotation="hadamard", center=True)
-    rng = torch.Generator().manual_seed(0)
-    q = torch.randn(2, 4, 50, 64, generator=rng).to(dtype)
-    k_new, v_new = (torch.randn(2, 2, 50, 64, generator=rng).to(dtype) for _ in range(2))
-    out = torch.empty_like(q)
-    triton_backend.extend(
-        out, q, k_new, v_new, case.cache, case.block_table, case.context_lens, case.scale, None, None, None, None
-    )
-    want = extend_by_gathering(case, q, k_new, v_new)
-    # Output, weights and rotated queries are rounded once each.
-    assert ((out - want).norm(dim=-1) <= 3 * torch.finfo(dtype).eps * want.norm(dim=-1)).all()

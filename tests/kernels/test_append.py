@@ -10,7 +10,7 @@ import torch
 
 from hf_int8_paged.kernels import KvCacheQuant, gather_dense, int8_kv_append_paged
 
-from .helpers import device_of, int32_on, poisoned_layer, quantize, snapshot, write_slots
+from .helpers import SEED, device_of, int32_on, poisoned_layer, quantize, snapshot, write_slots
 
 wide = pytest.mark.wide
 DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
@@ -95,7 +95,7 @@ def assert_same_bits(got: dict[str, np.ndarray], want: dict[str, np.ndarray]) ->
 
 
 def normal(*shape: int, dtype: torch.dtype = torch.float32, seed: int = 0) -> torch.Tensor:
-    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed)).to(dtype)
+    return torch.randn(*shape, generator=torch.Generator().manual_seed(SEED + seed)).to(dtype)
 
 
 @pytest.mark.parametrize("dtype", DTYPES.values(), ids=DTYPES)

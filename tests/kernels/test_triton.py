@@ -34,8 +34,8 @@ def in_another_python(arguments: list[str], **environment: str) -> subprocess.Co
 @pytest.mark.skipif(INTERPRETED, reason="this process interprets the kernels itself")
 def test_interpreted_kernels() -> None:
     """The shared grid for the Triton backend, and what only Triton can get wrong, under TRITON_INTERPRET=1."""
-    files = ["test_append.py", "test_conditioning.py", "test_decode.py", "test_gather_copy.py", "interpreted_triton.py"]
-    paths = [f"tests/kernels/{file}" for file in files]
+    grid = ["test_append.py", "test_conditioning.py", "test_decode.py", "test_gather_copy.py"]
+    paths = [f"tests/kernels/{file}" for file in (*grid, "interpreted_triton.py", "triton_extend.py")]
     run = in_another_python(["-m", "pytest", "-q", "-k", "triton", *paths], TRITON_INTERPRET="1")
     assert run.returncode == 0
     assert " passed" in run.stdout

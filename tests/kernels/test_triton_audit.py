@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import sys
 import timeit
@@ -13,7 +14,8 @@ import torch
 import triton
 import triton.language as tl
 
-sys.path.append(str(Path(__file__).parents[2] / "eval"))
+ROOT = Path(__file__).parents[2]
+sys.path.append(str(ROOT / "eval"))
 
 pytestmark = pytest.mark.skipif(
     os.environ.get("TRITON_INTERPRET") == "1", reason="interpreted kernels have no machine code"
@@ -90,6 +92,23 @@ def test_a_copy_loop_counted_by_hand() -> None:
     assert figures["stack_bytes"] == figures["spill_instructions"] == 0
 
 
+@pytest.fixture(scope="module")
+def committed() -> dict[str, Any]:
+    """What ``make gpu-audit`` wrote."""
+    return json.loads((ROOT / "docs" / "gpu_audit.json").read_text(encoding="utf-8"))
+
+
+def test_the_readme_shows_the_committed_audit(committed: dict[str, Any]) -> None:
+    from gpu_audit import summary
+
+    assert summary(committed["variants"]) in (ROOT / "README.md").read_text(encoding="utf-8")
+    assert committed["command"] == "python eval/gpu_audit.py --json docs/gpu_audit.json"
+    kinds = [tuple(row[name] for name in KIND) for row in committed["variants"]]
+    assert len(kinds) == len(set(kinds)) == 4 * 3 * 3 * (2 * 2 + 1)
+
+
+#: What tells variants apart.
+KIND = ("chip", "head_dim", "group", "block_size", "dtype", "rotation", "integer")
 #: chip, head_dim, group, rotation, least bytes per cycle and multiprocessor, whether three blocks must be resident
 TABLE = [
     *((chip, 128, group, "hadamard", 50, True) for chip in ("sm_80", "sm_90") for group in (1, 4, 8)),
@@ -102,11 +121,19 @@ TABLE = [
 @pytest.mark.slow
 @pytest.mark.parametrize(("chip", "head_dim", "group", "rotation", "least", "three_blocks"), TABLE)
 def test_decode_keeps_its_headroom(
-    chip: str, head_dim: int, group: int, rotation: str | None, least: float, three_blocks: bool
+    chip: str,
+    head_dim: int,
+    group: int,
+    rotation: str | None,
+    least: float,
+    three_blocks: bool,
+    committed: dict[str, Any],
 ) -> None:
-    from gpu_audit import audit
+    from gpu_audit import audit, versions
 
     figures: dict[str, Any] = audit(chip, head_dim, group, rotation=rotation)
+    if versions() == committed["versions"]:
+        assert json.loads(json.dumps(figures)) in committed["variants"], "the kernel has changed: run make gpu-audit"
     assert figures["bytes_per_cycle"] >= least
     assert figures["kv_loads_narrower_than_16_bytes"] == 0
     assert figures["spill_instructions_in_loop"] == 0

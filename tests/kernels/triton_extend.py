@@ -1,0 +1,120 @@
+"""Extend attention against a dense copy of the past. test_triton.py runs this file under TRITON_INTERPRET=1, and
+`make test-gpu` on a GPU."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from hf_int8_paged.kernels import gather_dense, triton_backend
+
+from .conftest import on_the_device
+from .helpers import SEED, Case, device_of, make_case
+
+pytestmark = on_the_device
+
+
+def extend_by_gathering(
+    case: Case, q: torch.Tensor, k_new: torch.Tensor, v_new: torch.Tensor, sinks: torch.Tensor | None = None
+) -> torch.Tensor:
+    """Attention of a chunk over a dense copy of the past and over itself, in float64, on the CPU."""
+    past_k, past_v = gather_dense(case.cache, case.block_table, case.context_lens, backend="reference")
+    chunk, group = q.shape[2], q.shape[1] // k_new.shape[1]
+    window, softcap, kv_start = (case.options.get(name) for name in ("window", "softcap", "kv_start"))
+    outputs = []
+    for b, past in enumerate(case.context_lens.tolist()):
+        k, v = (
+            # Tokens that no row sees are poisoned.
+            torch.cat([dense[b, :, :past].nan_to_num(0.0).double(), new[b].double()], 1)
+            .cpu()
+            .repeat_interleave(group, 0)
+            for dense, new in ((past_k, k_new), (past_v, v_new))
+        )
+        scores = q[b].double().cpu() @ k.mT * case.scale
+        if softcap is not None:
+            scores = softcap * torch.tanh(scores / softcap)
+        positions, keys = past + torch.arange(chunk)[:, None], torch.arange(past + chunk)
+        visible = keys <= positions
+        if window is not None:
+            visible &= keys > positions - window
+        if kv_start is not None:
+            visible &= keys >= kv_start[b].cpu()
+        scores = scores.masked_fill(~visible, -torch.inf)
+        if sinks is not None:
+            scores = torch.cat([scores, sinks.double().cpu()[:, None, None].expand(-1, chunk, 1)], dim=-1)
+        outputs.append(scores.softmax(-1).nan_to_num(0.0)[..., : past + chunk] @ v)
+    return torch.stack(outputs)
+
+
+def check_extend(case: Case, chunk: int, dtype: torch.dtype, tolerance: float) -> None:
+    """A random chunk after the case's tokens, into a poisoned output."""
+    rng = torch.Generator().manual_seed(SEED)
+    cache, (batch, heads), device = case.cache, case.q.shape[:2], device_of("triton")
+    q = torch.randn(batch, heads, chunk, cache.head_dim, generator=rng).to(device, dtype)
+    k_new = torch.randn(batch, cache.num_kv_heads, chunk, cache.head_dim, generator=rng).to(device, dtype)
+    # Strided, as a model's projections are.
+    v_new = torch.randn(batch, chunk, cache.num_kv_heads, cache.v_head_dim, generator=rng).to(device, dtype)
+    v_new = v_new.transpose(1, 2)
+    out = torch.full((batch, heads, chunk, cache.v_head_dim), torch.nan, dtype=dtype, device=device)
+    sinks = case.options.get("sinks")
+    triton_backend.extend(
+        out, q, k_new, v_new, cache, case.block_table, case.context_lens, case.scale,
+        case.options.get("kv_start"), case.options["window"], case.options["softcap"], sinks,
+    )  # fmt: skip
+    want = extend_by_gathering(case, q, k_new, v_new, sinks)
+    assert ((out.cpu() - want).norm(dim=-1) <= tolerance * want.norm(dim=-1)).all()
+
+
+@pytest.mark.parametrize(
+    ("past", "chunk", "options"),
+    [
+        ((0,), 1, {}),
+        ((37, 0, 5), 17, {}),
+        ((70, 33), 40, {"rotation": "hadamard", "center": True}),
+        ((200, 64), 130, {"window": 90, "head_dim": 80, "v_head_dim": 48, "rotation": "hadamard", "center": True}),
+        ((100, 20), 50, {"softcap": 5.0, "sinks": True, "center": True, "kv_start": (3, 30)}),
+        ((700,), 300, {"group": 1, "head_dim": 32, "block_size": 128}),
+    ],
+    ids=["one_token", "ragged", "rotated_and_centred", "window", "softcap_sinks_left_padding", "long"],
+)
+def test_extend_equals_gather_and_dense_attention(past: tuple[int, ...], chunk: int, options: dict) -> None:
+    # float32 sums of some hundred terms
+    check_extend(make_case("triton", lens=past, **{"group": 3, "head_dim": 64, **options}), chunk, torch.float32, 1e-5)
+
+
+EVERYTHING = {"window": 50, "softcap": 3.0, "sinks": True, "center": True, "rotation": "hadamard"}
+
+
+#: Tiles hold 32 rows of query, 64 tokens, and blocks 16 tokens: sizes on both sides of each boundary.
+@pytest.mark.parametrize("options", [{}, EVERYTHING], ids=["plain", "everything"])
+@pytest.mark.parametrize(
+    ("past", "chunk"),
+    [
+        ((0, 1, 15), 2),
+        ((16, 17, 0), 15),
+        ((63, 64, 65), 16),
+        ((31, 127, 3), 31),
+        ((128, 0, 129), 32),
+        ((48, 191, 2), 33),
+        ((192, 5, 193), 63),
+        ((1, 64, 255), 64),
+        ((257, 0, 33), 65),
+        ((100, 319, 7), 97),
+        ((0, 0), 127),
+        ((321, 13), 129),
+        ((509, 66), 193),
+        ((699, 1), 257),
+        ((700, 0), 300),
+    ],
+    ids=str,
+)
+def test_extend_on_both_sides_of_every_tile_boundary(past: tuple[int, ...], chunk: int, options: dict) -> None:
+    case = make_case("triton", lens=past, kv_heads=1, group=1 + chunk % 2, head_dim=32, seed=chunk, **options)
+    check_extend(case, chunk, torch.float32, 1e-5)
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
+def test_extend_in_half_precision(dtype: torch.dtype) -> None:
+    case = make_case("triton", lens=(100, 20), group=2, head_dim=64, rotation="hadamard", center=True)
+    # Output, weights and rotated queries are rounded once each.
+    check_extend(case, 50, dtype, 3 * torch.finfo(dtype).eps)
