@@ -7,19 +7,19 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from _variants import VARIANTS
+from _variants import EXCEPTIONS, VARIANTS
 
 
 def summarize(records: list[dict[str, Any]], name: str, head_dim: int) -> dict[str, Any]:
     """Figures of one variant from its records, in an order that does not depend on who made them when."""
     unique = sorted({str(r["begin"]): r for r in records}.values(), key=lambda r: str(r["begin"]))
     windows, greedy = [r for r in unique if "kld" in r], [r["greedy"] for r in unique if "greedy" in r]
-    variant = VARIANTS.get(name, VARIANTS["int8"])
+    variant = (VARIANTS | EXCEPTIONS).get(name, VARIANTS["int8"])
     kld = np.concatenate([r["kld"] for r in windows])
     means = np.array([np.mean(r["kld"]) for r in windows])
     nll, nll_dense = (math.fsum(r[key] for r in windows) / len(kld) for key in ("nll", "nll_dense"))
     result = {
-        "title": variant.title if name in VARIANTS else "PagedInt8Cache, as it is by default",
+        "title": variant.title if name in VARIANTS | EXCEPTIONS else "PagedInt8Cache, as it is by default",
         "bytes_of_16_bit_percent": 100 * variant.row_bytes(head_dim) / (2 * head_dim),
         "windows": len(windows),
         "positions": len(kld),

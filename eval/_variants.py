@@ -68,6 +68,8 @@ class Variant:
         row_bytes: bytes that a row of head_dim elements takes.
         rotate: whether keys and values are rotated before, and back after.
         center: whether the mean key of the prompt is subtracted before, and added after.
+        skip_layers: layers that are left as they are; negative numbers count from the last.
+        sink_tokens: first tokens that are left as they are.
     """
 
     title: str
@@ -75,6 +77,8 @@ class Variant:
     row_bytes: Callable[[int], float]
     rotate: bool = False
     center: bool = False
+    skip_layers: tuple[int, ...] = ()
+    sink_tokens: int = 0
 
     def keys(self, k: torch.Tensor, center: torch.Tensor) -> torch.Tensor:
         """Keys ``[batch, num_kv_heads, tokens, head_dim]`` as attention sees them.
@@ -101,16 +105,29 @@ def _int4_bytes(head_dim: int) -> float:
     return head_dim / 32 * 18
 
 
+def _both(title: str, **options: Any) -> Variant:
+    return Variant(title, int8_per_row, _int8_bytes, rotate=True, center=True, **options)
+
+
 VARIANTS = {
     "int8": Variant("int8 per (token, head)", int8_per_row, _int8_bytes),
     "int8-rotated": Variant("+ Hadamard K and V", int8_per_row, _int8_bytes, rotate=True),
     "int8-centered": Variant("+ centred K", int8_per_row, _int8_bytes, center=True),
-    "int8-both": Variant("+ Hadamard K and V + centred K", int8_per_row, _int8_bytes, rotate=True, center=True),
+    "int8-both": _both("+ Hadamard K and V + centred K"),
     "q8_0": Variant("int8 in groups of 32 (q8_0)", q8_0, lambda head_dim: head_dim / 32 * 34),
     "fp8": Variant("fp8 e4m3 per (token, head)", fp8_per_row, _int8_bytes),
     "hqq8": Variant("HQQ 8 bit, groups of 64", hqq(8), lambda head_dim: head_dim / 64 * 68),
     "hqq4": Variant("HQQ 4 bit, groups of 64", hqq(4), lambda head_dim: head_dim / 64 * 36),
     "int4-both": Variant("int4 in groups of 32 + both", int4_in_groups_of_32, _int4_bytes, rotate=True, center=True),
+}
+#: Additions to ``int8-both`` that keep some rows in the model's dtype; measured when they are asked for.
+EXCEPTIONS = {
+    "skip-first": _both("both, first layer unquantized", skip_layers=(0,)),
+    "skip-last": _both("both, last layer unquantized", skip_layers=(-1,)),
+    "skip-first-two": _both("both, first two layers unquantized", skip_layers=(0, 1)),
+    "sinks-1": _both("both, first token unquantized", sink_tokens=1),
+    "sinks-4": _both("both, first 4 tokens unquantized", sink_tokens=4),
+    "sinks-16": _both("both, first 16 tokens unquantized", sink_tokens=16),
 }
 
 
@@ -126,13 +143,18 @@ class FakeQuantizedCache(Cache):
         unlike = sorted(set(types) - {"full_attention", "sliding_attention"})
         if unlike:
             raise ValueError(f"fake quantization knows full and sliding attention only, not {', '.join(unlike)}")
-        super().__init__(layers=[_FakeQuantizedLayer(variant, "sliding_window" in k) for k in kwargs])
+        skipped = {index % len(kwargs) for index in variant.skip_layers}
+        layers: list = [
+            _FakeQuantizedLayer(None if index in skipped else variant, "sliding_window" in k)
+            for index, k in enumerate(kwargs)
+        ]
+        super().__init__(layers=layers)
 
 
 class _FakeQuantizedLayer(DynamicLayer):
     """Keeps all rows, in windows too: the mask hides what lies outside a window."""
 
-    def __init__(self, variant: Variant, is_sliding: bool):
+    def __init__(self, variant: Variant | None, is_sliding: bool):
         super().__init__()
         self.variant = variant
         self.is_sliding = is_sliding
@@ -141,13 +163,19 @@ class _FakeQuantizedLayer(DynamicLayer):
     def update(
         self, key_states: torch.Tensor, value_states: torch.Tensor, *args: Any, **kwargs: Any
     ) -> tuple[torch.Tensor, torch.Tensor]:
+        if self.variant is None:
+            return super().update(key_states, value_states)
         prompt = self.center is None
         if self.center is None:
             self.lazy_initialization(key_states, value_states)
             self.center = key_states.float().mean((0, 2))[:, None]
             if not self.variant.center or key_states.shape[2] < CENTER_TOKENS:
                 self.center.zero_()
-        stored = super().update(self.variant.keys(key_states, self.center), self.variant.values(value_states))
+        keys, values = self.variant.keys(key_states, self.center), self.variant.values(value_states)
+        if prompt and self.variant.sink_tokens:
+            first = slice(self.variant.sink_tokens)
+            keys[:, :, first], values[:, :, first] = key_states[:, :, first], value_states[:, :, first]
+        stored = super().update(keys, values)
         return (key_states, value_states) if prompt else stored
 
     def get_mask_sizes(self, query_length: int) -> tuple[int, int]:

@@ -21,7 +21,7 @@ from _common import add_model_arguments, add_text_arguments, load_model, load_to
 from _divergence import divergence
 from _fidelity_report import draw, markdown, summarize
 from _journal import Journal
-from _variants import VARIANTS, FakeQuantizedCache
+from _variants import EXCEPTIONS, VARIANTS, FakeQuantizedCache
 from accelerate import PartialState
 from accelerate.utils import gather_object
 from tqdm.auto import tqdm
@@ -37,7 +37,11 @@ GREEDY = "greedy"
 
 
 def make_cache(model: PreTrainedModel, name: str) -> Cache:
-    return PagedInt8Cache(model.config) if name == PACKAGE else FakeQuantizedCache(model.config, VARIANTS[name])
+    return (
+        PagedInt8Cache(model.config)
+        if name == PACKAGE
+        else FakeQuantizedCache(model.config, (VARIANTS | EXCEPTIONS)[name])
+    )
 
 
 @torch.inference_mode()
@@ -157,8 +161,9 @@ def available_variants() -> list[str]:
 
 def variant(text: str) -> tuple[str, int | None]:
     name, colon, most = text.partition(":")
-    if name not in available_variants():
-        raise argparse.ArgumentTypeError(f"unknown variant {name!r}; choose from {', '.join(available_variants())}")
+    known = [*available_variants(), *EXCEPTIONS]
+    if name not in known:
+        raise argparse.ArgumentTypeError(f"unknown variant {name!r}; choose from {', '.join(known)}")
     return name, positive(most) if colon else None
 
 
@@ -172,8 +177,8 @@ def parse_arguments() -> argparse.Namespace:
         nargs="+",
         metavar="NAME[:WINDOWS]",
         default=[(name, None) for name in available_variants()],
-        help=f"each with the most windows to take, if fewer than --windows; of {', '.join(available_variants())}; hqq "
-        "needs `pip install hqq` (default: all)",
+        help=f"each with the most windows to take, if fewer than --windows; default: {', '.join(available_variants())} "
+        f"(hqq needs `pip install hqq`); more: {', '.join(EXCEPTIONS)}",
     )
     parser.add_argument("--window", type=positive, default=2048, help="tokens of a window (default: %(default)s)")
     parser.add_argument("--windows", type=positive, default=20, help="most windows (default: %(default)s)")
