@@ -11,7 +11,7 @@ WORKERS ?= 2
 PARALLEL := OMP_NUM_THREADS=1 $(PYTEST) -n $(WORKERS) --dist loadfile
 
 # Tests that the Triton interpreter runs too.
-TRITON_TESTS := tests/kernels/interpreted_triton.py tests/kernels/triton_extend.py
+TRITON_TESTS := tests/kernels/interpreted_triton.py tests/kernels/triton_extend.py tests/cache/triton_long_chunks.py
 
 # Reinstalled when one of these changes; Python sources are used in place.
 SOURCES := pyproject.toml constraints.txt $(wildcard setup.py) $(wildcard kernels/torch-ext/*/cpu_src/*)

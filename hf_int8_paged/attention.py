@@ -5,7 +5,8 @@ keys and values                        route
 =====================================  =================================================================
 first prompt                           SDPA on the fresh full-precision keys and values
 few rows over a context                decode attention straight from the int8 blocks
-long chunk over a context              SDPA on the dequantized past and the fresh chunk
+long chunk over a context              extend attention over the int8 blocks and the fresh chunk, if the backend has
+                                       it; else SDPA on the dequantized past and the fresh chunk
 unusual mask, or not our cache         SDPA on dense keys and values: same answer, slower
 =====================================  =================================================================
 """
@@ -23,7 +24,7 @@ from transformers.masking_utils import causal_mask_function, eager_mask, sdpa_ma
 from .dense_attention import dense_attention
 from .kernels import MAX_DECODE_ROWS
 from .masks import causal_rows, needs_additive_masks, with_bias, with_selected_keys
-from .views import PagedView, take_over
+from .views import Content, PagedView, take_over
 
 #: The name under which both functions are registered: ``attn_implementation="int8_paged"``.
 NAME = "int8_paged"
@@ -152,16 +153,22 @@ def int8_paged_attention(
     elif isinstance(key, PagedView) and isinstance(value, PagedView):
         content = key.content
         paired = value.content == content and value.is_values > key.is_values
-        if content.fresh is None and paired and position_bias is None and sinks is None and not dropout:
+        padding = getattr(attention_mask, _PADDING, (None,))[0]
+        extended = None
+        if paired and position_bias is None and sinks is None and not dropout:
             causal = is_causal if is_causal is not None else getattr(module, "is_causal", True)
             key_mask = _as_key_mask(attention_mask, query, key, causal)
-            if key_mask is not None:
-                scale = query.shape[-1] ** -0.5 if scaling is None else scaling
+            scale = query.shape[-1] ** -0.5 if scaling is None else scaling
+            if key_mask is not None and content.fresh is None and query.shape[2] <= MAX_DECODE_ROWS:
                 return content.layer.decode(query, scale, content.stop, *key_mask, softcap, s_aux), None
-        padding = getattr(attention_mask, _PADDING, (None,))[0]
-        key, value = key.dense(), value.dense()
+            if key_mask is not None and content.fresh is not None and _may_extend(content, query):
+                extended = content.layer.extend(query, *content.fresh, scale, content.stop, key_mask[0], softcap, s_aux)
+        if extended is None:
+            key, value = key.dense(), value.dense()
         if padding is not None:
             content.layer.drop_padding(padding)
+        if extended is not None:
+            return extended, None
     causal = is_causal if is_causal is not None else getattr(module, "is_causal", True)
     if attention_mask is None and causal and 1 < query.shape[2] < key.shape[2]:
         attention_mask = causal_rows(query.shape[2], key.shape[2], query.device)
@@ -189,10 +196,10 @@ def int8_paged_attention(
 def _as_key_mask(
     mask: torch.Tensor | None, query: torch.Tensor, key: PagedView, causal: bool
 ) -> tuple[torch.Tensor | None, int] | None:
-    """The mask over keys, bool ``[batch, columns]`` or None, and the position of its first column, that make decode
-    attention obey ``mask``. None if nothing can."""
+    """The mask over keys, bool ``[batch, columns]`` or None, and the position of its first column, that make the
+    kernels obey ``mask``. None if nothing can."""
     batch, _, q_len, _ = query.shape
-    if q_len > MAX_DECODE_ROWS or (q_len > 1 and not causal):
+    if q_len > 1 and not causal:
         return None
     if mask is None:
         return None, 0
@@ -201,6 +208,13 @@ def _as_key_mask(
         return mask[:, 0, 0].expand(batch, -1), key.content.start
     padding = getattr(mask, _PADDING, None)
     return None if padding is None else (padding[0], 0)
+
+
+def _may_extend(content: Content, query: torch.Tensor) -> bool:
+    """Whether the rows are the newest tokens, over a past, and the layer's backend has a kernel for that."""
+    assert content.fresh is not None
+    learning = torch.is_grad_enabled() and query.requires_grad
+    return query.shape[2] == content.fresh[0].shape[2] < content.stop and content.layer.extends and not learning
 
 
 def _only_causal(mask_function: Callable, local_size: int | None, q_offset: int, kv_offset: int) -> bool:

@@ -242,6 +242,43 @@ class PagedInt8Layer(CacheLayerMixin):
         )
         return out
 
+    @property
+    def extends(self) -> bool:
+        """Whether the backend has a kernel for long chunks over a past in blocks."""
+        return hasattr(self._backend, "extend")
+
+    def extend(
+        self,
+        query: torch.Tensor,
+        keys: torch.Tensor,
+        values: torch.Tensor,
+        scale: float,
+        stop: int,
+        key_mask: torch.Tensor | None,
+        softcap: float | None,
+        sinks: torch.Tensor | None,
+    ) -> torch.Tensor:
+        """Attention of a chunk over the past in the blocks, and causally over itself in full precision.
+
+        Args:
+            query: ``[batch, num_q_heads, chunk, head_dim]``, at positions ``stop - chunk`` to ``stop``.
+            keys: the chunk's own, ``[batch, num_kv_heads, chunk, head_dim]``.
+            values: ``[batch, num_kv_heads, chunk, v_head_dim]``.
+
+        The others are those of `decode`; the key mask starts at position 0. Returns
+        ``[batch, chunk, num_q_heads, v_head_dim]``, contiguous.
+        """
+        batch, num_q_heads, chunk, _ = query.shape
+        step = self.group.step_tensors(self._device, self.sequences.step_start)
+        past = stop - chunk
+        lens = step.lens_before if past == self.sequences.step_start else torch.full_like(step.lens_before, past)
+        out = query.new_empty(batch, chunk, num_q_heads, self._value_shape[1])
+        self._backend.extend(
+            out.transpose(1, 2), query, keys, values, self.storage, step.block_table, lens, scale,
+            None, key_mask, self.group.window, softcap, sinks,
+        )  # fmt: skip
+        return out
+
     def drop_padding(self, tokens: torch.Tensor) -> None:
         """Give back blocks of all layers that hold nothing but padding.
 

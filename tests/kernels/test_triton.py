@@ -36,6 +36,7 @@ def test_interpreted_kernels() -> None:
     """The shared grid for the Triton backend, and what only Triton can get wrong, under TRITON_INTERPRET=1."""
     grid = ["test_append.py", "test_conditioning.py", "test_decode.py", "test_gather_copy.py"]
     paths = [f"tests/kernels/{file}" for file in (*grid, "interpreted_triton.py", "triton_extend.py")]
+    paths.append("tests/cache/triton_long_chunks.py")
     run = in_another_python(["-m", "pytest", "-q", "-k", "triton", *paths], TRITON_INTERPRET="1")
     assert run.returncode == 0
     assert " passed" in run.stdout
@@ -129,7 +130,7 @@ def test_every_kernel_compiles_ahead_of_time(gpu: str, variant: str) -> None:
                 out, q, cache, table, lens, 0.1,
                 key_mask_start=0, chip=Chip(gpu, 100), integer=integer, **{**absent, **options},
             )  # fmt: skip
-        seen = {name: options.get(name) for name in ("kv_start", "window", "softcap", "sinks")}
+        seen = {name: options.get(name) for name in ("kv_start", "key_mask", "window", "softcap", "sinks")}
         launch_extend(out, q, *new, cache, table, lens, 0.1, **seen)
     names = ["append_kernel", *2 * ["decode_kernel", "reduce_kernel"], "extend_kernel"]
     assert [name for name, _ in compiled] == names

@@ -14,13 +14,13 @@ from .helpers import SEED, Case, device_of, make_case
 pytestmark = on_the_device
 
 
-def extend_by_gathering(
-    case: Case, q: torch.Tensor, k_new: torch.Tensor, v_new: torch.Tensor, sinks: torch.Tensor | None = None
-) -> torch.Tensor:
+def extend_by_gathering(case: Case, q: torch.Tensor, k_new: torch.Tensor, v_new: torch.Tensor) -> torch.Tensor:
     """Attention of a chunk over a dense copy of the past and over itself, in float64, on the CPU."""
     past_k, past_v = gather_dense(case.cache, case.block_table, case.context_lens, backend="reference")
     chunk, group = q.shape[2], q.shape[1] // k_new.shape[1]
-    window, softcap, kv_start = (case.options.get(name) for name in ("window", "softcap", "kv_start"))
+    window, softcap, kv_start, key_mask, sinks = (
+        case.options.get(name) for name in ("window", "softcap", "kv_start", "key_mask", "sinks")
+    )
     outputs = []
     for b, past in enumerate(case.context_lens.tolist()):
         k, v = (
@@ -39,6 +39,9 @@ def extend_by_gathering(
             visible &= keys > positions - window
         if kv_start is not None:
             visible &= keys >= kv_start[b].cpu()
+        if key_mask is not None:
+            columns = key_mask[b].cpu()
+            visible &= torch.cat([columns, columns.new_zeros(past + chunk)])[: past + chunk]
         scores = scores.masked_fill(~visible, -torch.inf)
         if sinks is not None:
             scores = torch.cat([scores, sinks.double().cpu()[:, None, None].expand(-1, chunk, 1)], dim=-1)
@@ -56,12 +59,10 @@ def check_extend(case: Case, chunk: int, dtype: torch.dtype, tolerance: float) -
     v_new = torch.randn(batch, chunk, cache.num_kv_heads, cache.v_head_dim, generator=rng).to(device, dtype)
     v_new = v_new.transpose(1, 2)
     out = torch.full((batch, heads, chunk, cache.v_head_dim), torch.nan, dtype=dtype, device=device)
-    sinks = case.options.get("sinks")
-    triton_backend.extend(
-        out, q, k_new, v_new, cache, case.block_table, case.context_lens, case.scale,
-        case.options.get("kv_start"), case.options["window"], case.options["softcap"], sinks,
-    )  # fmt: skip
-    want = extend_by_gathering(case, q, k_new, v_new, sinks)
+    names = ("kv_start", "key_mask", "window", "softcap", "sinks")
+    options = [case.options.get(name) for name in names]
+    triton_backend.extend(out, q, k_new, v_new, cache, case.block_table, case.context_lens, case.scale, *options)
+    want = extend_by_gathering(case, q, k_new, v_new)
     assert ((out.cpu() - want).norm(dim=-1) <= tolerance * want.norm(dim=-1)).all()
 
 
@@ -80,6 +81,15 @@ def check_extend(case: Case, chunk: int, dtype: torch.dtype, tolerance: float) -
 def test_extend_equals_gather_and_dense_attention(past: tuple[int, ...], chunk: int, options: dict) -> None:
     # float32 sums of some hundred terms
     check_extend(make_case("triton", lens=past, **{"group": 3, "head_dim": 64, **options}), chunk, torch.float32, 1e-5)
+
+
+@pytest.mark.parametrize("columns", [400, 230, 0])
+def test_keys_outside_the_mask_are_not_seen(columns: int) -> None:
+    """Holes in past and chunk, and positions past the mask's last column."""
+    case = make_case("triton", lens=(200, 33), group=2, head_dim=32, rotation="hadamard")
+    seen = torch.rand(2, columns, generator=torch.Generator().manual_seed(SEED)) < 0.7
+    case.options["key_mask"] = seen.to(device_of("triton"))
+    check_extend(case, 70, torch.float32, 1e-5)
 
 
 EVERYTHING = {"window": 50, "softcap": 3.0, "sinks": True, "center": True, "rotation": "hadamard"}

@@ -2,7 +2,8 @@
 
 A backend is a module with ``NAME``, ``TILE_ORDER`` and the functions of `reference`: ``unavailable``, ``empty``,
 ``append``, ``decode``, ``gather`` and ``copy``, with the same arguments. They get arguments that
-the public functions have checked.
+the public functions have checked. A backend may have ``extend`` (`triton_backend.extend`), attention of a long chunk
+over a past in blocks; without it the past is gathered.
 """
 
 from __future__ import annotations

@@ -108,6 +108,7 @@ def extend(
     past_lens: torch.Tensor,
     scale: float,
     kv_start: torch.Tensor | None,
+    key_mask: torch.Tensor | None,
     window: int | None,
     softcap: float | None,
     sinks: torch.Tensor | None,
@@ -116,7 +117,9 @@ def extend(
     if not out.numel():
         return
     exact, q, k_new, v_new = (_interpretable(x) for x in (out, q, k_new, v_new))
-    launch_extend(exact, q, k_new, v_new, cache, block_table, past_lens, scale, kv_start, window, softcap, sinks)
+    launch_extend(
+        exact, q, k_new, v_new, cache, block_table, past_lens, scale, kv_start, key_mask, window, softcap, sinks
+    )
     if exact is not out:
         out.copy_(exact)
 

@@ -25,6 +25,12 @@ def to_base_2(scores, softcap, HAS_SOFTCAP: tl.constexpr):
 
 
 @triton.jit
+def in_mask(row_ptr, tokens, width):
+    """Whether each token's column is True in a row of the key mask; those outside of it are not."""
+    return tl.load(row_ptr + tokens, mask=tokens < width, other=0) != 0
+
+
+@triton.jit
 def extend_kernel(
     out_ptr,  # [batch, q_heads, chunk, V_DIM]
     q_ptr,  # [batch, q_heads, chunk, HEAD_DIM]
@@ -38,12 +44,14 @@ def extend_kernel(
     block_table_ptr,  # [batch, table_width]
     past_lens_ptr,  # [batch]
     kv_start_ptr,
+    key_mask_ptr,
     sinks_ptr,
     scale,
     softcap,
     chunk,
     num_blocks,
     table_width,
+    key_mask_width,
     window,
     out_batch_stride,
     out_head_stride,
@@ -65,6 +73,7 @@ def extend_kernel(
     k_scale_head_stride,
     v_scale_head_stride,
     table_stride,
+    key_mask_stride,
     GROUP: tl.constexpr,
     HEAD_DIM: tl.constexpr,
     V_DIM: tl.constexpr,
@@ -123,6 +132,8 @@ def extend_kernel(
         logical = tokens // BLOCK_SIZE
         ids, there = block_ids(table_row_ptr, logical, (tokens < past) & (logical < table_width), num_blocks)
         there &= tokens >= first
+        if key_mask_ptr is not None:
+            there &= in_mask(key_mask_ptr + sequence * key_mask_stride, tokens, key_mask_width)
         slots = ids * BLOCK_SIZE + tokens % BLOCK_SIZE
         k_ptrs = k_ptr + head * k_head_stride + slots[None, :] * HEAD_DIM + dims[:, None]
         k = tl.load(k_ptrs, mask=there[None, :] & (dims < HEAD_DIM)[:, None], other=0)  # [DIMS, TOKENS]
@@ -169,6 +180,8 @@ def extend_kernel(
         scores = tl.dot(q_new, k_new.to(new_dtype), input_precision="ieee") * scale
         scores = to_base_2(scores, softcap, HAS_SOFTCAP)
         visible = (new[None, :] <= row[:, None]) & (past + new >= first)[None, :]
+        if key_mask_ptr is not None:
+            visible &= in_mask(key_mask_ptr + sequence * key_mask_stride, past + new, key_mask_width)[None, :]
         if HAS_WINDOW:
             visible &= new[None, :] > (row - window)[:, None]
         scores = tl.where(visible, scores, float("-inf"))
@@ -206,6 +219,7 @@ def launch_extend(
     past_lens: torch.Tensor,
     scale: float,
     kv_start: torch.Tensor | None,
+    key_mask: torch.Tensor | None,
     window: int | None,
     softcap: float | None,
     sinks: torch.Tensor | None,
@@ -213,7 +227,7 @@ def launch_extend(
     """Attention of a chunk over the past in the blocks and over itself, one launch.
 
     Row i of sequence b stands at position ``past_lens[b] + i``. It sees the past as stored and rows 0 to i of the
-    chunk as given, both from ``kv_start`` on and inside the window.
+    chunk as given, both from ``kv_start`` on, inside the window, and where ``key_mask`` is True.
 
     Args:
         out: ``[batch, num_q_heads, chunk, v_head_dim]``, last axis contiguous.
@@ -222,6 +236,7 @@ def launch_extend(
         v_new: ``[batch, num_kv_heads, chunk, v_head_dim]``.
         past_lens: int32 ``[batch]`` tokens before the chunk. Blocks past them are not read: whether the chunk has been
             appended already makes no difference.
+        key_mask: bool ``[batch, columns]`` over positions from 0, the chunk's included, last axis contiguous.
     """
     batch, num_q_heads, chunk, head_dim = q.shape
     group = num_q_heads // cache.num_kv_heads
@@ -240,12 +255,14 @@ def launch_extend(
         block_table,
         past_lens,
         kv_start,
+        key_mask,
         sinks,
         float(scale),
         float(softcap or 0.0),
         chunk,
         cache.num_blocks,
         block_table.shape[1],
+        0 if key_mask is None else key_mask.shape[1],
         window or 0,
         *out.stride()[:3],
         *q.stride(),
@@ -256,6 +273,7 @@ def launch_extend(
         cache.k_scales.stride(0),
         cache.v_scales.stride(0),
         block_table.stride(0),
+        0 if key_mask is None else key_mask.stride(0),
         GROUP=group,
         HEAD_DIM=head_dim,
         V_DIM=cache.v_head_dim,
