@@ -18,7 +18,7 @@ from hf_int8_paged.kernels import (
     int8_paged_decode_attention,
     triton_backend,
 )
-from hf_int8_paged.kernels.triton_decode import Chip
+from hf_int8_paged.kernels.triton_tuning import Chip
 
 from .attention_oracle import dense_attention
 from .conftest import on_the_device

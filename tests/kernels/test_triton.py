@@ -114,8 +114,9 @@ def test_every_kernel_compiles_ahead_of_time(gpu: str, variant: str) -> None:
     from _triton_offline import TARGETS, compiling_for
 
     from hf_int8_paged.kernels.triton_append import launch_append
-    from hf_int8_paged.kernels.triton_decode import Chip, launch_decode
+    from hf_int8_paged.kernels.triton_decode import launch_decode
     from hf_int8_paged.kernels.triton_extend import launch_extend
+    from hf_int8_paged.kernels.triton_tuning import Chip
 
     head_dim, v_head_dim, block_size, rotation, heads, q_len, dtype, options = VARIANTS[variant]
     cache = layer(head_dim, v_head_dim, block_size, rotation)

@@ -157,7 +157,7 @@ def test_launchers_take_little_time_beside_the_launch(monkeypatch: pytest.Monkey
     from triton.runtime.jit import JITFunction
 
     from hf_int8_paged.kernels import KvCacheQuant, triton_backend
-    from hf_int8_paged.kernels.triton_decode import Chip
+    from hf_int8_paged.kernels.triton_tuning import Chip
 
     monkeypatch.setattr(JITFunction, "run", lambda self, *args, **kwargs: None)
     chips = {torch.device("cpu"): Chip("sm_90", 132)}

@@ -15,8 +15,9 @@ from .checks import MAX_NATIVE_HEAD_DIM
 from .reference import copy, empty, gather
 from .storage import KvCacheQuant
 from .triton_append import launch_append
-from .triton_decode import Chip, launch_decode
+from .triton_decode import launch_decode
 from .triton_extend import launch_extend
+from .triton_tuning import Chip
 
 __all__ = ["NAME", "TILE_ORDER", "append", "copy", "decode", "empty", "extend", "gather", "unavailable"]
 

@@ -1,0 +1,85 @@
+"""Options of the decode kernel for each chip: a committed table, and tuning where HF_INT8_PAGED_TUNE=1 asks for it."""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Callable
+from dataclasses import astuple, dataclass
+from itertools import product
+from pathlib import Path
+
+import torch
+import triton
+
+from .triton_tiles import PART
+
+
+@dataclass(frozen=True)
+class Chip:
+    """What the launcher must know of a device."""
+
+    name: str  # "sm_90", "gfx942", ...
+    num_processors: int
+
+
+@dataclass(frozen=True)
+class Config:
+    """Options of the decode kernel.
+
+    Attributes:
+        max_registers: per thread; None leaves it to the compiler.
+        programs_per_processor: programs that one multiprocessor should have at hand, to hide the latency of memory.
+    """
+
+    max_registers: int | None = None
+    programs_per_processor: int = 3
+
+
+#: By chip, head_dim (rounded up to `PART`) and third term of the query: where the compiler's own choice of registers
+#: would keep a third program from a multiprocessor or spill inside the loop. Groups 1, 4 and 8 want the same
+#: (docs/gpu_audit.json).
+CONFIGS = {
+    ("sm_90", 128, True): Config(168),
+    ("sm_90", 256, False): Config(208),
+    ("sm_100", 256, False): Config(224),
+}
+
+
+def config_for(chip: Chip, head_dim: int, group: int, third_term: bool, measure: Callable[[Config], float]) -> Config:
+    """The committed options, or with HF_INT8_PAGED_TUNE=1 and a GPU the fastest.
+
+    Tuning takes seconds, once: its result is kept in the user's cache folder, and read only where tuning is asked for.
+
+    Args:
+        chip: the chip.
+        head_dim: width of the keys.
+        group: query heads per KV head.
+        third_term: whether the query is split into three int8 terms.
+        measure: time of decode attention with these options.
+    """
+    committed = CONFIGS.get((chip.name, -(-head_dim // PART.value) * PART.value, third_term), Config())
+    if os.environ.get("HF_INT8_PAGED_TUNE") != "1" or not torch.cuda.is_available():
+        return committed
+    path = tuned_file()
+    try:
+        tuned = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        tuned = {}
+    kind = f"{chip.name}, head_dim {head_dim}, group {group}, {2 + third_term} terms, triton {triton.__version__}"
+    if kind not in tuned:
+        if torch.cuda.is_current_stream_capturing():
+            return committed
+        registers = (None, 128, 168, 208) if chip.name.startswith("sm_") else (None,)
+        candidates = {committed, *(Config(*options) for options in product(registers, (2, 3, 4, 6)))}
+        tuned[kind] = astuple(min(candidates, key=measure))
+        path.parent.mkdir(parents=True, exist_ok=True)
+        new = path.with_suffix(f".{os.getpid()}")
+        new.write_text(json.dumps(tuned, indent=1) + "\n", encoding="utf-8")
+        new.replace(path)
+    return Config(*tuned[kind])
+
+
+def tuned_file() -> Path:
+    """Where tuned options are kept."""
+    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "hf-int8-paged" / "triton_tuned.json"
