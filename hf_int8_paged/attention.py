@@ -64,12 +64,14 @@ def int8_paged_mask(
         ``None`` where nothing but causality and the layer's window restricts attention; a view of the padding
         mask, ``[batch_size, 1, 1, kv_length]``, for a single row; else bool ``[batch_size, 1, q_length, kv_length]``.
     """
-    plain = _only_causal(mask_function, local_size, q_offset, kv_offset)
+    # A position on the device is not read: that would wait for it. The mask of a single row does without.
+    on_device = isinstance(q_offset, torch.Tensor)
+    plain = not (on_device and q_length == 1) and _only_causal(mask_function, local_size, q_offset, kv_offset)
     if attention_mask is not None and attention_mask.shape[1] < kv_offset + kv_length:
         attention_mask = torch.nn.functional.pad(attention_mask, (0, kv_offset + kv_length - attention_mask.shape[1]))
     additive = needs_additive_masks(kwargs["config"]) if "config" in kwargs else False
     may_skip = not additive and (allow_is_causal_skip or attention_mask is not None)
-    if plain and may_skip and q_length == 1 and not isinstance(q_offset, torch.Tensor) and q_offset > 0:
+    if plain and may_skip and q_length == 1 and q_offset > 0:
         return None if attention_mask is None else attention_mask[:, None, None, kv_offset : kv_offset + kv_length]
     mask = (eager_mask if additive else sdpa_mask)(
         batch_size=batch_size,

@@ -137,3 +137,36 @@ def test_every_kernel_compiles_ahead_of_time(gpu: str, variant: str) -> None:
     assert [name for name, _ in compiled] == names
     binary = "hsaco" if gpu == "gfx942" else "cubin"
     assert all(kernel.asm[binary] for _, kernel in compiled)
+
+
+@pytest.mark.skipif(INTERPRETED, reason="the interpreter has no launches")
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_launches_read_nothing_from_the_device(variant: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Fake CUDA tensors have shapes and no values: grids and arguments depend on nothing else, so that CUDA graphs can
+    capture the launches."""
+    from torch._subclasses.fake_tensor import FakeTensorMode
+    from triton.runtime.jit import JITFunction
+
+    from hf_int8_paged.kernels import triton_backend
+    from hf_int8_paged.kernels.triton_tuning import Chip
+
+    launches: list[tuple[str, Any]] = []
+    monkeypatch.setattr(JITFunction, "run", lambda self, *args, grid, **_: launches.append((self.__name__, grid)))
+    monkeypatch.setattr(triton_backend, "chip_of", lambda device: Chip("sm_90", 132))
+    head_dim, v_head_dim, block_size, rotation, heads, q_len, dtype, options = VARIANTS[variant]
+    names = ("kv_start", "key_mask", "window", "softcap", "sinks")
+    with FakeTensorMode(allow_non_fake_inputs=False), torch.device("cuda"):
+        cache = layer(head_dim, v_head_dim, block_size, rotation)
+        table, lens = torch.zeros(2, 300 // block_size, dtype=torch.int32), torch.zeros(2, dtype=torch.int32)
+        new = [torch.empty(2, 2, q_len, dim, dtype=dtype) for dim in (head_dim, v_head_dim)]
+        q, out = (torch.empty(2, heads, q_len, dim, dtype=dtype) for dim in (head_dim, v_head_dim))
+        given = [options.get(name) for name in names]
+        kv_start, key_mask, window, softcap, sinks = (
+            torch.zeros(x.shape, dtype=x.dtype) if isinstance(x, torch.Tensor) else x for x in given
+        )
+        assert out.device.type == "cuda"
+        triton_backend.append(*new, cache, table, lens)
+        triton_backend.decode(out, q, cache, table, lens, 0.1, kv_start, key_mask, 0, window, softcap, sinks)
+        triton_backend.extend(out, q, *new, cache, table, lens, 0.1, kv_start, key_mask, window, softcap, sinks)
+    assert [name for name, _ in launches] == ["append_kernel", "decode_kernel", "reduce_kernel", "extend_kernel"]
+    assert all(type(size) is int for _, grid in launches for size in grid)
