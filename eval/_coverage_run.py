@@ -11,7 +11,7 @@ from typing import Any
 
 import torch
 from transformers import Cache, DynamicCache, EncoderDecoderCache, LogitsProcessor, LogitsProcessorList, PreTrainedModel
-from transformers.cache_utils import DummyLayer, get_layer_types_and_kwargs
+from transformers.cache_utils import DummyLayer
 from transformers.utils import logging
 
 from eval._coverage_overrides import NO_DYNAMIC_CACHE, OVERRIDES, PROMPTS, inputs_for
@@ -19,6 +19,7 @@ from eval._fake_quantized import FakeQuantizedCache
 from eval._tiny_configs import tiny_model
 from hf_int8_paged import PagedInt8Cache
 from hf_int8_paged.hybrid import PagedInt8HybridLayer
+from hf_int8_paged.layer_types import layer_types
 from hf_int8_paged.layers import PagedInt8Layer
 from hf_int8_paged.views import PagedView
 
@@ -66,7 +67,7 @@ def measure(mapping: str, architecture: str, class_name: str) -> dict[str, Any]:
 def _measure(mapping: str, architecture: str, class_name: str) -> dict[str, Any]:
     model, exact, tokens = _with_dynamic_cache(mapping, architecture, class_name)
     inputs = inputs_for(model, mapping, architecture)
-    types, _ = get_layer_types_and_kwargs(model.config.get_text_config(decoder=True))
+    types = [kind for kind, _ in layer_types(model.config.get_text_config(decoder=True))]
     result: dict[str, Any] = {"layers": dict(Counter(types))}
     try:
         new_cache(PagedInt8Cache, model)

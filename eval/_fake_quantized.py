@@ -15,12 +15,12 @@ from transformers.cache_utils import (
     DynamicLayer,
     LinearAttentionAndFullAttentionLayer,
     LinearAttentionLayer,
-    get_layer_types_and_kwargs,
 )
 
 from hf_int8_paged.kernels import MAX_DECODE_ROWS, mean_key
 from hf_int8_paged.kernels.conditioning import hadamard
 from hf_int8_paged.kernels.reference import quantize_rows
+from hf_int8_paged.layer_types import layer_types
 from hf_int8_paged.pool import MIN_CENTER_TOKENS
 
 
@@ -83,7 +83,7 @@ class FakeQuantizedCache(DynamicCache):
         layers: list = []
         config = config.get_text_config(decoder=True)
         elsewhere = getattr(config, "cross_attention_layers", None) or ()
-        for index, (kind, kwargs) in enumerate(zip(*get_layer_types_and_kwargs(config))):
+        for index, (kind, kwargs) in enumerate(layer_types(config)):
             if index in elsewhere:
                 layers.append(DYNAMIC_LAYER_TYPE_MAPPING[kind](**kwargs))
             elif kind in ("full_attention", "sliding_attention", "chunked_attention"):

@@ -8,10 +8,11 @@ from typing import Any
 
 import torch
 from transformers import PreTrainedConfig
-from transformers.cache_utils import Cache, DynamicLayer, get_layer_types_and_kwargs
+from transformers.cache_utils import Cache, DynamicLayer
 
 from hf_int8_paged.kernels.conditioning import hadamard
 from hf_int8_paged.kernels.reference import quantize_rows
+from hf_int8_paged.layer_types import layer_types
 
 #: Fewest tokens of a prompt whose mean key is taken as the centre.
 CENTER_TOKENS = 16
@@ -50,10 +51,11 @@ def hqq(bits: int) -> Callable[[torch.Tensor], torch.Tensor]:
         from hqq.core.quantize import Quantizer
 
         options = {"axis": 1, "group_size": 64, "compute_dtype": torch.float16, "device": str(x.device)}
-        packed, meta = Quantizer.quantize(x.reshape(-1, x.shape[-1]), nbits=bits, **options)
+        # Unpacked: two 4-bit rows share a byte, and a token may have an odd number of rows.
+        q, meta = Quantizer.quantize(x.reshape(-1, x.shape[-1]), nbits=bits, bitpack=False, **options)
         for name in ("scale", "zero"):
             meta[name] = meta[name].half()
-        return Quantizer.dequantize(packed, meta).float().view(x.shape)
+        return Quantizer.dequantize(q, meta).float().view(x.shape)
 
     return quantize
 
@@ -139,14 +141,14 @@ class FakeQuantizedCache(Cache):
     """
 
     def __init__(self, config: PreTrainedConfig, variant: Variant):
-        types, kwargs = get_layer_types_and_kwargs(config.get_text_config(decoder=True))
-        unlike = sorted(set(types) - {"full_attention", "sliding_attention"})
+        kinds = layer_types(config.get_text_config(decoder=True))
+        unlike = sorted({kind for kind, _ in kinds} - {"full_attention", "sliding_attention"})
         if unlike:
             raise ValueError(f"fake quantization knows full and sliding attention only, not {', '.join(unlike)}")
-        skipped = {index % len(kwargs) for index in variant.skip_layers}
+        skipped = {index % len(kinds) for index in variant.skip_layers}
         layers: list = [
-            _FakeQuantizedLayer(None if index in skipped else variant, "sliding_window" in k)
-            for index, k in enumerate(kwargs)
+            _FakeQuantizedLayer(None if index in skipped else variant, "sliding_window" in kwargs)
+            for index, (_, kwargs) in enumerate(kinds)
         ]
         super().__init__(layers=layers)
 

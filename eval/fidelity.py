@@ -183,6 +183,9 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--window", type=positive, default=2048, help="tokens of a window (default: %(default)s)")
     parser.add_argument("--windows", type=positive, default=20, help="most windows (default: %(default)s)")
     parser.add_argument("--prompt", type=positive, default=16, help="unquantized first tokens (default: %(default)s)")
+    parser.add_argument(
+        "--bare", action="store_true", help="windows without the tokens that the tokenizer puts in front of a text"
+    )
     parser.add_argument("--greedy-prompts", type=int, default=0, help="texts to continue greedily (default: none)")
     parser.add_argument("--greedy-tokens", type=positive, default=256, help="length of each (default: %(default)s)")
     parser.add_argument("--journal", type=Path, help="JSON lines of finished windows: run again to go on after a kill")
@@ -205,7 +208,7 @@ def main() -> None:
         model, tokenizer = load_model(args, state.device)
         ids = load_tokens(args, tokenizer)
         # What the tokenizer puts in front of a text, if anything: Gemma is lost without it.
-        head = torch.tensor(tokenizer("").input_ids, dtype=torch.long)
+        head = torch.tensor([] if args.bare else tokenizer("").input_ids, dtype=torch.long)
     if len(head) >= args.prompt:
         raise SystemExit(f"--prompt must be above {len(head)}, the tokens that the tokenizer puts in front of a text")
     if len(ids) < args.window:
@@ -213,7 +216,7 @@ def main() -> None:
     settings = {
         "model": args.model, "dtype": args.dtype, "text": str(args.text_file or f"{args.dataset} {args.config}"),
         "window": args.window, "prompt": args.prompt, "greedy_tokens": args.greedy_tokens,
-    }  # fmt: skip
+    } | ({"bare": True} if args.bare else {})  # fmt: skip
     journal = Journal(args.journal, settings)
     if state.is_main_process:
         journal.start()

@@ -20,7 +20,7 @@ from pathlib import Path
 import torch
 from _common import DTYPES, add_model_arguments, device_called, load_model, positive, provenance, write_json
 from tqdm import tqdm
-from transformers import Cache, DynamicCache, PreTrainedModel, QuantizedCache, StaticCache
+from transformers import Cache, CompileConfig, DynamicCache, PreTrainedModel, QuantizedCache, StaticCache
 from transformers.utils import is_hqq_available
 
 from hf_int8_paged import PagedInt8Cache
@@ -28,24 +28,32 @@ from hf_int8_paged import PagedInt8Cache
 CONTEXTS = (16, 64, 1024, 2048, 4096, 8000)
 BATCHES = (1, 8)
 
-#: name -> (attention implementation, maker of a cache for this model and this many tokens)
-CONTESTANTS: dict[str, tuple[str, Callable[[PreTrainedModel, int], Cache]]] = {
-    "DynamicCache": ("sdpa", lambda model, tokens: DynamicCache(config=model.config)),
-    "StaticCache": ("sdpa", lambda model, tokens: StaticCache(model.config, max_cache_len=tokens)),
-    "PagedInt8Cache": ("int8_paged", lambda model, tokens: PagedInt8Cache(model.config)),
+#: name -> (attention implementation, maker of a cache for this model and this many sequences and tokens)
+CONTESTANTS: dict[str, tuple[str, Callable[[PreTrainedModel, int, int], Cache]]] = {
+    "DynamicCache": ("sdpa", lambda model, batch, tokens: DynamicCache(config=model.config)),
+    "StaticCache": ("sdpa", lambda model, batch, tokens: StaticCache(model.config, max_cache_len=tokens)),
+    "PagedInt8Cache": ("int8_paged", lambda model, batch, tokens: PagedInt8Cache(model.config)),
+}
+#: What ``--compiled`` adds: the step that ``generate`` compiles where a cache is preallocated.
+COMPILED: dict[str, tuple[str, Callable[[PreTrainedModel, int, int], Cache]]] = {
+    "StaticCache, compiled": CONTESTANTS["StaticCache"],
+    "PagedInt8Cache, compiled": (
+        "int8_paged",
+        lambda model, batch, tokens: PagedInt8Cache(model.config, max_batch_size=batch, max_cache_len=tokens),
+    ),
 }
 if is_hqq_available():
     CONTESTANTS["QuantizedCache (HQQ)"] = (
         "sdpa",
-        lambda model, tokens: QuantizedCache("hqq", model.config, nbits=8, axis_key=1, axis_value=1),
+        lambda model, batch, tokens: QuantizedCache("hqq", model.config, nbits=8, axis_key=1, axis_value=1),
     )
 
 
 def filled(
-    model: PreTrainedModel, make: Callable[[PreTrainedModel, int], Cache], batch: int, tokens: int, room: int
+    model: PreTrainedModel, make: Callable[[PreTrainedModel, int, int], Cache], batch: int, tokens: int, room: int
 ) -> Cache:
     """A cache with ``tokens`` random tokens in every layer, and room for ``room`` more."""
-    cache, config = make(model, tokens + room), model.config
+    cache, config = make(model, batch, tokens + room), model.config
     shape = (batch, config.num_key_value_heads, tokens, config.head_dim)
     for layer in range(config.num_hidden_layers):
         keys, values = (torch.randn(shape, dtype=model.dtype, device=model.device) for _ in range(2))
@@ -55,10 +63,17 @@ def filled(
 
 @torch.no_grad()
 def time_steps(
-    model: PreTrainedModel, batch: int, contexts: Sequence[int], rounds: int, warmup: int = 3
+    model: PreTrainedModel,
+    batch: int,
+    contexts: Sequence[int],
+    rounds: int,
+    warmup: int = 3,
+    compile_config: CompileConfig | None = None,
 ) -> dict[tuple[int, str], list[float]]:
     """Seconds per forward pass of one token, a list for each context length and contestant. All take turns: a machine
     that slows down for a while slows all of them."""
+    compile_config = compile_config or CompileConfig()
+    torch._dynamo.config.recompile_limit = 2 * len(contexts) * len(CONTESTANTS)  # a graph for each cache's sizes
     runners = list(itertools.product(contexts, CONTESTANTS))
     caches = {
         (context, name): filled(model, CONTESTANTS[name][1], batch, context, warmup + rounds)
@@ -71,8 +86,11 @@ def time_steps(
         for context, name in shuffle.sample(runners, len(runners)):
             model.set_attn_implementation(CONTESTANTS[name][0])
             positions = torch.full((batch, 1), context + step, device=model.device)
+            forward = model.get_compiled_call(compile_config) if name in COMPILED else model
             start = time.perf_counter()
-            model(ids, past_key_values=caches[context, name], position_ids=positions, use_cache=True, logits_to_keep=1)
+            forward(
+                ids, past_key_values=caches[context, name], position_ids=positions, use_cache=True, logits_to_keep=1
+            )
             if model.device.type == "cuda":
                 torch.cuda.synchronize()
             if step >= warmup:
@@ -120,6 +138,7 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--contexts", nargs="+", type=positive, default=CONTEXTS, help="tokens (default: %(default)s)")
     parser.add_argument("--max-batch-tokens", type=positive, default=33_000, help="skip batch x context above this")
     parser.add_argument("--rounds", type=positive, default=15, help="timed tokens per point (default: %(default)s)")
+    parser.add_argument("--compiled", action="store_true", help="preallocated caches with a compiled step, too")
     parser.add_argument("--threads", type=positive, help="torch threads (default: torch's own)")
     parser.add_argument("--json", type=Path, help="write the result to this file")
     parser.add_argument("--picture", type=Path, help="draw it into this file")
@@ -131,6 +150,8 @@ def main() -> None:
     if args.threads:
         torch.set_num_threads(args.threads)
     device = device_called(args.device)
+    if args.compiled:
+        CONTESTANTS.update(COMPILED)
     results: list[dict] = []
     for dtype in args.dtypes or [args.dtype]:
         args.dtype = dtype

@@ -14,11 +14,11 @@ from transformers.cache_utils import (
     Cache,
     DynamicCache,
     LinearAttentionCacheLayerMixin,
-    get_layer_types_and_kwargs,
 )
 
 from .hybrid import PagedInt8HybridLayer
 from .kernels import ROTATIONS, resolve_backend, why_unavailable
+from .layer_types import layer_types
 from .layers import PagedInt8Layer
 from .pool import PagedInt8Pool
 from .sequences import Sequences
@@ -269,7 +269,7 @@ def _layers_for(config: PreTrainedConfig, sequences: Sequences) -> list:
     layers: list = []
     # Layers that attend to another sequence, an image say, hold its keys: as many as that has, or none without one.
     elsewhere = getattr(config, "cross_attention_layers", None) or ()
-    for index, (layer_type, kwargs) in enumerate(zip(*get_layer_types_and_kwargs(config))):
+    for index, (layer_type, kwargs) in enumerate(layer_types(config)):
         if index in elsewhere:
             layers.append(DYNAMIC_LAYER_TYPE_MAPPING[layer_type](**kwargs))
         elif layer_type in ("full_attention", "sliding_attention", "chunked_attention"):
@@ -290,7 +290,7 @@ def _layers_for(config: PreTrainedConfig, sequences: Sequences) -> list:
 def _static_layers_for(config: PreTrainedConfig, max_batch_size: int, max_cache_len: int, *options: Any) -> list:
     """One preallocated layer per model layer; transformers' own class where nothing is held per token."""
     layers: list = []
-    for index, (layer_type, kwargs) in enumerate(zip(*get_layer_types_and_kwargs(config))):
+    for index, (layer_type, kwargs) in enumerate(layer_types(config)):
         if layer_type in ("full_attention", "sliding_attention", "chunked_attention"):
             window = kwargs.get("sliding_window")
             layers.append(PagedInt8StaticLayer(index, max_batch_size, max_cache_len, window, *options))

@@ -15,6 +15,7 @@ from transformers import (
 _needs_additive: dict[type, bool] = {}
 
 
+@torch.compiler.assume_constant_result
 def needs_additive_masks(config: PreTrainedConfig) -> bool:
     """Whether the model has attention of its own that adds the mask to the scores, so that a boolean mask, or none for
     a causal prompt, would be silently wrong. Those are the models that transformers runs neither under SDPA nor,
