@@ -59,7 +59,7 @@ test-gpu: $(DEV)  ## Run the kernels' tests on a GPU, with fresh inputs
 
 bench-gpu: $(DEV)  ## Time kernels and a model on a GPU; writes eval/results/*_gpu.json
 	$(BIN)/python eval/latency.py --device cuda --json eval/results/latency_kernel_gpu.json
-	$(BIN)/python eval/latency_model.py --device cuda --dtype float16 --json eval/results/latency_model_gpu.json
+	$(BIN)/python eval/latency_model.py --device cuda --dtype float16 --compiled --json eval/results/latency_model_gpu.json
 
 gpu-audit: $(DEV)  ## Count what GPUs' machine code allows, without a GPU; writes docs/gpu_audit.json
 	OMP_NUM_THREADS=1 $(BIN)/python eval/gpu_audit.py --json docs/gpu_audit.json

@@ -7,7 +7,7 @@ import torch
 from torch._dynamo.utils import counters
 from transformers import CompileConfig
 
-from hf_int8_paged import CacheFullError, PagedInt8Cache, compiled_ops
+from hf_int8_paged import CacheFullError, PagedInt8Cache, compiled_ops, masks
 from hf_int8_paged.kernels import alloc_paged_int8_layer, reference
 from tests.models import random_ids, tiny_model
 
@@ -99,6 +99,28 @@ def test_decoding_compiles_to_one_graph_and_never_again(name, monkeypatch):
     assert not counters["recompiles"]
     assert not counters["graph_break"]
     assert not gathers
+
+
+@pytest.mark.parametrize("name", ["llama", "mistral"])
+def test_a_forward_pass_compiled_by_hand_computes_the_same(name, monkeypatch):
+    """Masks are made inside the graph then, while ``generate`` makes them before it."""
+    monkeypatch.setattr(masks, "_needs_additive", {})
+    model, prompt = ready(name), random_ids(2, 21, seed=9)
+    torch._dynamo.reset()
+    compiled = torch.compile(model.forward, fullgraph=True, dynamic=False, backend="aot_eager")
+    steps: list[list[torch.Tensor]] = []
+    for forward in (model.forward, compiled):
+        cache = static(model, length=64, backend="reference")
+        with torch.no_grad():
+            model(prompt, past_key_values=cache)
+            steps.append(
+                [
+                    forward(ids, past_key_values=cache, position_ids=torch.full((2, 1), 21 + i), use_cache=True).logits
+                    for i, ids in enumerate(random_ids(2, 4, seed=1).split(1, dim=1))
+                ]
+            )
+    for want, got in zip(*steps):
+        torch.testing.assert_close(got, want, rtol=0, atol=1e-5 * float(want.abs().max()))
 
 
 @pytest.mark.slow
