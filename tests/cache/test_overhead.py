@@ -11,7 +11,7 @@ from transformers import LlamaConfig
 
 from hf_int8_paged import PagedInt8Cache
 from hf_int8_paged.attention import int8_paged_attention
-from hf_int8_paged.kernels import load_backend, why_unavailable
+from hf_int8_paged.kernels import alloc_paged_int8_layer, load_backend, why_unavailable
 
 LAYERS, TOKENS = 30, 16
 #: Microseconds per layer on top of the kernels.
@@ -67,3 +67,30 @@ def test_a_step_costs_at_most_30_microseconds_per_layer_on_top_of_the_kernels(be
     benchmark.extra_info["microseconds per layer: whole step, kernels alone"] = (whole, kernels)
     benchmark(step)
     assert whole - kernels <= ALLOWED
+
+
+@pytest.mark.skipif(
+    why_unavailable("cpu", torch.device("cpu")) is not None, reason="needs the native CPU backend (a C compiler)"
+)
+@pytest.mark.parametrize(("kv_heads", "group", "head_dim"), [(3, 3, 64), (8, 4, 128), (1, 4, 256)])
+def test_rotation_and_centring_cost_at_most_5_microseconds_per_layer(kv_heads, group, head_dim):
+    """An append and a decode of one token over 500, with both and with neither."""
+    backend = load_backend("cpu")
+    table, before = torch.arange(32, dtype=torch.int32)[None], torch.tensor([500], dtype=torch.int32)
+    prompt = torch.randn(1, kv_heads, 500, head_dim)
+    row, query = torch.randn(1, kv_heads, 1, head_dim), torch.randn(1, kv_heads * group, 1, head_dim)
+    out, after = torch.empty_like(query), before + 1
+    best = {}
+    for rotation in (None, "hadamard"):
+        storage = alloc_paged_int8_layer(
+            32, 16, kv_heads, head_dim, backend="cpu", rotation=rotation, center_keys=rotation is not None
+        )
+        backend.append(prompt, prompt, storage, table, torch.zeros(1, dtype=torch.int32))
+
+        def step(storage=storage) -> None:
+            for _ in range(LAYERS):
+                backend.append(row, row, storage, table, before)
+                backend.decode(out, query, storage, table, after, 0.1, None, None, 0, None, None, None)
+
+        best[rotation] = fastest(step)
+    assert best["hadamard"] - best[None] <= 5.0
