@@ -152,6 +152,30 @@ def test_gfx942_has_no_spill(head_dim: int) -> None:
     assert figures["vector_registers"] <= 256
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize("head_dim", [64, 128, 256])
+@pytest.mark.parametrize("chip", ["sm_80", "sm_90"])
+def test_extend_reads_no_single_bytes_and_does_not_spill_in_its_loop(chip: str, head_dim: int) -> None:
+    from _machine_code import MULTIPROCESSORS, audit_cubin
+    from _triton_offline import TARGETS, compiling_for
+
+    from hf_int8_paged.kernels import KvCacheQuant
+    from hf_int8_paged.kernels.triton_extend import launch_extend
+
+    slots = (2, 64, 16)
+    k, v = (torch.empty(*slots, head_dim, dtype=torch.int8) for _ in range(2))
+    scales = torch.empty(2, *slots, dtype=torch.float16)
+    center = torch.zeros(2, head_dim)
+    cache = KvCacheQuant(k, v, scales[0], scales[1], "triton", "v_transposed", "hadamard", center)
+    q, new = (torch.empty(2, heads, 100, head_dim, dtype=torch.float16) for heads in (8, 2))
+    table, lens = torch.empty(2, 64, dtype=torch.int32), torch.empty(2, dtype=torch.int32)
+    with compiling_for(TARGETS[chip]) as compiled:
+        launch_extend(torch.empty_like(q), q, new, new, cache, table, lens, 0.1, None, None, None, None, None)
+    figures = audit_cubin(compiled[0][1], MULTIPROCESSORS[chip])
+    assert 1 not in figures["loop_loads_by_bytes_per_thread"]
+    assert figures["spill_instructions_in_loop"] == 0
+
+
 def test_launchers_take_little_time_beside_the_launch(monkeypatch: pytest.MonkeyPatch) -> None:
     """Append and decode of one layer, launching nothing: at most 15 us, in the fastest of many rounds."""
     from triton.runtime.jit import JITFunction

@@ -130,13 +130,15 @@ def extend_kernel(
     for start in range(first_seen // TOKENS * TOKENS, past, TOKENS):
         tokens = start + tl.arange(0, TOKENS)
         logical = tokens // BLOCK_SIZE
-        ids, there = block_ids(table_row_ptr, logical, (tokens < past) & (logical < table_width), num_blocks)
-        there &= tokens >= first
+        # The same for all 16 tokens of a group, as the loads of V are told.
+        covered = (tokens // 16 * 16 < past) & (logical < table_width)
+        ids, there = block_ids(table_row_ptr, logical, covered, num_blocks)
+        there &= (tokens >= first) & (tokens < past)
         if key_mask_ptr is not None:
             there &= in_mask(key_mask_ptr + sequence * key_mask_stride, tokens, key_mask_width)
         slots = ids * BLOCK_SIZE + tokens % BLOCK_SIZE
         k_ptrs = k_ptr + head * k_head_stride + slots[None, :] * HEAD_DIM + dims[:, None]
-        k = tl.load(k_ptrs, mask=there[None, :] & (dims < HEAD_DIM)[:, None], other=0)  # [DIMS, TOKENS]
+        k = tl.load(k_ptrs, mask=(dims < HEAD_DIM)[:, None], other=0)  # [DIMS, TOKENS]
         k_scales = tl.load(k_scales_ptr + head * k_scale_head_stride + slots, mask=there, other=0.0).to(tl.float32)
         v_scales = tl.load(v_scales_ptr + head * v_scale_head_stride + slots, mask=there, other=0.0).to(tl.float32)
         # A faulty value row is seen by the queries whose score it spoils, and by no others.
@@ -157,9 +159,11 @@ def extend_kernel(
         weights = tl.where(visible, weights * v_scales[None, :], 0.0)
         largest = tl.max(weights, axis=1)
         weights *= tl.where(largest > 1e-30, 1.0 / largest, 0.0)[:, None]
-        v_ptrs = v_ptr + head * v_head_stride + (ids * (BLOCK_SIZE * V_DIM) + tokens % BLOCK_SIZE)[:, None]
-        v_mask = there[:, None] & (v_dims < V_DIM)[None, :]
-        v = tl.load(v_ptrs + v_dims[None, :] * BLOCK_SIZE, mask=v_mask, other=0)  # [TOKENS, V_DIMS]
+        # Blocks hold 16 tokens or a multiple. A mask over tokens would make loads of single bytes of them: what is not
+        # there is read from block 0, with weight 0.
+        v_slots = tl.max_contiguous(tl.multiple_of(ids * (BLOCK_SIZE * V_DIM) + tokens % BLOCK_SIZE, 16), 16)
+        v_ptrs = v_ptr + head * v_head_stride + v_slots[:, None] + v_dims[None, :] * BLOCK_SIZE
+        v = tl.load(v_ptrs, mask=(v_dims < V_DIM)[None, :], other=0)  # [TOKENS, V_DIMS]
         sums = tl.dot(weights.to(past_dtype), v.to(past_dtype), input_precision="ieee")
         acc = acc * decay[:, None] + sums * largest[:, None]
     if V_ROTATED > 1:
