@@ -63,8 +63,8 @@ class Group:
     ) -> tuple[PagedView, PagedView]:
         """Views of keys and of values, each ``[batch, heads, tokens, dim]``, of the dtype and device of ``like``.
 
-        One after the other, layer by layer, they take four times as long to make as all at once, while the processor
-        has at hand what it needs for it: so the first layer makes those of all.
+        The first layer makes those of all layers at once: between two layers, a model's weights push everything that
+        making one needs out of the processor's caches.
         """
         kind = (batch, tokens, key_shape, value_shape, like.dtype, like.device)
         if not self._blank_views or kind != self._blank_kind:

@@ -37,8 +37,8 @@ class Config:
 
 
 #: By chip, head_dim (rounded up to `PART`) and third term of the query: where the compiler's own choice of registers
-#: would keep a third program from a multiprocessor or spill inside the loop. Groups 1, 4 and 8 want the same
-#: (docs/gpu_audit.json).
+#: would keep a third program from a multiprocessor or spill inside the loop. Chosen for groups of 4; what groups of 1
+#: and 8 make of it stands in docs/gpu_audit.json.
 CONFIGS = {
     ("sm_90", 128, True): Config(168),
     ("sm_90", 256, False): Config(208),
