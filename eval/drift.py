@@ -14,7 +14,16 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from _common import add_model_arguments, add_text_arguments, load_model, load_tokens, positive, provenance, write_json
+from _common import (
+    add_model_arguments,
+    add_text_arguments,
+    device_called,
+    load_model,
+    load_tokens,
+    positive,
+    provenance,
+    write_json,
+)
 from _divergence import divergence
 from tqdm.auto import tqdm
 from transformers import DynamicCache, PreTrainedModel
@@ -95,7 +104,7 @@ def main() -> None:
     args = parser.parse_args()
     if args.stretches < 3 or args.tokens < args.stretches:
         parser.error(f"--stretches must be at least 3 and at most --tokens, got {args.stretches}")
-    device = torch.device(args.device or ("cuda" if torch.cuda.is_available() else "cpu"))
+    device = device_called(args.device)
     model, tokenizer = load_model(args, device)
     head = torch.tensor(tokenizer("").input_ids, dtype=torch.long)
     prompt = torch.cat([head, load_tokens(args, tokenizer)[: args.prompt]])[None].to(device)

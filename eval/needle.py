@@ -14,7 +14,16 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from _common import add_model_arguments, add_text_arguments, load_model, load_tokens, positive, provenance, write_json
+from _common import (
+    add_model_arguments,
+    add_text_arguments,
+    device_called,
+    load_model,
+    load_tokens,
+    positive,
+    provenance,
+    write_json,
+)
 from tqdm.auto import tqdm
 from transformers import Cache, DynamicCache, PreTrainedModel, PreTrainedTokenizerBase
 
@@ -144,7 +153,7 @@ def main() -> None:
     parser.add_argument("--json", type=Path, help="write the result to this file")
     parser.add_argument("--picture", type=Path, help="draw the heat maps to this file")
     args = parser.parse_args()
-    device = torch.device(args.device or ("cuda" if torch.cuda.is_available() else "cpu"))
+    device = device_called(args.device)
     model, tokenizer = load_model(args, device)
     records = measure(model, tokenizer, load_tokens(args, tokenizer), args)
     found = {name: sum(r[name]["found"] for r in records) for name in CACHES}
