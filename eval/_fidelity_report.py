@@ -73,7 +73,7 @@ def draw(results: dict[str, dict[str, Any]], path: Path, title: str) -> None:
     axes.set_yticks(places, labels, fontsize=8)
     axes.invert_yaxis()
     axes.set_xscale("log")
-    axes.set_xlabel("KL divergence from the unquantized model, nats per token (smaller is better)")
+    axes.set_xlabel("KL divergence, nats per token (smaller is better)")
     axes.set_title(title, fontsize=10)
     axes.legend(frameon=False)
     axes.spines[["top", "right"]].set_visible(False)

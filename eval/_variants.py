@@ -115,7 +115,8 @@ VARIANTS = {
     "int8": Variant("int8 per (token, head)", int8_per_row, _int8_bytes),
     "int8-rotated": Variant("+ Hadamard K and V", int8_per_row, _int8_bytes, rotate=True),
     "int8-centered": Variant("+ centred K", int8_per_row, _int8_bytes, center=True),
-    "int8-both": _both("+ Hadamard K and V + centred K"),
+    "int8-both": _both("+ both: Hadamard K and V, centred K"),
+    "sinks-1": _both("+ both + first token as it is", sink_tokens=1),
     "q8_0": Variant("int8 in groups of 32 (q8_0)", q8_0, lambda head_dim: head_dim / 32 * 34),
     "fp8": Variant("fp8 e4m3 per (token, head)", fp8_per_row, _int8_bytes),
     "hqq8": Variant("HQQ 8 bit, groups of 64", hqq(8), lambda head_dim: head_dim / 64 * 68),
@@ -127,7 +128,6 @@ EXCEPTIONS = {
     "skip-first": _both("both, first layer unquantized", skip_layers=(0,)),
     "skip-last": _both("both, last layer unquantized", skip_layers=(-1,)),
     "skip-first-two": _both("both, first two layers unquantized", skip_layers=(0, 1)),
-    "sinks-1": _both("both, first token unquantized", sink_tokens=1),
     "sinks-4": _both("both, first 4 tokens unquantized", sink_tokens=4),
     "sinks-16": _both("both, first 16 tokens unquantized", sink_tokens=16),
 }
@@ -176,7 +176,8 @@ class _FakeQuantizedLayer(DynamicLayer):
         keys, values = self.variant.keys(key_states, self.center), self.variant.values(value_states)
         if prompt and self.variant.sink_tokens:
             first = slice(self.variant.sink_tokens)
-            keys[:, :, first], values[:, :, first] = key_states[:, :, first], value_states[:, :, first]
+            for rows, new in ((keys, key_states), (values, value_states)):
+                rows[:, :, first] = new[:, :, first].float()  # as the package holds them
         stored = super().update(keys, values)
         return (key_states, value_states) if prompt else stored
 

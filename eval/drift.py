@@ -2,7 +2,8 @@
 
 Greedy tokens are generated through the quantized cache. Then the unquantized model reads the same tokens, and the KL
 divergence between both next-token distributions is taken at every position. Its slope over the position comes with a
-95 % confidence interval, from the means of consecutive stretches of text, as neighbours depend on each other.
+95 % confidence interval, from the means of consecutive stretches of text, as neighbours depend on each other. With
+several prompts, it is that of their mean divergence at each position.
 
     python eval/drift.py --text-file wiki.test.raw --json eval/results/drift.json --picture docs/drift.png
 """
@@ -96,7 +97,8 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     add_model_arguments(parser)
     add_text_arguments(parser)
-    parser.add_argument("--prompt", type=positive, default=128, help="first tokens of the text (default: %(default)s)")
+    parser.add_argument("--prompts", type=positive, default=1, help="spread over the text (default: %(default)s)")
+    parser.add_argument("--prompt", type=positive, default=128, help="tokens of a prompt (default: %(default)s)")
     parser.add_argument("--tokens", type=positive, default=4000, help="to generate (default: %(default)s)")
     parser.add_argument("--stretches", type=positive, default=20, help="for the slope (default: %(default)s)")
     parser.add_argument("--json", type=Path, help="write the result to this file")
@@ -107,20 +109,26 @@ def main() -> None:
     device = device_called(args.device)
     model, tokenizer = load_model(args, device)
     head = torch.tensor(tokenizer("").input_ids, dtype=torch.long)
-    prompt = torch.cat([head, load_tokens(args, tokenizer)[: args.prompt]])[None].to(device)
+    ids = load_tokens(args, tokenizer)
     dense_attention = model.config._attn_implementation
-    model.set_attn_implementation("int8_paged")
-    tokens, logits = generate(model, prompt, args.tokens)
-    model.set_attn_implementation(dense_attention)
-    found = divergence(logits, teacher_forced(model, prompt, tokens), tokens)
-    kld = found.kld.cpu()
+    runs, texts = [], []
+    for begin in range(0, len(ids), len(ids) // args.prompts)[: args.prompts]:
+        prompt = torch.cat([head, ids[begin : begin + args.prompt]])[None].to(device)
+        model.set_attn_implementation("int8_paged")
+        tokens, logits = generate(model, prompt, args.tokens)
+        model.set_attn_implementation(dense_attention)
+        runs.append(divergence(logits, teacher_forced(model, prompt, tokens), tokens))
+        texts.append(tokens)
+    kld = torch.stack([found.kld for found in runs]).mean(0).cpu()
     result: dict[str, Any] = {
         "tokens": len(kld),
-        "distinct_tokens": len(tokens.unique()),
+        "prompts": args.prompts,
+        "distinct_tokens": [len(tokens.unique()) for tokens in texts],
         "kld_mean": float(kld.mean()),
         "kld_mean_first_quarter": float(kld[: len(kld) // 4].mean()),
         "kld_mean_last_quarter": float(kld[-(len(kld) // 4) :].mean()),
-        "top1_agreement_percent": 100 * float(found.same_top.double().mean()),
+        "top1_agreement_percent": 100 * float(torch.cat([found.same_top for found in runs]).double().mean()),
+        "slopes_of_each_prompt": [slope(found.kld.cpu(), args.stretches)["per_1000_tokens"] for found in runs],
         **slope(kld, args.stretches),
     }
     print(
@@ -128,10 +136,11 @@ def main() -> None:
         f"last quarter {result['kld_mean_last_quarter']:.2e}\n"
         f"slope {result['per_1000_tokens']:+.1e} per 1,000 tokens, "
         f"95 % interval [{result['low']:+.1e}, {result['high']:+.1e}]\n"
-        f"{result['distinct_tokens']} distinct tokens of {len(kld)}"
+        f"distinct tokens of {len(kld)}, for each prompt: {result['distinct_tokens']}"
     )
     if args.json is not None:
-        write_json(args.json, {**provenance(device), "results": result, "text": tokenizer.decode(tokens)})
+        decoded = [tokenizer.decode(tokens) for tokens in texts]
+        write_json(args.json, {**provenance(device), "results": result, "texts": decoded})
     if args.picture is not None:
         draw(kld, result, args.picture)
 

@@ -168,7 +168,7 @@ def int8_paged_attention(
         if extended is None:
             key, value = key.dense(), value.dense()
         if padding is not None:
-            content.layer.drop_padding(padding)
+            content.layer.note_padding(padding, content.fresh)
         if extended is not None:
             return extended, None
     causal = is_causal if is_causal is not None else getattr(module, "is_causal", True)

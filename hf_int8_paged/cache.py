@@ -17,7 +17,7 @@ from transformers.cache_utils import (
 )
 
 from .hybrid import PagedInt8HybridLayer
-from .kernels import ROTATIONS, resolve_backend, why_unavailable
+from .kernels import MAX_SINK_TOKENS, ROTATIONS, resolve_backend, why_unavailable
 from .layer_types import layer_types
 from .layers import PagedInt8Layer
 from .pool import PagedInt8Pool
@@ -45,8 +45,14 @@ class PagedInt8Cache(DynamicCache):
         rotation: ``"hadamard"`` rotates keys and values before quantization, which spreads outliers over the row;
             ``None`` does not. Exact: queries and outputs are rotated too.
         center_keys: subtract the mean of the first prompt's keys from all keys before quantization. Exact: it lowers
-            all scores of a query alike. A first prompt of fewer than 16 tokens leaves the keys as they are. The mean
-            is that of the whole batch, so how a sequence's keys are rounded depends on its batch mates.
+            all scores of a query alike. With a first prompt of fewer than 16 tokens it is done once there are 16; a
+            preallocated cache leaves the keys as they are then. The mean is that of the whole batch, so how a
+            sequence's keys are rounded depends on its batch mates; padding does not count, where it is known (see
+            ``sink_tokens``).
+        sink_tokens: keep so many first tokens of each sequence, 0 to 16, in full precision. Attention rests on the very
+            first so heavily that its rounding is in every score; more than one adds nothing that could be measured.
+            They are those of the first forward pass, and padding does not count where the attention function sees it
+            (``"int8_paged"`` does).
         pool: take blocks from this pool, which other caches of the same model may use too. ``block_size``,
             ``backend``, ``max_tokens``, ``rotation`` and ``center_keys`` are then the pool's.
         device: where the model will run. A backend that cannot serve it is refused now; without ``device``, one that
@@ -85,6 +91,7 @@ class PagedInt8Cache(DynamicCache):
         max_tokens: int | None = None,
         rotation: str | None = "hadamard",
         center_keys: bool = True,
+        sink_tokens: int = 1,
         pool: PagedInt8Pool | None = None,
         device: torch.device | str | None = None,
         offloading: bool = False,
@@ -97,6 +104,8 @@ class PagedInt8Cache(DynamicCache):
         for name, limit in limits.items():
             if limit is not None and limit < 1:
                 raise ValueError(f"{name} must be at least 1, got {limit}")
+        if not 0 <= sink_tokens <= MAX_SINK_TOKENS:
+            raise ValueError(f"sink_tokens must be between 0 and {MAX_SINK_TOKENS}, got {sink_tokens}")
         own = (block_size, backend, max_tokens, rotation, center_keys)
         if pool is not None and own != (16, None, None, "hadamard", True):
             raise ValueError(
@@ -107,7 +116,7 @@ class PagedInt8Cache(DynamicCache):
             raise ValueError(f"unknown rotation {rotation!r}; choose one of {', '.join(ROTATIONS)}, or None")
         _check_backend(backend if pool is None else pool.backend, device, block_size)
         self.pool = PagedInt8Pool(*own) if pool is None else pool
-        self._sequences = Sequences(self.pool, max_cache_len)
+        self._sequences = Sequences(self.pool, max_cache_len, sink_tokens)
         text_config = config.get_text_config(decoder=True)
         if max_batch_size is None:
             layers = _layers_for(text_config, self._sequences)
@@ -115,7 +124,7 @@ class PagedInt8Cache(DynamicCache):
             raise ValueError("max_batch_size goes with max_cache_len, and without a pool: it preallocates everything")
         else:
             sizes = (max_batch_size, max_cache_len)
-            layers = _static_layers_for(text_config, *sizes, block_size, backend, rotation, center_keys)
+            layers = _static_layers_for(text_config, *sizes, block_size, backend, rotation, center_keys, sink_tokens)
         self._preallocated = max_batch_size is not None
         # A `DynamicCache`, as transformers lets only those be cropped within an `EncoderDecoderCache`.
         Cache.__init__(self, layers=layers)
@@ -154,14 +163,16 @@ class PagedInt8Cache(DynamicCache):
 
     @property
     def nbytes_allocated(self) -> int:
-        """Bytes of keys, values and scales allocated, all layers."""
-        return self.pool.nbytes_allocated + sum(layer.storage.nbytes for layer in self._static_layers())
+        """Bytes of keys, values and scales allocated, all layers, and of first tokens in full precision."""
+        static = sum(layer.storage.nbytes for layer in self._static_layers())
+        return self.pool.nbytes_allocated + static + self._sink_nbytes
 
     @property
     def nbytes_used(self) -> int:
-        """Bytes of the blocks that hold tokens, all layers; at most one block per sequence and layer more than the
-        tokens themselves take."""
-        return self.pool.nbytes_used + sum(layer.nbytes_used for layer in self._static_layers())
+        """Bytes of the blocks that hold tokens, all layers, and of first tokens in full precision; at most one block
+        per sequence and layer more than the tokens themselves take."""
+        static = sum(layer.nbytes_used for layer in self._static_layers())
+        return self.pool.nbytes_used + static + (self._sink_nbytes if int(self.get_seq_length()) else 0)
 
     def reset(self) -> None:
         """Forget all tokens. The memory stays allocated."""
@@ -234,6 +245,10 @@ class PagedInt8Cache(DynamicCache):
             isinstance(layer, LinearAttentionCacheLayerMixin) and not isinstance(layer, PagedInt8Layer)
             for layer in self.layers
         ]
+
+    @property
+    def _sink_nbytes(self) -> int:
+        return sum(layer.sink_nbytes for layer in self.layers if hasattr(layer, "sink_nbytes"))
 
     def _static_layers(self) -> list[PagedInt8StaticLayer]:
         return [x for x in self.layers if isinstance(x, PagedInt8StaticLayer) and x.is_initialized]

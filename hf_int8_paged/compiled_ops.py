@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import torch
 
-from .kernels import KvCacheQuant, load_backend
+from .kernels import KvCacheQuant, SinkTokens, load_backend
 
 
 @torch.library.custom_op("hf_int8_paged::append", mutates_args=("k", "v", "k_scales", "v_scales"))
@@ -49,6 +49,10 @@ def decode(
     lens: torch.Tensor,
     key_mask: torch.Tensor | None,
     sinks: torch.Tensor | None,
+    sink_k: torch.Tensor | None,
+    sink_v: torch.Tensor | None,
+    sink_places: torch.Tensor | None,
+    sink_limit: int,
     scale: float,
     window: int | None,
     softcap: float | None,
@@ -57,13 +61,14 @@ def decode(
     rotation: str | None,
 ) -> torch.Tensor:
     """``int8_paged_decode_attention``: ``[batch, num_q_heads, q_len, head_dim]`` -> ``[batch, q_len, num_q_heads,
-    v_head_dim]``."""
+    v_head_dim]``. ``sink_places`` is int32 ``[3, batch]``: row, first and stop of `SinkTokens`."""
     cache = KvCacheQuant(k, v, k_scales, v_scales, backend, tile_order, rotation, key_center)
     batch, num_q_heads, q_len, _ = q.shape
     out = q.new_empty(batch, q_len, num_q_heads, v.shape[3])
     load_backend(backend).decode(
-        out.transpose(1, 2), q, cache, block_table, lens, scale, None, key_mask, 0, window, softcap, sinks
-    )
+        out.transpose(1, 2), q, cache, block_table, lens, scale, None, key_mask, 0, window, softcap, sinks,
+        _sink_tokens(sink_k, sink_v, sink_places, sink_limit),
+    )  # fmt: skip
     return out
 
 
@@ -79,6 +84,10 @@ def _decode_fake(
     lens,
     key_mask,
     sinks,
+    sink_k,
+    sink_v,
+    sink_places,
+    sink_limit,
     scale,
     window,
     softcap,
@@ -98,6 +107,10 @@ def gather_dense(
     key_center: torch.Tensor | None,
     block_table: torch.Tensor,
     lens: torch.Tensor,
+    sink_k: torch.Tensor | None,
+    sink_v: torch.Tensor | None,
+    sink_places: torch.Tensor | None,
+    sink_limit: int,
     stop: int,
     dtype: torch.dtype,
     backend: str,
@@ -107,15 +120,38 @@ def gather_dense(
     """Dense keys and values of positions 0 to ``stop``; the compiler drops it where attention reads the blocks."""
     cache = KvCacheQuant(k, v, k_scales, v_scales, backend, tile_order, rotation, key_center)
     keys, values = load_backend(backend).gather(cache, block_table, lens, 0, stop, dtype)
-    return keys.contiguous(), values.contiguous()
+    keys, values = keys.contiguous(), values.contiguous()
+    sink_tokens = _sink_tokens(sink_k, sink_v, sink_places, sink_limit)
+    return (keys, values) if sink_tokens is None else sink_tokens.put_both(keys, values, 0)
 
 
 @gather_dense.register_fake
 def _gather_dense_fake(
-    k, v, k_scales, v_scales, key_center, block_table, lens, stop, dtype, backend, tile_order, rotation
+    k,
+    v,
+    k_scales,
+    v_scales,
+    key_center,
+    block_table,
+    lens,
+    sink_k,
+    sink_v,
+    sink_places,
+    sink_limit,
+    stop,
+    dtype,
+    backend,
+    tile_order,
+    rotation,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     shape = (block_table.shape[0], k.shape[0], stop)
     return (
         torch.empty(*shape, k.shape[3], dtype=dtype, device=k.device),
         torch.empty(*shape, v.shape[3], dtype=dtype, device=k.device),
     )
+
+
+def _sink_tokens(
+    k: torch.Tensor | None, v: torch.Tensor | None, places: torch.Tensor | None, limit: int
+) -> SinkTokens | None:
+    return None if k is None or v is None or places is None else SinkTokens(k, v, *places, limit)

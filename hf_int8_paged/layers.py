@@ -4,19 +4,21 @@ from __future__ import annotations
 
 import copy
 import logging
-from types import ModuleType
 
 import torch
 from transformers.cache_utils import CacheLayerMixin
 
-from .kernels import FLOAT_DTYPES, KvCacheQuant, load_backend
-from .once import dense_read, say_once
+from .kernels import FLOAT_DTYPES, load_backend
+from .layer_reader import LayerReader
+from .once import say_once
+from .pool import MIN_CENTER_TOKENS
 from .prompts import is_same, same_prompts
-from .sequences import Group, Sequences, StepTensors
+from .sequences import Sequences, StepTensors
+from .sink_places import first_rows
 from .views import Content, PagedView
 
 
-class PagedInt8Layer(CacheLayerMixin):
+class PagedInt8Layer(LayerReader, CacheLayerMixin):
     """Keys and values of one attention layer, as paged int8.
 
     ``update`` quantizes and appends; it returns lazy views (`views.PagedView`) of the whole context. Where the
@@ -31,19 +33,12 @@ class PagedInt8Layer(CacheLayerMixin):
     is_compileable = False
     is_croppable = True
 
-    # Set by lazy_initialization.
-    _dtype: torch.dtype
-    _device: torch.device
-    _backend: ModuleType
-    _key_shape: tuple[int, int]
-    _value_shape: tuple[int, int]
-
     def __init__(self, index: int, sequences: Sequences, window: int | None = None):
-        self.index = index
-        self.sequences = sequences
-        self.group: Group = sequences.add_group(window)
+        LayerReader.__init__(self, index, sequences, sequences.add_group(window))
         sequences.layer_lengths[index] = 0
         self.is_initialized = False
+        #: Whether the keys' centre is the mean of the current step's.
+        self._centered_now = False
 
     # -- what transformers calls -----------------------------------------------------------------------------------
 
@@ -112,8 +107,13 @@ class PagedInt8Layer(CacheLayerMixin):
             sequences.unshare()
         if not self.is_initialized:
             self.lazy_initialization(key_states, value_states)
+        self._centered_now = False
         if start == 0 and group.holds_the_pool:
-            sequences.pool.center(self.index, key_states)
+            self._centered_now = sequences.pool.center(self.index, key_states, sequences.prompt_tokens)
+        if start == 0:
+            self._keep_sink_tokens(key_states, value_states)
+        elif start < sequences.padding + MIN_CENTER_TOKENS <= stop:
+            self._center_late(key_states, start)
         learning = torch.is_grad_enabled() and (key_states.requires_grad or value_states.requires_grad)
         if learning:
             say_once(
@@ -173,19 +173,6 @@ class PagedInt8Layer(CacheLayerMixin):
     def offload(self) -> None:
         raise NotImplementedError("offload is not supported by PagedInt8Cache: the blocks stay on their device")
 
-    # -- what views and the attention function call ----------------------------------------------------------------
-
-    @property
-    def storage(self) -> KvCacheQuant:
-        """The layer's blocks."""
-        storage = self.sequences.pool.storage(self.index)
-        assert storage is not None, "no tokens yet"
-        return storage
-
-    @property
-    def epoch(self) -> int:
-        return self.group.epoch
-
     def fork(self, sequences: Sequences) -> PagedInt8Layer:
         """This layer for another cache over the same pool, whose `sequences` were forked from this cache's."""
         twin = copy.copy(self)
@@ -193,106 +180,36 @@ class PagedInt8Layer(CacheLayerMixin):
         twin.group = sequences.groups[self.group.name]
         return twin
 
-    def gather(self, start: int, stop: int, dtype: torch.dtype) -> tuple[torch.Tensor, torch.Tensor]:
-        """Dense keys and values of positions ``start`` to ``stop``, ``[batch, num_kv_heads, stop - start, dim]``."""
-        step = self.group.step_tensors(self._device, self.sequences.step_start)
-        return self._backend.gather(self.storage, step.block_table, step.lens, start, stop, dtype)
-
-    def decode(
-        self,
-        query: torch.Tensor,
-        scale: float,
-        stop: int,
-        key_mask: torch.Tensor | None,
-        key_mask_start: int,
-        softcap: float | None,
-        sinks: torch.Tensor | None,
-    ) -> torch.Tensor:
-        """Attention of the newest rows straight from the blocks.
-
-        Args:
-            query: ``[batch, num_q_heads, q_len, head_dim]``, at positions ``stop - q_len`` to ``stop``.
-            scale: factor on q.k.
-            stop: tokens in the context, the query's own included.
-            key_mask: bool ``[batch, columns]`` or ``None``, as in ``int8_paged_decode_attention``.
-            key_mask_start: position of the mask's first column.
-            softcap: bound on the scores, or ``None``.
-            sinks: ``[num_q_heads]`` or ``None``.
-
-        Returns:
-            ``[batch, q_len, num_q_heads, v_head_dim]``, contiguous.
-        """
-        batch, num_q_heads, q_len, _ = query.shape
-        step = self.group.step_tensors(self._device, self.sequences.step_start)
-        lens = step.lens if stop == self.sequences.length else torch.full_like(step.lens, stop)
-        out = query.new_empty(batch, q_len, num_q_heads, self._value_shape[1])
-        self._backend.decode(
-            out.transpose(1, 2),
-            query,
-            self.storage,
-            step.block_table,
-            lens,
-            scale,
-            None,
-            key_mask,
-            key_mask_start,
-            self.group.window,
-            softcap,
-            sinks,
-        )
-        return out
-
-    @property
-    def extends(self) -> bool:
-        """Whether the backend has a kernel for long chunks over a past in blocks."""
-        return hasattr(self._backend, "extend")
-
-    def extend(
-        self,
-        query: torch.Tensor,
-        keys: torch.Tensor,
-        values: torch.Tensor,
-        scale: float,
-        stop: int,
-        key_mask: torch.Tensor | None,
-        softcap: float | None,
-        sinks: torch.Tensor | None,
-    ) -> torch.Tensor:
-        """Attention of a chunk over the past in the blocks, and causally over itself in full precision.
-
-        Args:
-            query: ``[batch, num_q_heads, chunk, head_dim]``, at positions ``stop - chunk`` to ``stop``.
-            keys: the chunk's own, ``[batch, num_kv_heads, chunk, head_dim]``.
-            values: ``[batch, num_kv_heads, chunk, v_head_dim]``.
-
-        The others are those of `decode`; the key mask starts at position 0. Returns
-        ``[batch, chunk, num_q_heads, v_head_dim]``, contiguous.
-        """
-        batch, num_q_heads, chunk, _ = query.shape
-        step = self.group.step_tensors(self._device, self.sequences.step_start)
-        past = stop - chunk
-        lens = step.lens_before if past == self.sequences.step_start else torch.full_like(step.lens_before, past)
-        out = query.new_empty(batch, chunk, num_q_heads, self._value_shape[1])
-        self._backend.extend(
-            out.transpose(1, 2), query, keys, values, self.storage, step.block_table, lens, scale,
-            None, key_mask, self.group.window, softcap, sinks,
-        )  # fmt: skip
-        return out
-
-    def drop_padding(self, tokens: torch.Tensor) -> None:
-        """Give back blocks of all layers that hold nothing but padding.
+    def note_padding(self, tokens: torch.Tensor, fresh: tuple[torch.Tensor, torch.Tensor] | None) -> None:
+        """Make nothing of padding: give back blocks of all layers that hold nothing else; of a first prompt, keep first
+        tokens that are tokens, and centre the keys on the mean of tokens.
 
         Args:
             tokens: bool ``[batch, tokens]``, False for padding.
+            fresh: keys and values of the newest tokens, if they are at hand.
         """
-        self.sequences.drop_padding(tokens)
-
-    def note_dense_read(self) -> None:
-        """Say once that another attention implementation reads a dequantized copy."""
-        if self.sequences.from_blocks:
-            dense_read()
+        if not self.sequences.drop_padding(tokens) or fresh is None:
+            return
+        self._keep_sink_tokens(*fresh)
+        if self._centered_now and self.sequences.pool.center(
+            self.index, fresh[0], self.sequences.prompt_tokens, again=True
+        ):
+            self._append(*fresh, self.group.step_tensors(self._device, 0))
 
     # -- internals -------------------------------------------------------------------------------------------------
+
+    def _center_late(self, key_states: torch.Tensor, start: int) -> None:
+        """Centre the keys on the mean of the tokens so far, which were too few until now, and store those once more."""
+        pool, window, sinks = self.sequences.pool, self.group.window, self.sequences.sinks
+        all_held = self.group.holds_the_pool and (window is None or window >= MIN_CENTER_TOKENS)
+        if not all_held or not pool.lacks_center(self.index):
+            return
+        keys, values = self.gather(0, start, torch.float32)
+        together = torch.cat([keys, key_states.detach().float()], dim=2)
+        first = torch.zeros(len(together), 1) if sinks is None else torch.from_numpy(sinks.first)[:, None]
+        if pool.center(self.index, together, torch.arange(together.shape[2]) >= first):
+            step = self.group.step_tensors(self._device, start)
+            self._append(keys, values, step._replace(lens_before=torch.zeros_like(step.lens_before)))
 
     def _append(self, key_states: torch.Tensor, value_states: torch.Tensor, step: StepTensors) -> None:
         if key_states.requires_grad or value_states.requires_grad:
@@ -304,6 +221,15 @@ class PagedInt8Layer(CacheLayerMixin):
                 x[first] for x in (key_states, value_states, block_table, lens)
             )
         self._backend.append(key_states, value_states, self.storage, block_table, lens)
+
+    def _keep_sink_tokens(self, key_states: torch.Tensor, value_states: torch.Tensor) -> None:
+        places = self.sequences.sinks
+        if places is None:
+            return
+        first = places.on(key_states.device)[1] if places.first.any() else None
+        count = min(self.sequences.sink_tokens, key_states.shape[2])
+        self._sink_rows = first_rows(key_states, first, count), first_rows(value_states, first, count)
+        self._sink_tokens = None
 
     def _check(self, key_states: torch.Tensor, value_states: torch.Tensor) -> None:
         heads, head_dim = self._key_shape

@@ -34,7 +34,7 @@ class PagedInt8Pool:
         backend: name of the kernel backend, or ``None`` for the best one of each layer's device.
         max_tokens: slots that any group may have at most (a hard limit), or ``None``.
         rotation: ``"hadamard"`` rotates rows before quantization, ``None`` does not.
-        center_keys: whether the mean of a layer's first prompt is subtracted from its keys before quantization.
+        center_keys: whether the mean of a layer's first tokens is subtracted from its keys before quantization.
     """
 
     def __init__(
@@ -99,19 +99,39 @@ class PagedInt8Pool:
         )
         self._members[group].append(layer)
 
-    def center(self, layer: int, key_states: torch.Tensor) -> None:
+    def center(
+        self, layer: int, key_states: torch.Tensor, tokens: torch.Tensor | None = None, *, again: bool = False
+    ) -> bool:
         """Centre a layer's keys on the mean of these, unless they have been centred before or are too few.
 
-        Call only while no block of the layer holds a token: what is stored keeps the centre it was stored with.
+        Call only while no block of the layer holds a token that is still wanted: what is stored keeps the centre it
+        was stored with.
 
         Args:
             layer: index of the layer.
             key_states: ``[batch, num_kv_heads, tokens, head_dim]``.
+            tokens: bool ``[batch, tokens]`` on the host, False for padding, which does not count; ``None`` without.
+            again: centre anew what was centred before.
+
+        Returns:
+            Whether the centre is now another.
         """
         center = self._storage[layer].key_center
-        if center is not None and layer not in self._centered and key_states.shape[2] >= MIN_CENTER_TOKENS:
-            center.copy_(mean_key(key_states))
+        if center is None or (layer in self._centered) != again:
+            return False
+        longest = key_states.shape[2] if tokens is None else int(tokens.sum(dim=1).max())
+        if longest >= MIN_CENTER_TOKENS:
+            center.copy_(mean_key(key_states, None if tokens is None else tokens.to(key_states.device)))
             self._centered.add(layer)
+            return True
+        if again:
+            center.zero_()
+            self._centered.discard(layer)
+        return again
+
+    def lacks_center(self, layer: int) -> bool:
+        """Whether a layer's keys are to be centred and are not yet."""
+        return self._storage[layer].key_center is not None and layer not in self._centered
 
     def storage(self, layer: int) -> KvCacheQuant | None:
         """The layer's blocks as they are now; growth replaces the object. None before the layer's first token."""

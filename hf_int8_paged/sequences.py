@@ -11,6 +11,7 @@ from .block_allocator import HOLE
 from .block_table import BlockTable
 from .kernels import MAX_DECODE_ROWS
 from .pool import CacheFullError, PagedInt8Pool
+from .sink_places import SinkPlaces
 from .views import PagedView
 
 
@@ -102,11 +103,19 @@ class Sequences:
 
     The first layer that a forward pass updates calls `advance`, which finds blocks for the new tokens in
     every group. If that fails, nothing has changed; after it, no layer can run out of blocks.
+
+    Args:
+        pool: where the blocks come from.
+        max_cache_len: most tokens per sequence, or ``None`` for no limit.
+        sink_tokens: tokens of each first prompt that the layers keep in full precision.
     """
 
-    def __init__(self, pool: PagedInt8Pool, max_cache_len: int | None = None):
+    def __init__(self, pool: PagedInt8Pool, max_cache_len: int | None = None, sink_tokens: int = 0):
         self.pool = pool
         self.max_cache_len = max_cache_len
+        self.sink_tokens = sink_tokens
+        #: Where those are; None if there are none.
+        self.sinks: SinkPlaces | None = None
         self.groups: dict[str, Group] = {}
         #: Tokens that each layer holds: ``length``, or ``step_start`` for those that the current step has yet to reach.
         self.layer_lengths: dict[int, int] = {}
@@ -115,6 +124,8 @@ class Sequences:
         #: Where the newest tokens start, and whether attention reads them from the blocks.
         self.step_start = 0
         self.from_blocks = False
+        #: In the first prompt's step, once it is known: bool ``[batch, tokens]`` on the host, False for padding.
+        self.prompt_tokens: torch.Tensor | None = None
         #: In the first prompt's step: for each sequence, the first one with the same prompt; None if all differ.
         self.same_as: list[int] | None = None
         self._padding_known_to = 0
@@ -133,6 +144,11 @@ class Sequences:
             self.groups[name] = Group(name, table, window)
         self.groups[name].num_layers += 1
         return self.groups[name]
+
+    @property
+    def padding(self) -> int:
+        """Tokens of padding that stand in front of every sequence, as far as it is known."""
+        return 0 if self.sinks is None else self.sinks.earliest
 
     def advance(self, batch: int, new_tokens: int, same_as: list[int] | None = None) -> None:
         """Find blocks for ``new_tokens`` more tokens per sequence, in every group.
@@ -180,7 +196,9 @@ class Sequences:
             self.pool.copy(name, group.table.extend(batch, new_tokens, keep_from[name], same_as))
             group.changed()
         self.step_start, self.length, self.batch_size, self.from_blocks = start, stop, batch, from_blocks
-        self.same_as = same_as
+        self.same_as, self.prompt_tokens = same_as, None
+        if not start and self.sink_tokens:
+            self.sinks = SinkPlaces.of_prompt(np.ones((batch, new_tokens), bool), self.sink_tokens)
 
     def unshare(self) -> None:
         """Give every sequence blocks of its own: prompts that began alike turned out to differ.
@@ -197,21 +215,34 @@ class Sequences:
             group.changed()
         self.same_as = None
 
-    def drop_padding(self, used: torch.Tensor) -> None:
-        """Give back the blocks that hold nothing but padding.
+    def drop_padding(self, used: torch.Tensor) -> bool:
+        """Give back the blocks that hold nothing but padding. What follows left padding is a sequence's first token,
+        and in the first prompt the keys of padding do not count for their mean.
 
         Args:
             used: bool ``[batch, tokens]``, False for padding. Read on the host: one wait per padded
                 prompt, in its first layer.
+
+        Returns:
+            Whether the first prompt turned out to be padded, after the current layer and no other has stored it.
         """
         if self._padding_known_to == self.length:
-            return
+            return False
         self._padding_known_to = self.length
         tokens = used.cpu().numpy()
         for group in self.groups.values():
             if group.table.drop_unused(tokens):
                 group.epoch += 1
                 group.changed()
+        # Layers that have stored theirs already would not follow.
+        only_layer = sum(held == self.length for held in self.layer_lengths.values()) == 1
+        tokens = tokens[:, : self.length]
+        if self.step_start or not only_layer or tokens.shape[1] < self.length or tokens.all():
+            return False
+        self.prompt_tokens = torch.from_numpy(tokens)
+        if self.sinks is not None:
+            self.sinks = SinkPlaces.of_prompt(tokens, self.sink_tokens)
+        return True
 
     def select(self, rows: list[int]) -> None:
         """Make sequence i what sequence ``rows[i]`` is, sharing its blocks."""
@@ -220,6 +251,8 @@ class Sequences:
             group.epoch += 1
             group.changed()
         self.batch_size = len(rows)
+        if self.sinks is not None:
+            self.sinks = self.sinks.select(rows)
 
     def truncate(self, length: int) -> None:
         """Forget all tokens from position ``length`` on.
@@ -241,6 +274,8 @@ class Sequences:
             group.changed()
         self.length = length
         self.layer_lengths = {index: min(held, length) for index, held in self.layer_lengths.items()}
+        if self.sinks is not None and length < self.sinks.limit:
+            self.sinks = self.sinks.truncate(length)
         if length == 0:
             self.clear()
 
@@ -252,15 +287,16 @@ class Sequences:
             group.changed()
         self.layer_lengths = dict.fromkeys(self.layer_lengths, 0)
         self.length = self.step_start = self._padding_known_to = 0
-        self.batch_size = None
+        self.batch_size = self.sinks = None
 
     def fork(self) -> Sequences:
         """Sequences of their own over the same blocks."""
-        twin = Sequences(self.pool, self.max_cache_len)
+        twin = Sequences(self.pool, self.max_cache_len, self.sink_tokens)
         for name, group in self.groups.items():
             twin.groups[name] = Group(name, group.table.fork(), group.window)
             twin.groups[name].num_layers = group.num_layers
         twin.layer_lengths = dict(self.layer_lengths)
         twin.length, twin.batch_size, twin.step_start = self.length, self.batch_size, self.step_start
         twin.from_blocks, twin.record_past = self.from_blocks, self.record_past
+        twin.sinks = self.sinks
         return twin

@@ -13,6 +13,7 @@ from . import compiled_ops
 from .kernels import FLOAT_DTYPES, MAX_DECODE_ROWS, KvCacheQuant, alloc_paged_int8_layer, load_backend, mean_key
 from .once import dense_read
 from .pool import MIN_CENTER_TOKENS, CacheFullError
+from .static_sinks import StaticSinks
 from .views import Content, PagedView, hand_over
 
 
@@ -28,6 +29,7 @@ class PagedInt8StaticLayer(CacheLayerMixin):
         backend: name of the kernel backend, or ``None`` for the best one of the keys' device.
         rotation: ``"hadamard"`` or ``None``.
         center_keys: whether the mean of the first prompt is subtracted from the keys.
+        sink_tokens: first tokens of a sequence that are kept in full precision.
     """
 
     is_compileable = True
@@ -39,6 +41,7 @@ class PagedInt8StaticLayer(CacheLayerMixin):
     _dtype: torch.dtype
     _lens: torch.Tensor
     _table: torch.Tensor
+    _sinks: StaticSinks | None = None
 
     def __init__(
         self,
@@ -50,6 +53,7 @@ class PagedInt8StaticLayer(CacheLayerMixin):
         backend: str | None = None,
         rotation: str | None = "hadamard",
         center_keys: bool = True,
+        sink_tokens: int = 1,
     ):
         self.index = index
         self.max_batch_size = max_batch_size
@@ -59,11 +63,16 @@ class PagedInt8StaticLayer(CacheLayerMixin):
         self.backend = backend
         self.rotation = rotation
         self.center_keys = center_keys
+        self.sink_tokens = sink_tokens
         self.is_sliding = window is not None
         self.is_initialized = False
         self.batch_size = -1
         #: Views made before tokens were moved are no longer valid.
         self.epoch = 0
+        #: Whether nothing was stored since the last reset, as far as the host knows; whether the last step was first.
+        self._may_be_empty, self._in_first_step = True, False
+        #: Whether the keys' centre is the mean of the last step's.
+        self._centered_now = False
 
     # -- what transformers calls -----------------------------------------------------------------------------------
 
@@ -98,7 +107,11 @@ class PagedInt8StaticLayer(CacheLayerMixin):
         self._lens = torch.zeros(batch, dtype=torch.int32, device=device)
         self.cumulative_length = torch.zeros((), dtype=torch.long, device=device)
         self._dtype, self.batch_size, self._blocks = key_states.dtype, batch, blocks
-        for tensor in (*self._tensors[:4], self._table, self._lens, self.cumulative_length):
+        tensors = [*self._tensors[:4], self._table, self._lens, self.cumulative_length]
+        if self.sink_tokens:
+            self._sinks = StaticSinks(key_states, value_states, self.sink_tokens, self.max_cache_len)
+            tensors += self._sinks.tensors
+        for tensor in tensors:
             torch._dynamo.mark_static_address(tensor)
         self.is_initialized = True
 
@@ -133,6 +146,9 @@ class PagedInt8StaticLayer(CacheLayerMixin):
                 "use one cache per batch size"
             )
         new_tokens = key_states.shape[2]
+        self._in_first_step, self._may_be_empty, self._centered_now = self._may_be_empty, False, False
+        if self._in_first_step and self._sinks is not None:
+            self._sinks.keep(key_states, value_states, None, self.cumulative_length == 0)
         if new_tokens == 1:
             self._append(key_states, value_states, self._lens)
             self._advance(1)
@@ -147,10 +163,9 @@ class PagedInt8StaticLayer(CacheLayerMixin):
         fresh = start == 0 or new_tokens > MAX_DECODE_ROWS
         if start == 0 and self.storage.key_center is not None and new_tokens >= MIN_CENTER_TOKENS:
             self.storage.key_center.copy_(mean_key(key_states))
+            self._centered_now = True
         past = self._past(start) if fresh and start else None
-        skipped = 0 if self.window is None else max(new_tokens - self.window, 0)
-        keys, values = key_states[:, :, skipped:], value_states[:, :, skipped:]
-        self._append(keys, values, self._lens + skipped)
+        self._append_what_is_kept(key_states, value_states, self._lens)
         self._advance(new_tokens)
         if past is not None:
             # In a ring the chunk has overwritten what its first rows still see.
@@ -199,6 +214,8 @@ class PagedInt8StaticLayer(CacheLayerMixin):
             for tensor in self._tensors[:4]:
                 rows = tensor.unflatten(1, (self.max_batch_size, self._blocks))
                 rows[:, : self.batch_size] = rows[:, beam_idx.to(tensor.device)]
+            if self._sinks is not None:
+                self._sinks.select(beam_idx)
             self.epoch += 1
 
     def offload(self) -> None:
@@ -217,7 +234,10 @@ class PagedInt8StaticLayer(CacheLayerMixin):
 
     def gather(self, start: int, stop: int, dtype: torch.dtype) -> tuple[torch.Tensor, torch.Tensor]:
         """Dense keys and values of positions ``start`` to ``stop``, ``[batch, num_kv_heads, stop - start, dim]``."""
-        return load_backend(self.storage.backend).gather(self.storage, self._table, self._lens, start, stop, dtype)
+        keys, values = load_backend(self.storage.backend).gather(
+            self.storage, self._table, self._lens, start, stop, dtype
+        )
+        return (keys, values) if self._sinks is None else self._sinks.tokens().put_both(keys, values, start)
 
     def decode(
         self,
@@ -232,11 +252,23 @@ class PagedInt8StaticLayer(CacheLayerMixin):
         """Attention of the newest rows straight from the blocks; see `PagedInt8Layer.decode`."""
         assert key_mask_start == 0
         return compiled_ops.decode(
-            query, *self._tensors, self._table, self._lens, key_mask, sinks, scale, self.window, softcap, *self._names
-        )
+            query, *self._tensors, self._table, self._lens, key_mask, sinks, *self._sink_tensors, scale, self.window,
+            softcap, *self._names,
+        )  # fmt: skip
 
-    def drop_padding(self, tokens: torch.Tensor) -> None:
-        """Preallocated blocks are kept."""
+    def note_padding(self, tokens: torch.Tensor, fresh: tuple[torch.Tensor, torch.Tensor] | None) -> None:
+        """Make nothing of padding in the first prompt; see `PagedInt8Layer.note_padding`. Preallocated blocks stay."""
+        if not self._in_first_step or fresh is None:
+            return
+        keys, values = fresh
+        tokens = tokens[:, : keys.shape[2]]
+        if self._sinks is not None:
+            first = tokens.int().argmax(dim=1).to(torch.int32)
+            self._sinks.keep(keys, values, first, self.cumulative_length == keys.shape[2])
+        if self._centered_now and self.storage.key_center is not None:
+            enough = tokens.sum(dim=1).max() >= MIN_CENTER_TOKENS
+            self.storage.key_center.copy_(torch.where(enough, mean_key(keys, tokens), 0.0))
+            self._append_what_is_kept(keys, values, torch.zeros_like(self._lens))
 
     def note_dense_read(self) -> None:
         """Say once that another attention implementation reads a dequantized copy."""
@@ -253,6 +285,21 @@ class PagedInt8StaticLayer(CacheLayerMixin):
     def _names(self) -> tuple[str, str, str | None]:
         return self.storage.backend, self.storage.tile_order, self.storage.rotation
 
+    @property
+    def _sink_tensors(self) -> tuple[torch.Tensor | None, torch.Tensor | None, torch.Tensor | None, int]:
+        keys, values, places = (None, None, None) if self._sinks is None else self._sinks.tensors
+        return keys, values, places, self.max_cache_len
+
+    @property
+    def sink_nbytes(self) -> int:
+        """Bytes of the tokens in full precision."""
+        return 0 if self._sinks is None else self._sinks.nbytes
+
+    def _append_what_is_kept(self, keys: torch.Tensor, values: torch.Tensor, lens_before: torch.Tensor) -> None:
+        """Append a prompt or a chunk, but for what has left the window at its end."""
+        skipped = 0 if self.window is None else max(keys.shape[2] - self.window, 0)
+        self._append(keys[:, :, skipped:], values[:, :, skipped:], lens_before + skipped)
+
     def _append(self, keys: torch.Tensor, values: torch.Tensor, lens_before: torch.Tensor) -> None:
         compiled_ops.append(keys.detach(), values.detach(), *self._tensors, self._table, lens_before, *self._names)
 
@@ -263,6 +310,9 @@ class PagedInt8StaticLayer(CacheLayerMixin):
     def _set_length(self, length: int) -> None:
         self._lens.fill_(length)
         self.cumulative_length.fill_(length)
+        if self._sinks is not None:
+            self._sinks.truncate(length)
+        self._may_be_empty = not length
         self.epoch += 1
 
     def _update_compiled(
@@ -271,7 +321,13 @@ class PagedInt8StaticLayer(CacheLayerMixin):
         self._append(key_states, value_states, self._lens)
         self._advance(key_states.shape[2])
         keys, values = compiled_ops.gather_dense(
-            *self._tensors, self._table, self._lens, self.max_cache_len, key_states.dtype, *self._names
+            *self._tensors,
+            self._table,
+            self._lens,
+            *self._sink_tensors,
+            self.max_cache_len,
+            key_states.dtype,
+            *self._names,
         )
         hand_over(self, keys, values)
         return keys, values

@@ -54,11 +54,14 @@ def test_bytes_in_use_are_the_tokens_int8_values_and_scales_rounded_up_to_blocks
     with torch.no_grad():
         model(random_ids(2, tokens), past_key_values=cache)
     per_token = 4 * 2 * (2 * 64 + 2 * 2)
-    assert cache.nbytes_used == 2 * -(-tokens // 16) * 16 * per_token
+    first_tokens = 4 * 2 * 2 * 2 * 64 * 4  # as they are, in float32
+    assert cache.nbytes_used == 2 * -(-tokens // 16) * 16 * per_token + first_tokens
     assert cache.nbytes_used <= cache.nbytes_allocated
     # 52 % of a 16-bit cache, 27 % of a 32-bit one, but for the last block of each sequence.
     sixteen_bit = 2 * tokens * 4 * 2 * 2 * 64 * 2
-    assert cache.nbytes_used <= 0.52 * sixteen_bit + 2 * 16 * per_token
+    assert cache.nbytes_used <= 0.52 * sixteen_bit + 2 * 16 * per_token + first_tokens
+    cache.reset()
+    assert cache.nbytes_used == 0
 
 
 def test_growth_allocates_a_quarter_more_than_needed_at_most():
@@ -80,11 +83,12 @@ def test_a_sliding_window_keeps_its_window_and_no_more():
     model.set_attn_implementation("int8_paged")
     cache = PagedInt8Cache(model.config)
     per_block = 3 * 16 * 2 * (2 * 16 + 4)
+    first_tokens = 3 * 2 * 2 * 2 * 16 * 4
     with torch.no_grad():
         model(random_ids(2, 500), past_key_values=cache)
         for _ in range(100):
             model(random_ids(2, 1), past_key_values=cache)
-            assert cache.nbytes_used <= 2 * (64 // 16 + 1) * per_block
+            assert cache.nbytes_used <= 2 * (64 // 16 + 1) * per_block + first_tokens
 
 
 class Synchronisations(TorchDispatchMode):

@@ -30,7 +30,10 @@ class DenseTwin:
         self.keys: torch.Tensor | None = None
 
     def append(self, rows: torch.Tensor) -> None:
+        exact = rows[:, :, :1]
         rows = fake_quantize(rows)
+        if self.keys is None:
+            rows[:, :, :1] = exact
         self.keys = rows if self.keys is None else torch.cat([self.keys, rows], dim=2)
 
     def check(self, cache: PagedInt8Cache) -> None:

@@ -48,6 +48,8 @@ class Twin:
     def __init__(self, cache: PagedInt8Cache):
         self.cache = cache
         self.tokens: list[list[int]] = []
+        #: How many of each sequence's first tokens are held in full precision.
+        self.exact = 0
         #: Position from which on the sliding layer may be asked for tokens.
         self.held_from = 0
 
@@ -64,20 +66,20 @@ class Caches(RuleBasedStateMachine):
         self.pool = PagedInt8Pool(max_tokens=MAX_TOKENS, rotation=None, center_keys=False)
         self.twins: list[Twin] = []
 
-    @initialize()
-    def one_cache(self) -> None:
-        self.new_cache()
+    @initialize(sink_tokens=st.integers(0, 5))
+    def one_cache(self, sink_tokens: int) -> None:
+        self.new_cache(sink_tokens)
 
-    def new_cache(self) -> None:
-        self.twins.append(Twin(PagedInt8Cache(CONFIG, pool=self.pool)))
+    def new_cache(self, sink_tokens: int) -> None:
+        self.twins.append(Twin(PagedInt8Cache(CONFIG, pool=self.pool, sink_tokens=sink_tokens)))
 
     def pick(self, which: int) -> Twin:
         return self.twins[which % len(self.twins)]
 
     @precondition(lambda self: len(self.twins) < MAX_CACHES)
-    @rule()
-    def another_cache(self) -> None:
-        self.new_cache()
+    @rule(sink_tokens=st.integers(0, 5))
+    def another_cache(self, sink_tokens: int) -> None:
+        self.new_cache(sink_tokens)
 
     @rule(which=seeds, batch=st.integers(1, 4), count=st.integers(1, 45), seed=seeds, alike=st.booleans())
     def append(self, which: int, batch: int, count: int, seed: int, alike: bool) -> None:
@@ -96,6 +98,8 @@ class Caches(RuleBasedStateMachine):
                 twin.cache.update(rows, -rows, layer)
         except CacheFullError:
             return
+        if not start:
+            twin.exact = min(twin.cache._sequences.sink_tokens, count)
         twin.tokens = [held + more for held, more in zip(twin.tokens or [[]] * batch, new.tolist())]
         if not twin.cache.layers[0].record_past:
             # A prompt's or a long chunk's own tokens are not kept where no later token sees them.
@@ -114,6 +118,7 @@ class Caches(RuleBasedStateMachine):
             assert visible < twin.held_from, "refused, although every visible token is still held"
             return
         twin.tokens = [held[:target] for held in twin.tokens] if target else []
+        twin.exact = min(twin.exact, target)
         twin.held_from = max(twin.held_from, visible) if target else 0
 
     @rule(which=seeds)
@@ -126,6 +131,7 @@ class Caches(RuleBasedStateMachine):
         twin = self.pick(which)
         child = Twin(copy.deepcopy(twin.cache) if by_copy else twin.cache.fork())
         child.tokens, child.held_from = [list(row) for row in twin.tokens], twin.held_from
+        child.exact = twin.exact
         self.twins.append(child)
 
     @rule(which=seeds, seed=seeds)
@@ -179,7 +185,9 @@ class Caches(RuleBasedStateMachine):
                     assert layer.keys is None
                     continue
                 first = max(twin.length - WINDOW + 1, 0) if layer.is_sliding else 0
-                expected = IMAGES[index][torch.tensor(twin.tokens)[:, first:]].transpose(1, 2)
+                tokens = torch.tensor(twin.tokens)[:, first:]
+                is_exact = (torch.arange(first, twin.length) < twin.exact)[None, :, None, None]
+                expected = torch.where(is_exact, KEYS[index][tokens], IMAGES[index][tokens]).transpose(1, 2)
                 assert torch.equal(layer.keys.clone(), expected)
                 assert torch.equal(layer.values.clone(), -expected)
 

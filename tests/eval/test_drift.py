@@ -48,9 +48,11 @@ def test_the_dense_model_is_asked_about_the_tokens_that_were_generated() -> None
 def test_a_run_writes_figures_and_picture(model_folder, text_file, tmp_path: Path, run_script) -> None:
     run_script(
         drift, "--model", model_folder, "--text-file", text_file, "--device", "cpu", "--prompt", 20, "--tokens", 40,
+        "--prompts", 2,
         "--stretches", 4, "--json", tmp_path / "drift.json", "--picture", tmp_path / "drift.png",
     )  # fmt: skip
     results = json.loads((tmp_path / "drift.json").read_text(encoding="utf-8"))["results"]
     assert results["tokens"] == 40
+    assert results["per_1000_tokens"] == pytest.approx(sum(results["slopes_of_each_prompt"]) / 2)
     assert results["low"] <= results["per_1000_tokens"] <= results["high"]
     assert (tmp_path / "drift.png").stat().st_size > 10_000

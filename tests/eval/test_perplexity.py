@@ -55,10 +55,11 @@ def test_the_int8_score_reads_quantized_keys_and_values() -> None:
     dense = perplexity.score(model, DynamicCache(config=model.config), ids, 7, 1)
     fake_quantized = perplexity.score(model, FakeQuantizedCache(model.config), ids, 7, 1)
     model.set_attn_implementation("int8_paged")
-    int8 = perplexity.score(model, PagedInt8Cache(model.config), ids, 7, 1)
+    # The CPU's integer arithmetic tips rounding ties, which later layers make more of.
+    int8 = perplexity.score(model, PagedInt8Cache(model.config, backend="reference"), ids, 7, 1)
     effect = (fake_quantized - dense).abs().mean()
     assert effect > 1e-3
-    assert (int8 - fake_quantized).abs().mean() < effect / 20
+    assert (int8 - fake_quantized).abs().mean() < effect / 100
 
 
 def test_prints_and_stores_both_perplexities(model_folder, text_file, tmp_path, run_script, capsys) -> None:

@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from hf_int8_paged.kernels import KvCacheQuant, alloc_paged_int8_layer
+from hf_int8_paged.kernels import KvCacheQuant, SinkTokens, alloc_paged_int8_layer
 
 POISON = 127  # int8 value of a slot that nobody may read; its scale is NaN
 FLOAT16_MAX = np.float32(65504)
@@ -142,6 +142,8 @@ def make_case(
     window: int | None = None,
     softcap: float | None = None,
     sinks: bool = False,
+    sink_tokens: int = 0,
+    sink_first: Sequence[int] = (),
     edit: Callable[[np.ndarray, np.ndarray, np.ndarray], None] | None = None,
     seed: int = 0,
 ) -> Case:
@@ -150,6 +152,8 @@ def make_case(
     Args:
         key_mask: share of keys that are visible, of a random mask as wide as the longest context.
         holes: (sequence, logical block) whose table entry is -1.
+        sink_tokens: first tokens in full precision.
+        sink_first: position of the first one per sequence; default 0.
         edit: changes q ``[batch, heads, q_len, head_dim]``, k and v ``[batch, kv_heads, capacity, dim]`` in place
             before k and v are quantized.
     """
@@ -200,6 +204,8 @@ def make_case(
         options["key_mask_start"] = key_mask_start
     if sinks:
         options["sinks"] = torch.from_numpy(rng.standard_normal(kv_heads * group)).to(dtype).to(device)
+    if sink_tokens:
+        options["sink_tokens"] = make_sink_tokens(rng, k, v, keys, values, lens, sink_tokens, sink_first, dtype, device)
     case = Case(
         cache=cache,
         block_table=torch.from_numpy(table).to(device),
@@ -213,6 +219,42 @@ def make_case(
     )
     poison_unseen(case)
     return case
+
+
+def make_sink_tokens(
+    rng: np.random.Generator,
+    k: np.ndarray,
+    v: np.ndarray,
+    keys: np.ndarray,
+    values: np.ndarray,
+    lens: Sequence[int],
+    count: int,
+    first: Sequence[int],
+    dtype: torch.dtype,
+    device: torch.device,
+) -> SinkTokens:
+    """The first tokens of every sequence in full precision, which ``keys`` and ``values`` get too, in place. They stand
+    in permuted rows, and rows and tokens that nobody may read hold NaN."""
+    batch = len(lens)
+    places = np.zeros((3, batch), np.int32)  # row, first, stop
+    places[0] = rng.permutation(batch + 1)[:batch]
+    places[1] = first if len(first) else 0
+    places[2] = np.minimum(places[1] + count, lens)
+    rows = []
+    for source, dense in ((k, keys), (v, values)):
+        kept = torch.full((batch + 1, source.shape[1], count, source.shape[3]), torch.nan, dtype=dtype)
+        for b, (row, begin, stop) in enumerate(places.T.tolist()):
+            kept[row, :, : stop - begin] = torch.from_numpy(source[b, :, begin:stop]).to(dtype)
+            dense[b, :, begin:stop] = kept[row, :, : stop - begin].double().numpy()
+        rows.append(kept.to(device))
+    row, begin, stop = torch.from_numpy(places).to(device)
+    return SinkTokens(*rows, row, begin, stop, limit=int(places[2].max()))
+
+
+def sink_positions(case: Case, sequence: int) -> tuple[int, int]:
+    """Position of the first sink token, and after the last."""
+    held = case.options.get("sink_tokens")
+    return (0, 0) if held is None else (int(held.first[sequence]), int(held.stop[sequence]))
 
 
 def store_rows(
@@ -236,7 +278,8 @@ def visible_keys(case: Case) -> list[list[np.ndarray]]:
     seen: list[list[np.ndarray]] = []
     for b, n in enumerate(lens):
         j = np.arange(n)
-        visible = table[b, j // block_size] >= 0
+        first, stop = sink_positions(case, b)
+        visible = ((table[b, j // block_size] >= 0) & (j >= stop)) | ((j >= first) & (j < stop))
         if kv_start is not None:
             visible &= j >= int(kv_start[b])
         if mask is not None:
@@ -251,9 +294,10 @@ def visible_keys(case: Case) -> list[list[np.ndarray]]:
 
 
 def poison_unseen(case: Case) -> None:
-    """Poison the slots of tokens that no query row sees: outside a window, before kv_start, masked."""
+    """Poison the slots of tokens that no query row sees: outside a window, before kv_start, masked, sink tokens."""
     lens, seen = case.context_lens.tolist(), visible_keys(case)
-    places = [case.slot_of(b, p) for b, n in enumerate(lens) for p in sorted(set(range(n)).difference(*seen[b]))]
+    unread = [set(range(n)).difference(*seen[b]).union(range(sink_positions(case, b)[1])) for b, n in enumerate(lens)]
+    places = [case.slot_of(b, p) for b, positions in enumerate(unread) for p in sorted(positions)]
     poison_slots(case.cache, [(block, slot) for block, slot in places if block >= 0])
 
 

@@ -92,9 +92,17 @@ OPTIONS: dict[str, dict[str, Any]] = {
     "holes": dict(holes=((0, 0), (1, 1), (2, 2))),
     "window_sinks_as_in_gpt_oss": dict(window=24, sinks=True),
     "window_softcap_as_in_Gemma_2": dict(window=33, softcap=50.0),
+    "one_sink_token": dict(sink_tokens=1),
+    "sink_tokens_after_left_padding": dict(sink_tokens=4, sink_first=(7, 0, 16)),
+    "sink_tokens_past_a_subtile": dict(sink_tokens=16, sink_first=(0, 3, 20)),
+    "sink_tokens_out_of_the_window": dict(sink_tokens=3, window=7),
+    "sink_tokens_conditioned": dict(sink_tokens=2, rotation="hadamard", center=True),
+    "sink_tokens_conditioned_softcap": dict(sink_tokens=2, rotation="hadamard", center=True, softcap=2.0),
+    "sink_tokens_conditioned_sinks_mask": dict(sink_tokens=5, center=True, sinks=True, key_mask=0.6),
+    "sink_tokens_in_holes_after_kv_start": dict(sink_tokens=9, holes=((0, 0), (1, 1), (2, 0)), kv_start=(2, 3, 0)),
     "all": dict(
         kv_start=(0, 3, 20), key_mask=0.8, key_mask_start=2, window=30, softcap=1.5, sinks=True,
-        rotation="hadamard", center=True, holes=((2, 1),),
+        rotation="hadamard", center=True, holes=((2, 1),), sink_tokens=3, sink_first=(0, 4, 24),
     ),
 }  # fmt: skip
 OPTION_SHAPES: dict[str, dict[str, Any]] = {"three_rows": dict(lens=(9, 40, 53), group=2, head_dim=32, q_len=3)}

@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 import torch
 
-from hf_int8_paged.kernels import KvCacheQuant
+from hf_int8_paged.kernels import KvCacheQuant, SinkTokens
 
 ROOT = Path(__file__).parents[2]
 sys.path.append(str(ROOT / "eval"))
@@ -124,16 +124,20 @@ def test_every_kernel_compiles_ahead_of_time(gpu: str, variant: str) -> None:
     new = [torch.empty(2, 2, q_len, dim, dtype=dtype) for dim in (head_dim, v_head_dim)]
     q, out = (torch.empty(2, heads, q_len, dim, dtype=dtype) for dim in (head_dim, v_head_dim))
     absent: dict[str, Any] = dict.fromkeys(("kv_start", "key_mask", "window", "softcap", "sinks"))
+    rows = [torch.empty(2, 2, 3, dim, dtype=dtype) for dim in (head_dim, v_head_dim)]
+    sink_tokens = SinkTokens(*rows, lens, lens, lens, limit=3)
     with compiling_for(TARGETS[gpu]) as compiled:
         launch_append(*new, cache, table, lens)
         for integer in (True, False):
             launch_decode(
                 out, q, cache, table, lens, 0.1,
-                key_mask_start=0, chip=Chip(gpu, 100), integer=integer, **{**absent, **options},
+                key_mask_start=0, sink_tokens=sink_tokens if integer else None, chip=Chip(gpu, 100), integer=integer,
+                **{**absent, **options},
             )  # fmt: skip
         seen = {name: options.get(name) for name in ("kv_start", "key_mask", "window", "softcap", "sinks")}
-        launch_extend(out, q, *new, cache, table, lens, 0.1, **seen)
-    names = ["append_kernel", *2 * ["decode_kernel", "reduce_kernel"], "extend_kernel"]
+        for held in (sink_tokens, None):
+            launch_extend(out, q, *new, cache, table, lens, 0.1, **seen, sink_tokens=held)
+    names = ["append_kernel", *2 * ["decode_kernel", "reduce_kernel"], *2 * ["extend_kernel"]]
     assert [name for name, _ in compiled] == names
     binary = "hsaco" if gpu == "gfx942" else "cubin"
     assert all(kernel.asm[binary] for _, kernel in compiled)
@@ -166,7 +170,9 @@ def test_launches_read_nothing_from_the_device(variant: str, monkeypatch: pytest
         )
         assert out.device.type == "cuda"
         triton_backend.append(*new, cache, table, lens)
-        triton_backend.decode(out, q, cache, table, lens, 0.1, kv_start, key_mask, 0, window, softcap, sinks)
-        triton_backend.extend(out, q, *new, cache, table, lens, 0.1, kv_start, key_mask, window, softcap, sinks)
+        rows = [torch.empty(2, 2, 3, dim, dtype=dtype) for dim in (head_dim, v_head_dim)]
+        held = SinkTokens(*rows, lens, lens, lens, limit=3)
+        triton_backend.decode(out, q, cache, table, lens, 0.1, kv_start, key_mask, 0, window, softcap, sinks, held)
+        triton_backend.extend(out, q, *new, cache, table, lens, 0.1, kv_start, key_mask, window, softcap, sinks, held)
     assert [name for name, _ in launches] == ["append_kernel", "decode_kernel", "reduce_kernel", "extend_kernel"]
     assert all(type(size) is int for _, grid in launches for size in grid)

@@ -159,7 +159,7 @@ def test_extend_reads_no_single_bytes_and_does_not_spill_in_its_loop(chip: str, 
     from _machine_code import MULTIPROCESSORS, audit_cubin
     from _triton_offline import TARGETS, compiling_for
 
-    from hf_int8_paged.kernels import KvCacheQuant
+    from hf_int8_paged.kernels import KvCacheQuant, SinkTokens
     from hf_int8_paged.kernels.triton_extend import launch_extend
 
     slots = (2, 64, 16)
@@ -170,7 +170,10 @@ def test_extend_reads_no_single_bytes_and_does_not_spill_in_its_loop(chip: str, 
     q, new = (torch.empty(2, heads, 100, head_dim, dtype=torch.float16) for heads in (8, 2))
     table, lens = torch.empty(2, 64, dtype=torch.int32), torch.empty(2, dtype=torch.int32)
     with compiling_for(TARGETS[chip]) as compiled:
-        launch_extend(torch.empty_like(q), q, new, new, cache, table, lens, 0.1, None, None, None, None, None)
+        launch_extend(
+            torch.empty_like(q), q, new, new, cache, table, lens, 0.1, None, None, None, None, None,
+            SinkTokens(new[:, :, :1].contiguous(), new[:, :, :1].contiguous(), lens, lens, lens, limit=1),
+        )  # fmt: skip
     figures = audit_cubin(compiled[0][1], MULTIPROCESSORS[chip])
     assert 1 not in figures["loop_loads_by_bytes_per_thread"]
     assert figures["spill_instructions_in_loop"] == 0
@@ -180,7 +183,7 @@ def test_launchers_take_little_time_beside_the_launch(monkeypatch: pytest.Monkey
     """Append and decode of one layer, launching nothing: at most 15 us, in the fastest of many rounds."""
     from triton.runtime.jit import JITFunction
 
-    from hf_int8_paged.kernels import KvCacheQuant, triton_backend
+    from hf_int8_paged.kernels import KvCacheQuant, SinkTokens, triton_backend
     from hf_int8_paged.kernels.triton_tuning import Chip
 
     monkeypatch.setattr(JITFunction, "run", lambda self, *args, **kwargs: None)
@@ -193,8 +196,10 @@ def test_launchers_take_little_time_beside_the_launch(monkeypatch: pytest.Monkey
     new, q = torch.empty(1, 8, 1, 128), torch.empty(1, 32, 1, 128)
     out, table, lens = torch.empty_like(q), torch.zeros(1, 64, dtype=torch.int32), torch.zeros(1, dtype=torch.int32)
 
+    held = SinkTokens(new, new, lens, lens, lens, limit=1)
+
     def layer() -> None:
         triton_backend.append(new, new, cache, table, lens)
-        triton_backend.decode(out, q, cache, table, lens, 0.1, None, None, 0, None, None, None)
+        triton_backend.decode(out, q, cache, table, lens, 0.1, None, None, 0, None, None, None, held)
 
     assert min(timeit.repeat(layer, number=50, repeat=200)) / 50 <= 15e-6

@@ -42,7 +42,7 @@ def test_nothing_is_tuned_unless_asked_for_and_possible(
         monkeypatch.setenv("HF_INT8_PAGED_TUNE", asked_for)
     monkeypatch.setattr(torch.cuda, "is_available", lambda: gpu)
     timer = Timer(Config(128, 2))
-    assert config_for(CHIP, 200, 4, False, timer) == Config(208)
+    assert config_for(CHIP, 200, 4, False, timer) == Config(240)
     assert config_for(CHIP, 128, 4, False, timer) == Config()
     assert config_for(Chip("gfx942", 304), 128, 1, True, timer) == Config()
     assert not timer.asked

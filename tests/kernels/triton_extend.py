@@ -16,7 +16,10 @@ pytestmark = on_the_device
 
 def extend_by_gathering(case: Case, q: torch.Tensor, k_new: torch.Tensor, v_new: torch.Tensor) -> torch.Tensor:
     """Attention of a chunk over a dense copy of the past and over itself, in float64, on the CPU."""
-    past_k, past_v = gather_dense(case.cache, case.block_table, case.context_lens, backend="reference")
+    held = case.options.get("sink_tokens")
+    past_k, past_v = gather_dense(
+        case.cache, case.block_table, case.context_lens, sink_tokens=held, backend="reference"
+    )
     chunk, group = q.shape[2], q.shape[1] // k_new.shape[1]
     window, softcap, kv_start, key_mask, sinks = (
         case.options.get(name) for name in ("window", "softcap", "kv_start", "key_mask", "sinks")
@@ -39,6 +42,8 @@ def extend_by_gathering(case: Case, q: torch.Tensor, k_new: torch.Tensor, v_new:
             visible &= keys > positions - window
         if kv_start is not None:
             visible &= keys >= kv_start[b].cpu()
+        if held is not None:
+            visible &= keys >= held.first[b].cpu()
         if key_mask is not None:
             columns = key_mask[b].cpu()
             visible &= torch.cat([columns, columns.new_zeros(past + chunk)])[: past + chunk]
@@ -59,7 +64,7 @@ def check_extend(case: Case, chunk: int, dtype: torch.dtype, tolerance: float) -
     v_new = torch.randn(batch, chunk, cache.num_kv_heads, cache.v_head_dim, generator=rng).to(device, dtype)
     v_new = v_new.transpose(1, 2)
     out = torch.full((batch, heads, chunk, cache.v_head_dim), torch.nan, dtype=dtype, device=device)
-    names = ("kv_start", "key_mask", "window", "softcap", "sinks")
+    names = ("kv_start", "key_mask", "window", "softcap", "sinks", "sink_tokens")
     options = [case.options.get(name) for name in names]
     triton_backend.extend(out, q, k_new, v_new, cache, case.block_table, case.context_lens, case.scale, *options)
     want = extend_by_gathering(case, q, k_new, v_new)
@@ -75,8 +80,21 @@ def check_extend(case: Case, chunk: int, dtype: torch.dtype, tolerance: float) -
         ((200, 64), 130, {"window": 90, "head_dim": 80, "v_head_dim": 48, "rotation": "hadamard", "center": True}),
         ((100, 20), 50, {"softcap": 5.0, "sinks": True, "center": True, "kv_start": (3, 30)}),
         ((700,), 300, {"group": 1, "head_dim": 32, "block_size": 128}),
+        ((70, 33), 40, {"rotation": "hadamard", "center": True, "sink_tokens": 1}),
+        ((90, 43), 40, {"center": True, "softcap": 5.0, "sinks": True, "sink_tokens": 16, "sink_first": (0, 29)}),
+        ((9, 20), 50, {"window": 24, "rotation": "hadamard", "sink_tokens": 7, "kv_start": (2, 0)}),
     ],
-    ids=["one_token", "ragged", "rotated_and_centred", "window", "softcap_sinks_left_padding", "long"],
+    ids=[
+        "one_token",
+        "ragged",
+        "rotated_and_centred",
+        "window",
+        "softcap_sinks_left_padding",
+        "long",
+        "sink_token",
+        "sink_tokens_left_padding",
+        "sink_tokens_leave_the_window",
+    ],
 )
 def test_extend_equals_gather_and_dense_attention(past: tuple[int, ...], chunk: int, options: dict) -> None:
     # float32 sums of some hundred terms
@@ -92,7 +110,9 @@ def test_keys_outside_the_mask_are_not_seen(columns: int) -> None:
     check_extend(case, 70, torch.float32, 1e-5)
 
 
-EVERYTHING = {"window": 50, "softcap": 3.0, "sinks": True, "center": True, "rotation": "hadamard"}
+EVERYTHING = {
+    "window": 50, "softcap": 3.0, "sinks": True, "center": True, "rotation": "hadamard", "sink_tokens": 2,
+}  # fmt: skip
 
 
 #: Tiles hold 32 rows of query, 64 tokens, and blocks 16 tokens: sizes on both sides of each boundary.

@@ -18,15 +18,23 @@ int64_t int8_paged_gather(const Layer *, const GatherCall *);
 typedef struct {
     int64_t heads, group, head_dim, v_head_dim, block_size, q_len, length, window;
     double softcap;
-    int rotate, center, mask, sinks, start;
+    int rotate, center, mask, sinks, start, sink_tokens;
 } Shape;
 
 static const Shape shapes[] = {
-    {1, 1, 64, 64, 16, 1, 1, 0, 0, 0, 0, 0, 0, 0},      {3, 3, 64, 64, 16, 1, 70, 0, 0, 1, 0, 0, 0, 0},
-    {2, 4, 128, 128, 16, 1, 333, 0, 0, 1, 1, 0, 0, 0},  {1, 8, 96, 40, 32, 1, 200, 0, 0, 0, 0, 0, 0, 0},
-    {2, 2, 80, 96, 48, 3, 131, 50, 0, 1, 0, 1, 0, 0},   {1, 7, 256, 36, 16, 2, 90, 0, 5, 0, 1, 0, 1, 9},
-    {1, 16, 32, 32, 16, 16, 51, 0, 0, 1, 0, 0, 0, 0},   {2, 1, 64, 64, 16, 1, 3001, 0, 0, 1, 0, 0, 0, 0},
-    {1, 5, 64, 128, 64, 2, 1500, 1, 0, 0, 0, 0, 1, 0},  {2, 3, 36, 4, 16, 1, 100, 33, 2, 1, 1, 1, 1, 20},
+    {1, 1, 64, 64, 16, 1, 1, 0, 0, 0, 0, 0, 0, 0, 0},
+    {3, 3, 64, 64, 16, 1, 70, 0, 0, 1, 0, 0, 0, 0, 0},
+    {2, 4, 128, 128, 16, 1, 333, 0, 0, 1, 1, 0, 0, 0, 0},
+    {1, 8, 96, 40, 32, 1, 200, 0, 0, 0, 0, 0, 0, 0, 0},
+    {2, 2, 80, 96, 48, 3, 131, 50, 0, 1, 0, 1, 0, 0, 0},
+    {1, 7, 256, 36, 16, 2, 90, 0, 5, 0, 1, 0, 1, 9, 0},
+    {1, 16, 32, 32, 16, 16, 51, 0, 0, 1, 0, 0, 0, 0, 0},
+    {2, 1, 64, 64, 16, 1, 3001, 0, 0, 1, 0, 0, 0, 0, 0},
+    {1, 5, 64, 128, 64, 2, 1500, 1, 0, 0, 0, 0, 1, 0, 0},
+    {2, 3, 36, 4, 16, 1, 100, 33, 2, 1, 1, 1, 1, 20, 0},
+    {3, 3, 64, 64, 16, 1, 70, 0, 0, 1, 1, 0, 0, 0, 1},
+    {2, 3, 36, 40, 16, 3, 100, 0, 2, 1, 1, 1, 1, 2, 5},
+    {1, 4, 256, 96, 32, 2, 1500, 1499, 0, 1, 1, 0, 0, 0, 16},
 };
 
 static uint64_t state = 88172645463325252u;
@@ -69,6 +77,17 @@ static int same_bits(const Layer *a, const Layer *b)
     const size_t slots = (size_t)(a->num_kv_heads * a->num_blocks * a->block_size);
     return !memcmp(a->k, b->k, slots * (size_t)a->head_dim) && !memcmp(a->v, b->v, slots * (size_t)a->v_head_dim) &&
            !memcmp(a->k_scales, b->k_scales, slots * 2) && !memcmp(a->v_scales, b->v_scales, slots * 2);
+}
+
+/* The first tokens as they are: their rows [heads, count, dim], and in the dense copy; what the blocks hold of them is
+ * poisoned. */
+static float *keep_first(const Shape *s, const float *x, float *dense, int64_t dim)
+{
+    float *rows = malloc((size_t)(s->heads * s->sink_tokens * dim + 1) * sizeof *rows);
+    for (int64_t head = 0; head < s->heads; head++)
+        for (int64_t i = 0; i < s->sink_tokens * dim; i++)
+            rows[head * s->sink_tokens * dim + i] = dense[head * s->length * dim + i] = x[head * s->length * dim + i];
+    return rows;
 }
 
 /* Largest error of `out`, in units of the largest |v|. */
@@ -125,7 +144,7 @@ static int check(const Shape *s, const char *isa)
                                {0, s->length * s->v_head_dim, s->v_head_dim},
                                DTYPE_FLOAT32, 1, s->length, before};
     const GatherCall gather = {k_dense, v_dense, DTYPE_FLOAT32, 1, 0, s->length, after};
-    const DecodeCall decode = {out, q,
+    DecodeCall decode = {out, q,
                                {0, s->q_len * s->v_head_dim, s->v_head_dim},
                                {0, s->q_len * s->head_dim, s->head_dim},
                                DTYPE_FLOAT32, 1, s->heads * s->group, s->q_len, after, 1 / sqrt((double)s->head_dim),
@@ -138,13 +157,21 @@ static int check(const Shape *s, const char *isa)
     failed |= int8_paged_gather(&portable, &gather) != OK;
     int8_paged_select_isa(isa);
     failed |= int8_paged_append(&layer, &append) != OK || !same_bits(&layer, &portable);
+    const int32_t none = 0, kept = s->sink_tokens;
+    float *k_first = keep_first(s, k, k_dense, s->head_dim), *v_first = keep_first(s, v, v_dense, s->v_head_dim);
+    if (kept) decode.sink_tokens = (SinkTokens){k_first, v_first, &none, &none, &kept, kept, DTYPE_FLOAT32};
+    for (int64_t j = 0; j < kept * s->heads; j++) {
+        const int64_t head = j / kept, slot = j % kept;
+        layer.k_scales[(head * blocks + ids[0]) * s->block_size + slot] = 0x7e00;
+        layer.v_scales[(head * blocks + ids[0]) * s->block_size + slot] = 0x7e00;
+    }
     failed |= int8_paged_decode(&layer, &decode) != OK;
     const double error = error_of(s, &decode, k_dense, v_dense, q, out);
     failed |= !(error <= 1e-4);
     printf("%-10s heads %ld group %ld dims %ld/%ld block %ld q_len %ld length %-4ld error %.1e %s\n", isa, (long)s->heads,
            (long)s->group, (long)s->head_dim, (long)s->v_head_dim, (long)s->block_size, (long)s->q_len, (long)s->length,
            error, failed ? "FAILED" : "ok");
-    void *all[] = {ids, center, sinks, k, v, q, out, k_dense, v_dense, mask, layer.k, layer.v, layer.k_scales,
+    void *all[] = {k_first, v_first, ids, center, sinks, k, v, q, out, k_dense, v_dense, mask, layer.k, layer.v, layer.k_scales,
                    layer.v_scales, portable.k, portable.v, portable.k_scales, portable.v_scales};
     for (size_t i = 0; i < sizeof all / sizeof *all; i++) free(all[i]);
     return failed;

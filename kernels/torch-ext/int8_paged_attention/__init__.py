@@ -16,9 +16,11 @@ from .checks import (
     check_destinations,
     check_geometry,
     check_lengths,
+    check_sink_tokens,
     check_tensor,
 )
 from .conditioning import ROTATIONS, mean_key
+from .sink_tokens import MAX_SINK_TOKENS, SinkTokens
 from .storage import TILE_ORDERS, KvCacheQuant
 
 __all__ = [
@@ -26,9 +28,11 @@ __all__ = [
     "FLOAT_DTYPES",
     "MAX_DECODE_ROWS",
     "MAX_HEAD_DIM",
+    "MAX_SINK_TOKENS",
     "ROTATIONS",
     "TILE_ORDERS",
     "KvCacheQuant",
+    "SinkTokens",
     "alloc_paged_int8_layer",
     "copy_blocks",
     "gather_dense",
@@ -159,6 +163,7 @@ def int8_paged_decode_attention(
     window: int | None = None,
     softcap: float | None = None,
     sinks: torch.Tensor | None = None,
+    sink_tokens: SinkTokens | None = None,
     out: torch.Tensor | None = None,
     backend: str | None = None,
 ) -> torch.Tensor:
@@ -170,6 +175,8 @@ def int8_paged_decode_attention(
     * ``j >= kv_start[b]``, if given;
     * ``j > p - window``, if given;
     * ``key_mask[b, j - key_mask_start]``, if given; columns outside the mask count as False.
+
+    With ``sink_tokens`` the first tokens are read from there, in full precision, whether or not the table has them.
 
     ``out = softmax(softcap * tanh(scale * q.k / softcap)) . v``, with the head's sink logit in the
     softmax's denominator. A row that sees no key is 0. A key or value row that held NaN or infinity makes the
@@ -188,6 +195,7 @@ def int8_paged_decode_attention(
         window: sliding window in tokens, the row's own position included.
         softcap: bound on the scores, as in Gemma 2.
         sinks: ``[num_q_heads]`` logits, as in gpt-oss.
+        sink_tokens: first tokens in full precision (`SinkTokens`).
         out: ``[batch, num_q_heads, q_len, v_head_dim]`` of q's dtype to write to, last axis contiguous.
         backend: name of the backend to use instead of the storage's own: only ``"reference"`` reads others' tiles. It
             also takes a float64 q and then computes in float64.
@@ -226,6 +234,8 @@ def int8_paged_decode_attention(
         check_tensor(key_mask, "key_mask", shape=(batch, None), dtypes=(torch.bool,), device=device)
     if sinks is not None:
         check_tensor(sinks, "sinks", shape=(num_q_heads,), dtypes=dtypes, device=device)
+    if sink_tokens is not None:
+        check_sink_tokens(sink_tokens, cache, batch)
     if window is not None and window < 1:
         raise ValueError(f"window must be at least 1, got {window}")
     if softcap is not None and not softcap > 0:
@@ -238,8 +248,9 @@ def int8_paged_decode_attention(
         if out.stride(-1) != 1:
             raise ValueError(f"out must be contiguous in its last axis, got stride {out.stride(-1)}")
     module.decode(
-        out, q, cache, block_table, context_lens, scale, kv_start, key_mask, key_mask_start, window, softcap, sinks
-    )
+        out, q, cache, block_table, context_lens, scale, kv_start, key_mask, key_mask_start, window, softcap, sinks,
+        sink_tokens,
+    )  # fmt: skip
     return out
 
 
@@ -251,6 +262,7 @@ def gather_dense(
     start: int = 0,
     stop: int | None = None,
     dtype: torch.dtype = torch.float32,
+    sink_tokens: SinkTokens | None = None,
     backend: str | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Dequantize positions ``start`` to ``stop`` of every sequence, as the model computed them: rotation and key
@@ -264,6 +276,7 @@ def gather_dense(
         start: first position.
         stop: position after the last; default all that the table covers.
         dtype: of the result.
+        sink_tokens: first tokens in full precision, which take their places.
         backend: name of the backend to use instead of the storage's own: only ``"reference"`` reads others' tiles.
 
     Returns:
@@ -283,7 +296,10 @@ def gather_dense(
         raise ValueError(f"need 0 <= start <= stop <= {capacity} (what block_table covers), got {start} and {stop}")
     if dtype not in FLOAT_DTYPES:
         raise ValueError(f"dtype must be float32, float16 or bfloat16, got {dtype}")
-    return _backend_of(cache, backend).gather(cache, block_table, lens, start, stop, dtype)
+    if sink_tokens is not None:
+        check_sink_tokens(sink_tokens, cache, len(block_table))
+    k, v = _backend_of(cache, backend).gather(cache, block_table, lens, start, stop, dtype)
+    return (k, v) if sink_tokens is None else sink_tokens.put_both(k, v, start)
 
 
 def copy_blocks(cache: KvCacheQuant, src: torch.Tensor, dst: torch.Tensor, *, backend: str | None = None) -> None:

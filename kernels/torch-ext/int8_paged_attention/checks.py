@@ -6,6 +6,9 @@ from collections.abc import Sequence
 
 import torch
 
+from .sink_tokens import MAX_SINK_TOKENS, SinkTokens
+from .storage import KvCacheQuant
+
 #: dtypes of keys, values and queries that every backend takes.
 FLOAT_DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 #: Widest rows that a layer may hold; latents of multi-head latent attention have 512 elements.
@@ -78,3 +81,28 @@ def check_lengths(lengths: torch.Tensor, name: str, capacity: int, *, new_tokens
             wrong = lowest if lowest < 0 else highest
             more = f" plus {new_tokens} new tokens" if new_tokens else ""
             raise ValueError(f"{name} must be between 0 and {capacity} (what block_table covers), got {wrong}{more}")
+
+
+def check_sink_tokens(sink_tokens: SinkTokens, cache: KvCacheQuant, batch: int) -> None:
+    """Check full-precision first tokens; their places only where they are on the host."""
+    k, v, row, first, stop, limit = sink_tokens
+    rows = (None, cache.num_kv_heads, None)
+    check_tensor(k, "sink_tokens.k", shape=(*rows, cache.head_dim), dtypes=FLOAT_DTYPES, device=cache.device)
+    if not 1 <= k.shape[2] <= MAX_SINK_TOKENS:
+        raise ValueError(f"sink_tokens.k must hold 1 to {MAX_SINK_TOKENS} tokens per sequence, got {k.shape[2]}")
+    check_tensor(v, "sink_tokens.v", shape=(*k.shape[:3], cache.v_head_dim), dtypes=(k.dtype,), device=cache.device)
+    for name, x in (("k", k), ("v", v)):
+        if not x.is_contiguous():
+            raise ValueError(f"sink_tokens.{name} must be contiguous, got strides {x.stride()}")
+    for name, x in (("row", row), ("first", first), ("stop", stop)):
+        check_tensor(x, f"sink_tokens.{name}", shape=(batch,), dtypes=(torch.int32,), device=cache.device)
+        if not x.is_contiguous():
+            raise ValueError(f"sink_tokens.{name} must be contiguous, got strides {x.stride()}")
+    if cache.device.type == "cpu" and batch:
+        if int(row.min()) < 0 or int(row.max()) >= len(k):
+            raise ValueError(f"sink_tokens.row must be between 0 and {len(k) - 1}, got {row.tolist()}")
+        if int(first.min()) < 0 or int((stop - first).max()) > k.shape[2] or int(stop.max()) > limit:
+            raise ValueError(
+                f"sink_tokens: first must not be negative and stop at most first + {k.shape[2]} and limit = {limit}, "
+                f"got first = {first.tolist()} and stop = {stop.tolist()}"
+            )

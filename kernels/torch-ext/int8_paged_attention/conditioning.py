@@ -43,16 +43,18 @@ def hadamard(x: torch.Tensor) -> torch.Tensor:
     return y * torch.tensor(1 / math.sqrt(n), dtype=x.dtype, device=x.device)
 
 
-def mean_key(k: torch.Tensor) -> torch.Tensor:
+def mean_key(k: torch.Tensor, tokens: torch.Tensor | None = None) -> torch.Tensor:
     """Mean of key rows ``[batch, num_kv_heads, tokens, head_dim]``, float32 ``[num_kv_heads, head_dim]``.
 
     Rows with NaN or infinity are left out: a fault in one row, or what attention made of padding, must not reach
-    others.
+    others. So are those of padding, False in ``tokens``, bool ``[batch, tokens]``.
     """
     rows = k.detach().to(torch.float32)
-    finite = torch.isfinite(rows).all(dim=-1, keepdim=True)
-    total = torch.where(finite, rows, 0.0).sum(dim=(0, 2))
-    return total / finite.sum(dim=(0, 2)).clamp(min=1)
+    counted = torch.isfinite(rows).all(dim=-1, keepdim=True)
+    if tokens is not None:
+        counted &= tokens[:, None, :, None]
+    total = torch.where(counted, rows, 0.0).sum(dim=(0, 2))
+    return total / counted.sum(dim=(0, 2)).clamp(min=1)
 
 
 def condition_keys(k: torch.Tensor, cache: KvCacheQuant) -> torch.Tensor:

@@ -16,6 +16,7 @@ import torch
 from . import cpu_library
 from .checks import MAX_NATIVE_HEAD_DIM, check_block_ids, check_lengths
 from .cpu_memory import empty
+from .sink_tokens import SinkTokens
 from .storage import KvCacheQuant
 
 __all__ = [
@@ -42,7 +43,7 @@ _DTYPES = {torch.float32: 0, torch.float16: 1, torch.bfloat16: 2}
 # The structs of cpu_src/int8_paged.h; pointers are integers.
 _pack_layer = struct.Struct("=11q").pack
 _pack_append = struct.Struct("=15q").pack
-_pack_decode = struct.Struct("=16qd6qdq").pack
+_pack_decode = struct.Struct("=16qd6qd8q").pack
 _pack_gather = struct.Struct("=10q").pack
 
 
@@ -109,6 +110,7 @@ def decode(
     window: int | None,
     softcap: float | None,
     sinks: torch.Tensor | None,
+    sink_tokens: SinkTokens | None = None,
 ) -> None:
     batch, num_q_heads, q_len, _ = q.shape
     q_batch, q_head, q_row, q_last = q.stride()
@@ -128,6 +130,12 @@ def decode(
     if sinks is not None:
         sinks = sinks.to(torch.float32).contiguous()
         sink_logits = sinks.data_ptr()
+    first_tokens = (0,) * 7
+    if sink_tokens is not None:
+        k, v, row, first, stop, _ = sink_tokens
+        first_tokens = (
+            k.data_ptr(), v.data_ptr(), row.data_ptr(), first.data_ptr(), stop.data_ptr(), k.shape[2], _DTYPES[k.dtype]
+        )  # fmt: skip
     error = _LIBRARY.decode(
         _layer(cache),
         _pack_decode(
@@ -135,6 +143,7 @@ def decode(
             _DTYPES[q.dtype], batch, num_q_heads, q_len,
             block_table.data_ptr(), ids_stride, block_table.shape[1], context_lens.data_ptr(),
             scale, starts, mask, mask_stride, mask_columns, key_mask_start, window or 0, softcap or 0.0, sink_logits,
+            *first_tokens,
         ),
     )  # fmt: skip
     if error:

@@ -11,6 +11,7 @@ from .conditioning import (
     restore_keys,
     restore_output,
 )
+from .sink_tokens import SinkTokens
 from .storage import KvCacheQuant, tiles_to_rows, write_rows
 
 NAME = "reference"
@@ -127,6 +128,7 @@ def decode(
     window: int | None,
     softcap: float | None,
     sinks: torch.Tensor | None,
+    sink_tokens: SinkTokens | None = None,
 ) -> None:
     batch, num_q_heads, q_len, head_dim = q.shape
     group = num_q_heads // cache.num_kv_heads
@@ -135,20 +137,31 @@ def decode(
     k, k_scales, present = gather_quantized(cache, block_table, context_lens, 0, length, values=False)
     v, v_scales, _ = gather_quantized(cache, block_table, context_lens, 0, length, values=True)
     q_rows = q.to(compute).reshape(batch, cache.num_kv_heads, group, q_len, head_dim)
-    k_dense = (k.to(compute) * k_scales[..., None].to(compute))[:, :, None]  # [batch, kv_heads, 1, length, head_dim]
-    scores = scale * (
-        condition_query(q_rows, cache) @ k_dense.transpose(-1, -2)
-    )  # [batch, kv_heads, group, q_len, length]
+    k_dense = k.to(compute) * k_scales[..., None].to(compute)
+    # 0 * NaN is NaN: a faulty value row may reach only the queries that see it.
+    v_faulty = ~v_scales.isfinite()
+    v_dense = v.to(compute) * v_scales.masked_fill(v_faulty, 0.0)[..., None].to(compute)
+    keys = torch.arange(length, device=q.device)
+    if sink_tokens is not None:
+        k_sink, v_sink = sink_tokens.k.to(compute), sink_tokens.v.to(compute)
+        k_sound, v_sound = (x.isfinite().all(-1, keepdim=True) for x in (k_sink, v_sink))
+        sink_tokens.put_into(k_dense, condition_keys(k_sink.masked_fill(~k_sound, torch.nan), cache), 0)
+        sink_tokens.put_into(v_dense, condition_values(v_sink.masked_fill(~v_sound, 0.0), cache), 0)
+        sink_tokens.put_into(v_faulty[..., None], ~v_sound, 0)
+        present |= sink_tokens.covers(keys)
+    # [batch, kv_heads, group, q_len, length]
+    scores = scale * (condition_query(q_rows, cache) @ k_dense[:, :, None].transpose(-1, -2))
     if cache.key_center is not None:
         scores = scores + scale * (q_rows @ cache.key_center.to(compute)[:, None, :, None])
     if softcap is not None:
         scores = softcap * torch.tanh(scores / softcap)
 
-    keys = torch.arange(length, device=q.device)
     positions = context_lens[:, None] - q_len + torch.arange(q_len, device=q.device)  # [batch, q_len]
     visible = present[:, None] & (keys <= positions[..., None])  # [batch, q_len, length]
     if kv_start is not None:
         visible &= keys >= kv_start[:, None, None]
+    if sink_tokens is not None:
+        visible &= keys >= sink_tokens.first[:, None, None]
     if window is not None:
         visible &= keys > positions[..., None] - window
     if key_mask is not None:
@@ -171,9 +184,6 @@ def decode(
     if sinks is not None:
         total = total + torch.exp(sink - highest)
     weights = weights / total.masked_fill(total == 0, 1.0)
-    # 0 * NaN is NaN: a faulty value row may reach only the queries that see it.
-    v_faulty = ~v_scales.isfinite()
-    v_dense = v.to(compute) * v_scales.masked_fill(v_faulty, 0.0)[..., None].to(compute)
     result = weights @ v_dense[:, :, None]
     sees_fault = (visible & v_faulty[:, :, None, None]).any(-1, keepdim=True)
     result = result.masked_fill(sees_fault, torch.nan)

@@ -13,6 +13,7 @@ import triton
 
 from .checks import MAX_NATIVE_HEAD_DIM
 from .reference import copy, empty, gather
+from .sink_tokens import SinkTokens
 from .storage import KvCacheQuant
 from .triton_append import launch_append
 from .triton_decode import launch_decode
@@ -83,6 +84,7 @@ def decode(
     window: int | None,
     softcap: float | None,
     sinks: torch.Tensor | None,
+    sink_tokens: SinkTokens | None = None,
 ) -> None:
     if not out.numel():
         return
@@ -93,7 +95,7 @@ def decode(
     exact = _interpretable(out)
     launch_decode(
         exact, q, cache, block_table, context_lens, scale, kv_start, key_mask, key_mask_start, window, softcap, sinks,
-        chip=chip, integer=multiplies_int8(chip),
+        sink_tokens, chip=chip, integer=multiplies_int8(chip),
     )  # fmt: skip
     if exact is not out:
         out.copy_(exact)
@@ -113,14 +115,16 @@ def extend(
     window: int | None,
     softcap: float | None,
     sinks: torch.Tensor | None,
+    sink_tokens: SinkTokens | None = None,
 ) -> None:
     """Attention of a chunk over the past in the blocks and over itself; the arguments are `launch_extend`'s."""
     if not out.numel():
         return
     exact, q, k_new, v_new = (_interpretable(x) for x in (out, q, k_new, v_new))
     launch_extend(
-        exact, q, k_new, v_new, cache, block_table, past_lens, scale, kv_start, key_mask, window, softcap, sinks
-    )
+        exact, q, k_new, v_new, cache, block_table, past_lens, scale, kv_start, key_mask, window, softcap, sinks,
+        sink_tokens,
+    )  # fmt: skip
     if exact is not out:
         out.copy_(exact)
 

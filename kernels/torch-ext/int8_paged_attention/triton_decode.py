@@ -10,6 +10,7 @@ import torch
 import triton
 
 from .conditioning import hadamard_block
+from .sink_tokens import SinkTokens
 from .storage import KvCacheQuant
 from .triton_join import launch_join
 from .triton_split import CHUNK, STREAMS, decode_kernel
@@ -67,6 +68,7 @@ def launch_decode(
     window: int | None,
     softcap: float | None,
     sinks: torch.Tensor | None,
+    sink_tokens: SinkTokens | None = None,
     *,
     chip: Chip,
     integer: bool = True,
@@ -83,6 +85,9 @@ def launch_decode(
     kv_heads, num_blocks, block_size, _ = cache.k.shape
     v_dim, table_width = cache.v.shape[3], block_table.shape[1]
     rotated = cache.rotation is not None
+    blocks_start = kv_start
+    if sink_tokens is not None:
+        blocks_start = sink_tokens.stop if kv_start is None else torch.maximum(sink_tokens.stop, kv_start)
     row_tiles, wanted, constants = decode_constants(
         num_q_heads // kv_heads, q_len, head_dim, v_dim, block_size, rotated, integer, chip, config
     )
@@ -101,7 +106,7 @@ def launch_decode(
         cache.key_center if absolute else None,
         block_table,
         context_lens,
-        kv_start,
+        blocks_start,
         key_mask,
         float(scale),
         float(softcap or 0.0),
@@ -122,7 +127,10 @@ def launch_decode(
         HAS_SOFTCAP=softcap is not None,
         **constants,
     )
-    launch_join(out, sums, sinks, splits, rotated)
+    launch_join(
+        out, sums, q, cache, context_lens, scale, kv_start, key_mask, key_mask_start, window, softcap, sinks,
+        sink_tokens, splits,
+    )  # fmt: skip
 
 
 def time_decode(

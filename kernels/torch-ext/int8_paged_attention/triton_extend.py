@@ -2,7 +2,7 @@
 
 The past is read from its blocks, tile by tile, and dequantized in registers; the chunk's own keys and values are taken
 in full precision. The past comes first, in the conditioned domain; then the sums are rotated back once, and the chunk
-follows in the model's own domain.
+follows in the model's own domain, and after it the first tokens in full precision.
 """
 
 from __future__ import annotations
@@ -12,6 +12,7 @@ import triton
 import triton.language as tl
 
 from .conditioning import hadamard_block
+from .sink_tokens import SinkTokens
 from .storage import KvCacheQuant
 from .triton_primitives import LOG2_E, block_ids, exponent_shift, hadamard, tanh
 
@@ -46,6 +47,11 @@ def extend_kernel(
     kv_start_ptr,
     key_mask_ptr,
     sinks_ptr,
+    sink_k_ptr,  # [rows, kv_heads, SINK_TOKENS, HEAD_DIM] or None
+    sink_v_ptr,  # [rows, kv_heads, SINK_TOKENS, V_DIM]
+    sink_row_ptr,  # [batch]
+    sink_first_ptr,
+    sink_stop_ptr,
     scale,
     softcap,
     chunk,
@@ -84,6 +90,7 @@ def extend_kernel(
     BLOCK_SIZE: tl.constexpr,
     ROWS: tl.constexpr,
     TOKENS: tl.constexpr,
+    SINK_TOKENS: tl.constexpr,
     HAS_WINDOW: tl.constexpr,
     HAS_SOFTCAP: tl.constexpr,
 ):
@@ -104,6 +111,8 @@ def extend_kernel(
     first = 0
     if kv_start_ptr is not None:
         first = tl.maximum(tl.load(kv_start_ptr + sequence), 0)
+    if sink_k_ptr is not None:
+        first = tl.maximum(first, tl.load(sink_stop_ptr + sequence))
     position = past + row
     first_seen = first
     if HAS_WINDOW:
@@ -202,6 +211,33 @@ def extend_kernel(
         sums = tl.dot(weights.to(new_dtype), v_new.to(new_dtype), input_precision="ieee")
         acc = acc * decay[:, None] + sums
 
+    if sink_k_ptr is not None:
+        # One by one, as there are few: another product would take registers from the loops.
+        at = (tl.load(sink_row_ptr + sequence).to(tl.int64) * tl.num_programs(1) + head) * SINK_TOKENS
+        sink_first, sink_stop = tl.load(sink_first_ptr + sequence), tl.load(sink_stop_ptr + sequence)
+        for i in range(sink_stop - sink_first):
+            token = sink_first + i
+            seen = row_exists
+            if kv_start_ptr is not None:
+                seen &= token >= tl.load(kv_start_ptr + sequence)
+            if key_mask_ptr is not None:
+                seen &= in_mask(key_mask_ptr + sequence * key_mask_stride, token, key_mask_width)
+            if HAS_WINDOW:
+                seen &= token > position - window
+            k_sink = tl.load(sink_k_ptr + (at + i) * HEAD_DIM + dims, mask=dims < HEAD_DIM, other=0.0).to(tl.float32)
+            v_sink = tl.load(sink_v_ptr + (at + i) * V_DIM + v_dims, mask=v_dims < V_DIM, other=0.0).to(tl.float32)
+            score = tl.sum(q_new.to(tl.float32) * k_sink[None, :], axis=1) * scale
+            # A fault spoils the score, and with it the rows that see it.
+            fault = tl.sum(k_sink * 0.0, axis=0) + tl.sum(v_sink * 0.0, axis=0)
+            score = tl.where(seen, to_base_2(score, softcap, HAS_SOFTCAP) + fault, float("-inf"))
+            new_highest = tl.maximum(highest, score)
+            shift = exponent_shift(new_highest)
+            decay = tl.exp2(highest - shift)
+            highest = new_highest
+            weight = tl.exp2(score - shift)
+            total = total * decay + weight
+            acc = acc * decay[:, None] + weight[:, None] * v_sink[None, :]
+
     if sinks_ptr is not None:
         sink = tl.load(sinks_ptr + q_head, mask=row_exists, other=0.0).to(tl.float32) * LOG2_E
         top = tl.maximum(highest, sink)
@@ -227,6 +263,7 @@ def launch_extend(
     window: int | None,
     softcap: float | None,
     sinks: torch.Tensor | None,
+    sink_tokens: SinkTokens | None = None,
 ) -> None:
     """Attention of a chunk over the past in the blocks and over itself, one launch.
 
@@ -241,6 +278,7 @@ def launch_extend(
         past_lens: int32 ``[batch]`` tokens before the chunk. Blocks past them are not read: whether the chunk has been
             appended already makes no difference.
         key_mask: bool ``[batch, columns]`` over positions from 0, the chunk's included, last axis contiguous.
+        sink_tokens: first tokens in full precision, of q's dtype; all lie in the past.
     """
     batch, num_q_heads, chunk, head_dim = q.shape
     group = num_q_heads // cache.num_kv_heads
@@ -261,6 +299,7 @@ def launch_extend(
         kv_start,
         key_mask,
         sinks,
+        *(sink_tokens[:5] if sink_tokens is not None else (None,) * 5),
         float(scale),
         float(softcap or 0.0),
         chunk,
@@ -288,6 +327,7 @@ def launch_extend(
         BLOCK_SIZE=cache.block_size,
         ROWS=rows,
         TOKENS=tokens,
+        SINK_TOKENS=sink_tokens.num_tokens if sink_tokens is not None else 0,
         HAS_WINDOW=window is not None,
         HAS_SOFTCAP=softcap is not None,
         num_warps=4,

@@ -1,4 +1,4 @@
-"""The second launch of decode attention: it joins the splits of the context."""
+"""The second launch of decode attention: it joins the splits of the context, and first tokens in full precision."""
 
 from __future__ import annotations
 
@@ -10,7 +10,9 @@ import triton
 import triton.language as tl
 
 from .conditioning import hadamard_block
-from .triton_primitives import LOG2_E, exponent_shift, hadamard
+from .sink_tokens import SinkTokens
+from .storage import KvCacheQuant
+from .triton_primitives import LOG2_E, exponent_shift, hadamard, sink_positions, tanh
 
 
 @triton.jit
@@ -24,12 +26,39 @@ def reduce_kernel(
     out_batch_stride,
     out_head_stride,
     out_row_stride,
+    q_ptr,  # [batch, q_heads, q_len, HEAD_DIM]; this and what follows for sink tokens only, None and 0 without
+    sink_k_ptr,  # [rows, kv_heads, SINK_TOKENS, HEAD_DIM]
+    sink_v_ptr,  # [rows, kv_heads, SINK_TOKENS, V_DIM]
+    sink_row_ptr,  # [batch]
+    sink_first_ptr,
+    sink_stop_ptr,
+    key_center_ptr,  # [kv_heads, HEAD_DIM], where scores are only compared and those of the blocks lack its part
+    context_lens_ptr,  # [batch]
+    kv_start_ptr,
+    key_mask_ptr,
+    scale,
+    softcap,
+    key_mask_start,
+    key_mask_width,
+    key_mask_stride,
+    window,
+    q_batch_stride,
+    q_head_stride,
+    q_row_stride,
+    q_dim_stride,
     V_DIM: tl.constexpr,
     DIMS: tl.constexpr,  # V_DIM, rounded up to a power of two
     ROTATED: tl.constexpr,
     SPLIT_TILE: tl.constexpr,
+    GROUP: tl.constexpr,
+    HEAD_DIM: tl.constexpr,
+    K_DIMS: tl.constexpr,
+    SINK_TOKENS: tl.constexpr,
+    SINK_TILE: tl.constexpr,  # SINK_TOKENS, rounded up to a power of two
+    HAS_WINDOW: tl.constexpr,
+    HAS_SOFTCAP: tl.constexpr,
 ):
-    """Join the splits of one query row, apply its sink, divide, rotate back."""
+    """Join the splits of one query row, apply its sink, rotate back, add the sink tokens, divide."""
     row = tl.program_id(0).to(tl.int64)
     head = row // q_len % num_q_heads
     stats_ptr = partial_ptr + tl.num_programs(0).to(tl.int64) * num_splits * V_DIM
@@ -55,31 +84,112 @@ def reduce_kernel(
         total = total * decay + tl.sum(totals * weights, axis=0)
         acc = acc * decay + tl.sum(parts * weights[:, None], axis=0)
         top = new_top
-    out = acc / tl.where(total == 0.0, 1.0, total)
     if ROTATED > 1:
-        out = tl.reshape(hadamard(tl.reshape(out, (1, DIMS)), 1, DIMS, ROTATED), (DIMS,))
+        acc = tl.reshape(hadamard(tl.reshape(acc, (1, DIMS)), 1, DIMS, ROTATED), (DIMS,))
+    if sink_k_ptr is not None:
+        sequence, i = row // (q_len * num_q_heads), row % q_len
+        position = tl.load(context_lens_ptr + sequence) - q_len + i
+        tokens, seen = sink_positions(
+            sequence,
+            sink_first_ptr,
+            sink_stop_ptr,
+            kv_start_ptr,
+            key_mask_ptr,
+            key_mask_start,
+            key_mask_width,
+            key_mask_stride,
+            SINK_TILE,
+        )
+        seen &= tokens <= position
+        if HAS_WINDOW:
+            seen &= tokens > position - window
+        at = tl.load(sink_row_ptr + sequence).to(tl.int64) * (num_q_heads // GROUP) + head // GROUP
+        at = at * SINK_TOKENS + tl.arange(0, SINK_TILE)
+        k_dims = tl.arange(0, K_DIMS)
+        q_row_ptr = q_ptr + sequence * q_batch_stride + head * q_head_stride + i * q_row_stride
+        q = tl.load(q_row_ptr + k_dims * q_dim_stride, mask=k_dims < HEAD_DIM, other=0.0).to(tl.float32)
+        mask = seen[:, None] & (k_dims < HEAD_DIM)[None, :]
+        k = tl.load(sink_k_ptr + at[:, None] * HEAD_DIM + k_dims[None, :], mask=mask, other=0.0).to(tl.float32)
+        mask = seen[:, None] & (dims < V_DIM)[None, :]
+        v = tl.load(sink_v_ptr + at[:, None] * V_DIM + dims[None, :], mask=mask, other=0.0).to(tl.float32)
+        # A fault in a key or a value spoils the score, and with it the rows that see it.
+        fault = tl.sum(k * 0.0, axis=1) + tl.sum(v * 0.0, axis=1)
+        if key_center_ptr is not None:
+            center = tl.load(key_center_ptr + head // GROUP * HEAD_DIM + k_dims, mask=k_dims < HEAD_DIM, other=0.0)
+            k -= center[None, :]
+        scores = tl.sum(k * q[None, :], axis=1) * scale
+        if HAS_SOFTCAP:
+            scores = softcap * tanh(scores / softcap)
+        scores = tl.where(seen, scores * LOG2_E + fault, float("-inf"))
+        new_top = tl.maximum(top, tl.max(scores, axis=0))
+        shift = exponent_shift(new_top)
+        weights = tl.exp2(scores - shift)
+        decay = tl.exp2(top - shift)
+        total = total * decay + tl.sum(weights, axis=0)
+        acc = acc * decay + tl.sum(v * weights[:, None], axis=0)
+    out = acc / tl.where(total == 0.0, 1.0, total)
     out_row_ptr = out_ptr + row // (q_len * num_q_heads) * out_batch_stride + head * out_head_stride
     out_row_ptr += row % q_len * out_row_stride
     tl.store(out_row_ptr + dims, out.to(out_ptr.dtype.element_ty), mask=dims < V_DIM)
 
 
 @functools.lru_cache(maxsize=1024)
-def join_constants(v_dim: int, rotated: bool) -> dict[str, Any]:
+def join_constants(
+    group: int, head_dim: int, v_dim: int, rotated: bool, sink_tokens: int, windowed: bool, capped: bool
+) -> dict[str, Any]:
+    """The kernel's constants and options, worked out once per kind of call."""
     return dict(
         V_DIM=v_dim,
         DIMS=triton.next_power_of_2(v_dim),
         ROTATED=hadamard_block(v_dim) if rotated else 1,
         SPLIT_TILE=16,
+        GROUP=group,
+        HEAD_DIM=head_dim,
+        K_DIMS=triton.next_power_of_2(head_dim),
+        SINK_TOKENS=sink_tokens,
+        SINK_TILE=triton.next_power_of_2(sink_tokens),
+        HAS_WINDOW=windowed,
+        HAS_SOFTCAP=capped,
         num_warps=4,
         enable_fp_fusion=True,
     )
 
 
 def launch_join(
-    out: torch.Tensor, partial: torch.Tensor, sinks: torch.Tensor | None, num_splits: int, rotated: bool
+    out: torch.Tensor,
+    partial: torch.Tensor,
+    q: torch.Tensor,
+    cache: KvCacheQuant,
+    context_lens: torch.Tensor,
+    scale: float,
+    kv_start: torch.Tensor | None,
+    key_mask: torch.Tensor | None,
+    key_mask_start: int,
+    window: int | None,
+    softcap: float | None,
+    sinks: torch.Tensor | None,
+    sink_tokens: SinkTokens | None,
+    num_splits: int,
 ) -> None:
-    """Write ``out`` ``[batch, num_q_heads, q_len, v_head_dim]`` from the sums that the splits have left."""
+    """Write ``out`` ``[batch, num_q_heads, q_len, v_head_dim]`` from the sums that the splits have left in ``partial``.
+
+    The other arguments are those of `reference.decode`, and the number of splits.
+    """
     batch, num_q_heads, q_len, v_dim = out.shape
+    rotated = cache.rotation is not None
+    if sink_tokens is None:
+        for_sink_tokens: tuple = (None,) * 10 + (0.0, 0.0) + (0,) * 8
+        constants = join_constants(1, 1, v_dim, rotated, 1, False, False)
+    else:
+        center = cache.key_center if softcap is None and sinks is None else None
+        mask = (0, 0) if key_mask is None else (key_mask.shape[1], key_mask.stride(0))
+        for_sink_tokens = (
+            q, *sink_tokens[:5], center, context_lens, kv_start, key_mask, float(scale), float(softcap or 0.0),
+            key_mask_start, *mask, window or 0, *q.stride(),
+        )  # fmt: skip
+        group, head_dim = num_q_heads // cache.num_kv_heads, q.shape[3]
+        special = (window is not None, softcap is not None)
+        constants = join_constants(group, head_dim, v_dim, rotated, sink_tokens.num_tokens, *special)
     reduce_kernel[(batch * num_q_heads * q_len,)](
         out,
         partial,
@@ -88,5 +198,6 @@ def launch_join(
         q_len,
         num_splits,
         *out.stride()[:3],
-        **join_constants(v_dim, rotated),
+        *for_sink_tokens,
+        **constants,
     )

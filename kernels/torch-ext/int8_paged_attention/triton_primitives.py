@@ -64,6 +64,30 @@ def block_ids(table_row_ptr, logical, covered, num_blocks):
 
 
 @triton.jit
+def sink_positions(
+    sequence,
+    first_ptr,
+    stop_ptr,
+    kv_start_ptr,
+    key_mask_ptr,
+    key_mask_start,
+    key_mask_width,
+    key_mask_stride,
+    TILE: tl.constexpr,
+):
+    """Positions ``[TILE]`` of a sequence's sink tokens, and which of them exist and are admitted for all rows."""
+    tokens = tl.load(first_ptr + sequence) + tl.arange(0, TILE)
+    seen = tokens < tl.load(stop_ptr + sequence)
+    if kv_start_ptr is not None:
+        seen &= tokens >= tl.load(kv_start_ptr + sequence)
+    if key_mask_ptr is not None:
+        columns = tokens - key_mask_start
+        known = (columns >= 0) & (columns < key_mask_width)
+        seen &= tl.load(key_mask_ptr + sequence * key_mask_stride + columns, mask=known, other=0) != 0
+    return tokens, seen
+
+
+@triton.jit
 def exponent_shift(highest):
     """What to subtract from base-2 scores before exponentiation: their maximum, or 0 where nothing was seen."""
     return tl.where(highest == float("-inf"), 0.0, highest)

@@ -171,9 +171,13 @@ def decode_kernel(
             exists &= tl.load(key_mask_ptr + sequence * key_mask_stride + columns, mask=known, other=0) != 0
             v_scales = tl.where(exists[:, None, :], v_scales, 0.0)
         scores = tl.where(exists[:, None, :], scores, float("-inf"))
-        if (start < first_by_all) | (start + chunk_tokens > oldest + 1):
+        # This comparison, and `first` loaded again with a third term, keep three programs on a multiprocessor of sm_90.
+        if (start < first_by_all) | (oldest < start + chunk_tokens - 1):
             position = oldest + rows % q_len
-            visible = (tokens >= first)[:, None, :] & (tokens[:, None, :] <= position[None, :, None])
+            least = first
+            if third_term and kv_start_ptr is not None:
+                least = tl.load(kv_start_ptr + sequence)
+            visible = (tokens >= least)[:, None, :] & (tokens[:, None, :] <= position[None, :, None])
             if HAS_WINDOW:
                 visible &= tokens[:, None, :] > (position - window)[None, :, None]
             scores = tl.where(visible, scores, float("-inf"))

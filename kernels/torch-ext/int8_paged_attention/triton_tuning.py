@@ -40,9 +40,8 @@ class Config:
 #: would keep a third program from a multiprocessor or spill inside the loop. Chosen for groups of 4; what groups of 1
 #: and 8 make of it stands in docs/gpu_audit.json.
 CONFIGS = {
-    ("sm_90", 128, True): Config(168),
-    ("sm_90", 256, False): Config(208),
-    ("sm_100", 256, False): Config(224),
+    ("sm_90", 256, False): Config(240),
+    ("sm_100", 256, False): Config(248),
 }
 
 

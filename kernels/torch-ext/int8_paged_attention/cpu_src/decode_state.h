@@ -153,8 +153,7 @@ static void load_queries(State *st, const DecodePlan *plan, int64_t sequence, in
         }
         if (layer->rotate) hadamard_row(q, st->head_dim);
         split_query(st, r, q, scale);
-        int64_t first = begin;
-        if (call->kv_start) first = max_i64(first, call->kv_start[sequence]);
+        int64_t first = max_i64(begin, first_in_blocks(call, sequence));
         if (call->window) first = max_i64(first, position - call->window + 1);
         st->first[r] = first;
         st->last[r] = min_i64(end, position + 1);

@@ -10,7 +10,7 @@
 
 #define INT8_PAGED_EXPORT __attribute__((visibility("default")))
 
-enum { MAX_DIM = 256, SUBTILE = 16 };
+enum { MAX_DIM = 256, SUBTILE = 16, MAX_SINK_TOKENS = 16 };
 enum { DTYPE_FLOAT32, DTYPE_FLOAT16, DTYPE_BFLOAT16 };
 enum { OK = 0, BAD_LENGTH = -1, BAD_BLOCK = -2, NO_MEMORY = -3 };
 
@@ -37,6 +37,13 @@ typedef struct {
     Table table; /* lengths: before this call */
 } AppendCall;
 
+/* First tokens in full precision: ../sink_tokens.py. */
+typedef struct {
+    const void *k, *v; /* [rows, num_kv_heads, count, dim], contiguous; NULL: there are none */
+    const int32_t *row, *first, *stop; /* [batch] */
+    int64_t count, dtype;
+} SinkTokens;
+
 typedef struct {
     void *out;
     const void *q;
@@ -50,6 +57,7 @@ typedef struct {
     int64_t window;      /* 0: none */
     double softcap;      /* 0: none */
     const float *sinks;  /* [num_q_heads] or NULL */
+    SinkTokens sink_tokens;
 } DecodeCall;
 
 typedef struct {
@@ -91,11 +99,18 @@ static inline int64_t min_i64(int64_t a, int64_t b) { return a < b ? a : b; }
 static inline int64_t max_i64(int64_t a, int64_t b) { return a > b ? a : b; }
 static inline int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
 
-/* Tokens [*begin, *end) that some query row of a sequence sees, before key_mask. */
+/* First position that is read from the blocks, as far as the call says so for all rows. */
+static inline int64_t first_in_blocks(const DecodeCall *call, int64_t sequence)
+{
+    int64_t first = call->kv_start ? max_i64(call->kv_start[sequence], 0) : 0;
+    return call->sink_tokens.k ? max_i64(first, call->sink_tokens.stop[sequence]) : first;
+}
+
+/* Tokens [*begin, *end) that some query row of a sequence sees in the blocks, before key_mask. */
 static inline void visible_range(const DecodeCall *call, int64_t sequence, int64_t *begin, int64_t *end)
 {
     const int64_t length = call->table.lengths[sequence];
-    int64_t first = call->kv_start ? max_i64(call->kv_start[sequence], 0) : 0;
+    int64_t first = first_in_blocks(call, sequence);
     if (call->window) first = max_i64(first, length - call->q_len - call->window + 1);
     int64_t last = length;
     if (call->key_mask) {
