@@ -142,7 +142,8 @@ def compare(
         model: a causal language model. Its attention implementation is restored afterwards.
         tokenizer: its tokenizer; with a chat template, the prompt becomes a user's message.
         prompt: text.
-        max_new_tokens: most tokens to generate; fewer if the model ends its answer.
+        max_new_tokens: most tokens to generate; fewer if the model ends its answer with `DynamicCache`. With
+            `PagedInt8Cache` it generates as many, so that bytes can be compared.
         on_token: called with the name of the cache for every token.
 
     Raises:
@@ -157,14 +158,15 @@ def compare(
             f"model's {longest}; shorten the prompt or lower --max-new-tokens"
         )
     attention_before = model.config._attn_implementation
-    runs = []
+    runs: list[Run] = []
     try:
         with _quietly():
             for attention, cache_class in (("sdpa", DynamicCache), ("int8_paged", PagedInt8Cache)):
                 model.set_attn_implementation(attention)
                 _generate(model, tokenizer, inputs, cache_class(config=model.config), _WARMUP_TOKENS)
                 cache = cache_class(config=model.config)
-                runs.append(_generate(model, tokenizer, inputs, cache, max_new_tokens, on_token))
+                most, least = (max_new_tokens, 0) if not runs else (len(runs[0].tokens), len(runs[0].tokens) - 1)
+                runs.append(_generate(model, tokenizer, inputs, cache, most, least, on_token))
     finally:
         model.set_attn_implementation(attention_before)
     return Comparison(
@@ -219,12 +221,14 @@ def _generate(
     inputs: Any,
     cache: Cache,
     max_new_tokens: int,
+    min_new_tokens: int = 0,
     on_token: Callable[[str], None] | None = None,
 ) -> Run:
     name = type(cache).__name__
     clock = _Clock((lambda: on_token(name)) if on_token else lambda: None)
     options = {"temperature": None, "top_p": None, "top_k": None, "do_sample": False, "num_beams": 1}
-    out = model.generate(**inputs, past_key_values=cache, max_new_tokens=max_new_tokens, streamer=clock, **options)
+    limits = {"max_new_tokens": max_new_tokens, "min_new_tokens": min_new_tokens}
+    out = model.generate(**inputs, past_key_values=cache, streamer=clock, **limits, **options)
     tokens = out[0, inputs["input_ids"].shape[1] :].tolist()
     steps = [1000 * (b - a) for a, b in zip(clock.times, clock.times[1:])]
     allocated, in_use = kv_bytes(cache)
