@@ -146,10 +146,8 @@ class PagedInt8StaticLayer(CacheLayerMixin):
                 "use one cache per batch size"
             )
         new_tokens = key_states.shape[2]
-        self._in_first_step, self._may_be_empty, self._centered_now = self._may_be_empty, False, False
-        if self._in_first_step and self._sinks is not None:
-            self._sinks.keep(key_states, value_states, None, self.cumulative_length == 0)
         if new_tokens == 1:
+            self._begin_step(key_states, value_states)
             self._append(key_states, value_states, self._lens)
             self._advance(1)
             return self._views(key_states, value_states, self.max_cache_len, fresh=False)
@@ -160,6 +158,7 @@ class PagedInt8StaticLayer(CacheLayerMixin):
                 f"{stop} tokens per sequence asked for, but max_cache_len is {self.max_cache_len}; the cache still "
                 f"holds {start}; shorten the prompt or make a longer cache"
             )
+        self._begin_step(key_states, value_states)
         fresh = start == 0 or new_tokens > MAX_DECODE_ROWS
         if start == 0 and self.storage.key_center is not None and new_tokens >= MIN_CENTER_TOKENS:
             self.storage.key_center.copy_(mean_key(key_states))
@@ -294,6 +293,12 @@ class PagedInt8StaticLayer(CacheLayerMixin):
     def sink_nbytes(self) -> int:
         """Bytes of the tokens in full precision."""
         return 0 if self._sinks is None else self._sinks.nbytes
+
+    def _begin_step(self, keys: torch.Tensor, values: torch.Tensor) -> None:
+        """Keep first tokens, if this is the first step. Call it once nothing can be refused any more."""
+        self._in_first_step, self._may_be_empty, self._centered_now = self._may_be_empty, False, False
+        if self._in_first_step and self._sinks is not None:
+            self._sinks.keep(keys, values, None, self.cumulative_length == 0)
 
     def _append_what_is_kept(self, keys: torch.Tensor, values: torch.Tensor, lens_before: torch.Tensor) -> None:
         """Append a prompt or a chunk, but for what has left the window at its end."""

@@ -9,7 +9,7 @@ import pytest
 import torch
 from transformers import DynamicCache
 
-from hf_int8_paged import PagedInt8Cache
+from hf_int8_paged import CacheFullError, PagedInt8Cache
 from tests.models import FakeQuantizedCache, fake_quantize, random_ids, tiny_model
 
 PADDING = (0, 9, 30)
@@ -117,6 +117,22 @@ def test_prompts_of_any_length_again_after_a_reset(kind: str, tokens: int):
         for layer in (1, 2):
             cache.update(rows, -rows, layer)
         cache.reset()
+
+
+@pytest.mark.parametrize("kind", ["growing", "preallocated"])
+def test_a_refused_first_prompt_leaves_nothing_behind(kind: str):
+    model = ready()
+    limits: dict[str, Any] = {"max_cache_len": 30} | ({"max_batch_size": 2} if kind == "preallocated" else {})
+    logits = []
+    for refused in (False, True):
+        cache = PagedInt8Cache(model.config, **limits)
+        with torch.no_grad():
+            if refused:
+                with pytest.raises(CacheFullError):
+                    model(random_ids(2, 31, seed=1), past_key_values=cache)
+            model(random_ids(2, 20, seed=2), past_key_values=cache)
+            logits.append(model(random_ids(2, 1, seed=3), past_key_values=cache).logits)
+    assert torch.equal(*logits)
 
 
 @pytest.mark.parametrize("kind", ["growing", "preallocated"])
