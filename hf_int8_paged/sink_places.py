@@ -17,7 +17,8 @@ class SinkPlaces:
     """
 
     def __init__(self, table: np.ndarray):
-        self._table = table
+        # Kernels take the address of each row: indexing columns answers with a column-major array.
+        self._table = np.ascontiguousarray(table, dtype=np.int32)
         #: No sink token stands at this position or after it.
         self.limit = int(table[2].max(initial=0))
         #: The first position that is a sequence's first token.
@@ -34,7 +35,7 @@ class SinkPlaces:
         batch, length = tokens.shape
         first = tokens.argmax(axis=1)
         table = np.stack((np.arange(batch), first, np.minimum(first + count, length)))
-        return cls(table.astype(np.int32))
+        return cls(table)
 
     @property
     def first(self) -> np.ndarray:
