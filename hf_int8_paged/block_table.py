@@ -33,8 +33,8 @@ class BlockTable:
         self._store = np.full((0, 0), HOLE, dtype=np.int32)  # [batch, columns and room for more]
         self._columns = 0
         self._dropped_columns = 0
-        #: Columns before this one may never have held anything, as they were out of sight when their tokens came.
-        self._skipped_columns = 0
+        #: Columns from the first to before the second never held anything: out of sight when their tokens came.
+        self._skipped_columns = (0, 0)
         self._version = 0
         self._mirrors: dict[torch.device, tuple[int, torch.Tensor]] = {}
 
@@ -95,7 +95,7 @@ class BlockTable:
                     after = int(held[-1]) if before and held[-1] != HOLE else HOLE
                     self._store[row, first:last] = self.allocator.allocate(last - first, after)
             if first > before:
-                self._skipped_columns = first
+                self._skipped_columns = (before, first)
             self._columns = last
             self._version += 1
         self.length += new_tokens
@@ -132,7 +132,7 @@ class BlockTable:
     def unshare(self) -> list[tuple[int, int]]:
         """Give every sequence blocks of its own. Returns pairs (source, destination) to copy."""
         copies = []
-        for row, column in zip(*(axis.tolist() for axis in np.nonzero(self.ids != HOLE))):
+        for row, column in self._held():
             block = int(self._store[row, column])
             if self.allocator.ref_count(block) > 1:
                 (private,) = self.allocator.allocate(1, int(self._store[row, column - 1]) if column else HOLE)
@@ -141,6 +141,11 @@ class BlockTable:
                 copies.append((block, private))
         self._version += 1
         return copies
+
+    def blocks_to_unshare(self) -> int:
+        """Blocks that `unshare` would take."""
+        shared = Counter(int(self._store[where]) for where in self._held())
+        return sum(min(held, self.allocator.ref_count(block) - 1) for block, held in shared.items())
 
     def drop_before(self, position: int) -> bool:
         """Give back the blocks whose tokens all lie before ``position``. Returns whether there were any."""
@@ -175,12 +180,14 @@ class BlockTable:
         self.length = min(length, self.length)
         self._columns = min(columns, self._columns)
         self._dropped_columns = min(self._dropped_columns, self._columns)
-        self._skipped_columns = min(self._skipped_columns, self._columns)
+        if self._skipped_columns[0] >= self._columns:
+            self._skipped_columns = (0, 0)
 
-    @property
-    def first_held(self) -> int:
-        """First position from which on all tokens are held."""
-        return max(self._dropped_columns, self._skipped_columns) * self.block_size
+    def first_held(self, length: int) -> int:
+        """First position from which on all tokens before position ``length`` are held."""
+        skipped_from, skipped_to = self._skipped_columns
+        reaches = skipped_from * self.block_size < length
+        return max(self._dropped_columns, skipped_to if reaches else 0) * self.block_size
 
     def clear(self) -> None:
         """Give all blocks back and forget the sequences."""
@@ -209,6 +216,10 @@ class BlockTable:
             for row, block in enumerate(self.ids[:, -1].tolist()):
                 if block != HOLE and self.allocator.ref_count(block) > 1:
                     yield row, block
+
+    def _held(self) -> Iterable[tuple[int, int]]:
+        """(sequence, column) of every table entry that holds a block."""
+        return zip(*(axis.tolist() for axis in np.nonzero(self.ids != HOLE)))
 
     def _make_room(self, columns: int) -> None:
         if columns > self._store.shape[1]:

@@ -7,8 +7,9 @@ from types import ModuleType
 import torch
 
 from .kernels import KvCacheQuant, SinkTokens
+from .layer_group import Group
 from .once import dense_read
-from .sequences import Group, Sequences
+from .sequences import Sequences
 from .sink_places import SinkPlaces
 
 
@@ -22,7 +23,8 @@ class LayerReader:
     """
 
     # Set when the layer's blocks are allocated; shapes are heads and width.
-    _dtype: torch.dtype
+    #: What concatenated keys, and values, would have.
+    _dtypes: tuple[torch.dtype, ...]
     _device: torch.device
     _backend: ModuleType
     _key_shape: tuple[int, int]

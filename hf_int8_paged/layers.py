@@ -8,12 +8,16 @@ import logging
 import torch
 from transformers.cache_utils import CacheLayerMixin
 
-from .kernels import FLOAT_DTYPES, load_backend
+from .assignment import assign
+from .kernels import load_backend
+from .layer_checks import check_first_states, check_states, of_one_dtype
+from .layer_group import StepTensors
 from .layer_reader import LayerReader
+from .layer_types import dense_dtypes
 from .once import say_once
 from .pool import MIN_CENTER_TOKENS
 from .prompts import is_same, same_prompts
-from .sequences import Sequences, StepTensors
+from .sequences import Sequences
 from .sink_places import first_rows
 from .views import Content, PagedView
 
@@ -56,14 +60,11 @@ class PagedInt8Layer(LayerReader, CacheLayerMixin):
         return self.sequences.batch_size or -1
 
     def lazy_initialization(self, key_states: torch.Tensor, value_states: torch.Tensor) -> None:
-        """Allocate the layer's blocks for the heads, widths, dtype and device of its first keys and values."""
-        if key_states.dtype not in FLOAT_DTYPES or value_states.dtype != key_states.dtype:
-            raise ValueError(
-                f"layer {self.index}: keys and values must both be float32, float16 or bfloat16, "
-                f"got {key_states.dtype} and {value_states.dtype}"
-            )
-        self.sequences.pool.add_layer(self.index, self.group.name, key_states, value_states)
-        self._dtype, self._device = key_states.dtype, key_states.device
+        """Allocate the layer's blocks for the heads, widths and device of its first keys and values."""
+        self.sequences.pool.add_layer(
+            self.index, self.group.name, key_states, value_states, lambda: self.group.holds_the_pool
+        )
+        self._dtypes, self._device = dense_dtypes(key_states.dtype, value_states.dtype), key_states.device
         self._key_shape = (key_states.shape[1], key_states.shape[3])
         self._value_shape = (value_states.shape[1], value_states.shape[3])
         self._backend = load_backend(self.storage.backend)
@@ -78,39 +79,41 @@ class PagedInt8Layer(LayerReader, CacheLayerMixin):
 
         Args:
             key_states: ``[batch, num_kv_heads, new_tokens, head_dim]``, float32, float16 or bfloat16.
-            value_states: ``[batch, num_kv_heads, new_tokens, v_head_dim]``.
+            value_states: ``[batch, num_kv_heads, new_tokens, v_head_dim]``, of any of these dtypes. Under autocast they
+                may differ from the keys', and from step to step.
 
         Returns:
-            Views of keys and values, ``[batch, num_kv_heads, tokens, head_dim]``.
+            Views of keys and values, ``[batch, num_kv_heads, tokens, head_dim]``, in the dtype that their
+            concatenation would have.
 
         Raises:
-            ValueError: shape, dtype or device are not those of the layer's first keys and values.
+            ValueError: shape or device are not those of the layer's first keys and values.
             CacheFullError: a limit is reached. The cache is unchanged.
         """
         sequences, group = self.sequences, self.group
-        batch, _, new_tokens, _ = key_states.shape
-        if self.is_initialized:
-            self._check(key_states, value_states)
         start = sequences.layer_lengths[self.index]
+        if start == 0:
+            check_first_states(self.index, key_states, value_states)
+        else:
+            check_states(self.index, key_states, value_states, self._key_shape, self._value_shape, self._device)
+        batch, _, new_tokens, _ = key_states.shape
         stop = start + new_tokens
         if start == sequences.length:
             sequences.advance(batch, new_tokens, same_prompts(key_states) if start == 0 else None)
         elif start != sequences.step_start or stop != sequences.length or batch != sequences.batch_size:
             raise ValueError(
                 f"layer {self.index} holds {start} tokens and got {new_tokens} more for {batch} sequences, while the "
-                f"layers before it hold {sequences.length} for {sequences.batch_size}; was a forward pass interrupted? "
-                "reset() the cache"
+                f"layers before it hold {sequences.length} for {sequences.batch_size}; if a forward pass was "
+                f"interrupted, {sequences.way_back}"
             )
         elif sequences.same_as is not None and not all(
             is_same(states, sequences.same_as) for states in (key_states, value_states)
         ):
             sequences.unshare()
-        if not self.is_initialized:
-            self.lazy_initialization(key_states, value_states)
         self._centered_now = False
-        if start == 0 and group.holds_the_pool:
-            self._centered_now = sequences.pool.center(self.index, key_states, sequences.prompt_tokens)
         if start == 0:
+            self.lazy_initialization(key_states, value_states)
+            self._centered_now = self._center(key_states, sequences.prompt_tokens)
             self._keep_sink_tokens(key_states, value_states)
         elif start < sequences.padding + MIN_CENTER_TOKENS <= stop:
             self._center_late(key_states, start)
@@ -122,9 +125,15 @@ class PagedInt8Layer(LayerReader, CacheLayerMixin):
                 "run generation under torch.no_grad().",
             )
         self._append(key_states, value_states, group.step_tensors(self._device, start))
+        self._dtypes = tuple(
+            held if held == new.dtype else torch.promote_types(held, new.dtype)
+            for held, new in zip(self._dtypes, (key_states, value_states))
+        )
         sequences.layer_lengths[self.index] = stop
         first = group.first_visible(start)
-        keys, values = group.blank_views(batch, stop - first, self._key_shape, self._value_shape, key_states)
+        keys, values = group.blank_views(
+            batch, stop - first, self._key_shape, self._value_shape, self._dtypes, self._device
+        )
         fresh = None if sequences.from_blocks else (key_states, value_states)
         keys.content = values.content = Content(self, first, stop, group.epoch, fresh)
         if learning and fresh is not None:
@@ -145,14 +154,24 @@ class PagedInt8Layer(LayerReader, CacheLayerMixin):
         return self.length + query_length - first, first
 
     @property
-    def keys(self) -> torch.Tensor | None:  # type: ignore[override]
-        """A lazy view of the stored keys, or ``None`` before the first token."""
-        return self._stored(values=False)
+    def keys(self) -> torch.Tensor | None:
+        """A lazy view of the stored keys, or ``None`` before the first token. Assign a dense tensor of the same shape
+        to store other ones."""
+        return self.stored(values=False)
+
+    @keys.setter
+    def keys(self, dense: torch.Tensor) -> None:  # type: ignore[override]
+        assign(self, dense, values=False)
 
     @property
-    def values(self) -> torch.Tensor | None:  # type: ignore[override]
-        """A lazy view of the stored values, or ``None`` before the first token."""
-        return self._stored(values=True)
+    def values(self) -> torch.Tensor | None:
+        """A lazy view of the stored values, or ``None`` before the first token. Assign a dense tensor of the same shape
+        to store other ones."""
+        return self.stored(values=True)
+
+    @values.setter
+    def values(self, dense: torch.Tensor) -> None:  # type: ignore[override]
+        assign(self, dense, values=True)
 
     @property
     def record_past(self) -> bool:
@@ -191,12 +210,14 @@ class PagedInt8Layer(LayerReader, CacheLayerMixin):
         if not self.sequences.drop_padding(tokens) or fresh is None:
             return
         self._keep_sink_tokens(*fresh)
-        if self._centered_now and self.sequences.pool.center(
-            self.index, fresh[0], self.sequences.prompt_tokens, again=True
-        ):
+        if self._centered_now and self._center(fresh[0], self.sequences.prompt_tokens, again=True):
             self._append(*fresh, self.group.step_tensors(self._device, 0))
 
     # -- internals -------------------------------------------------------------------------------------------------
+
+    def _center(self, key_states: torch.Tensor, tokens: torch.Tensor | None, *, again: bool = False) -> bool:
+        pool, group = self.sequences.pool, self.group
+        return pool.center(self.index, key_states, lambda: group.holds_the_pool, tokens, again=again)
 
     def _center_late(self, key_states: torch.Tensor, start: int) -> None:
         """Centre the keys on the mean of the tokens so far, which were too few until now, and store those once more."""
@@ -207,9 +228,17 @@ class PagedInt8Layer(LayerReader, CacheLayerMixin):
         keys, values = self.gather(0, start, torch.float32)
         together = torch.cat([keys, key_states.detach().float()], dim=2)
         first = torch.zeros(len(together), 1) if sinks is None else torch.from_numpy(sinks.first)[:, None]
-        if pool.center(self.index, together, torch.arange(together.shape[2]) >= first):
-            step = self.group.step_tensors(self._device, start)
-            self._append(keys, values, step._replace(lens_before=torch.zeros_like(step.lens_before)))
+        if self._center(together, torch.arange(together.shape[2]) >= first):
+            self.store_anew(keys, values, 0)
+
+    def store_anew(self, keys: torch.Tensor, values: torch.Tensor, start: int) -> None:
+        """Quantize tokens that the layer holds already and store them once more, from position ``start`` on."""
+        step = self.group.step_tensors(self._device, self.sequences.step_start)
+        self._append(keys, values, step._replace(lens_before=torch.full_like(step.lens_before, start)))
+
+    def forget_first_tokens(self) -> None:
+        """Read the first tokens from the blocks from now on, as all others."""
+        self._sink_rows = self._sink_tokens = None
 
     def _append(self, key_states: torch.Tensor, value_states: torch.Tensor, step: StepTensors) -> None:
         if key_states.requires_grad or value_states.requires_grad:
@@ -220,7 +249,8 @@ class PagedInt8Layer(LayerReader, CacheLayerMixin):
             key_states, value_states, block_table, lens = (
                 x[first] for x in (key_states, value_states, block_table, lens)
             )
-        self._backend.append(key_states, value_states, self.storage, block_table, lens)
+        with self.sequences.writer:
+            self._backend.append(*of_one_dtype(key_states, value_states), self.storage, block_table, lens)
 
     def _keep_sink_tokens(self, key_states: torch.Tensor, value_states: torch.Tensor) -> None:
         places = self.sequences.sinks
@@ -228,35 +258,17 @@ class PagedInt8Layer(LayerReader, CacheLayerMixin):
             return
         first = places.on(key_states.device)[1] if places.first.any() else None
         count = min(self.sequences.sink_tokens, key_states.shape[2])
-        self._sink_rows = first_rows(key_states, first, count), first_rows(value_states, first, count)
+        rows = of_one_dtype(key_states, value_states)
+        self._sink_rows = first_rows(rows[0], first, count), first_rows(rows[1], first, count)
         self._sink_tokens = None
 
-    def _check(self, key_states: torch.Tensor, value_states: torch.Tensor) -> None:
-        heads, head_dim = self._key_shape
-        v_heads, v_head_dim = self._value_shape
-        batch, new_tokens = key_states.shape[0], key_states.shape[2]
-        if key_states.shape != (batch, heads, new_tokens, head_dim) or value_states.shape != (
-            batch,
-            v_heads,
-            new_tokens,
-            v_head_dim,
-        ):
-            raise ValueError(
-                f"layer {self.index} holds {heads} KV heads of width {head_dim} (values {v_head_dim}), but keys "
-                f"{list(key_states.shape)} and values {list(value_states.shape)} came; is this another model's cache?"
-            )
-        if key_states.dtype != self._dtype or value_states.dtype != self._dtype or key_states.device != self._device:
-            raise ValueError(
-                f"layer {self.index} holds {self._dtype} on {self._device}, but keys came as {key_states.dtype} on "
-                f"{key_states.device} and values as {value_states.dtype}; use one cache per dtype and device"
-            )
-
-    def _stored(self, *, values: bool) -> torch.Tensor | None:
+    def stored(self, *, values: bool) -> PagedView | None:
+        """A lazy view of the stored keys or values, or ``None`` before the first token."""
         if not self.length or self.sequences.batch_size is None:
             return None
         heads, dim = self._value_shape if values else self._key_shape
         first = self.group.first_visible(self.length)
         shape = (self.sequences.batch_size, heads, self.length - first, dim)
-        view = PagedView.blank(shape, self._dtype, self._device, is_values=values)
+        view = PagedView.blank(shape, self._dtypes[values], self._device, is_values=values)
         view.content = Content(self, first, self.length, self.epoch, None)
         return view

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 
 import torch
 
 from .block_allocator import RUN_LENGTH, BlockAllocator
 from .kernels import KvCacheQuant, alloc_paged_int8_layer, copy_blocks, mean_key
+from .pool_access import PoolAccess
 
 #: A pool that has to grow grows by at least this fraction, so that copying stays rare.
 GROWTH = 0.25
@@ -26,8 +27,8 @@ class PagedInt8Pool:
     Layers of one *group* (all full-attention layers, or all layers of one sliding window) use the same
     block ids, each in its own tensors, so one block table serves them all.
 
-    Several caches of one model may share a pool, and with it the blocks of forked prefixes. A pool serves one thread
-    at a time.
+    Several caches of one model may share a pool, and with it the blocks of forked prefixes. Each of them may be used by
+    another thread: `access` says who may touch the pool when.
 
     Args:
         block_size: tokens per block, a multiple of 16.
@@ -50,6 +51,7 @@ class PagedInt8Pool:
         self.max_tokens = max_tokens
         self.rotation = rotation
         self.center_keys = center_keys
+        self.access = PoolAccess()
         self._centered: set[int] = set()
         self.allocators: dict[str, BlockAllocator] = {}
         self._storage: dict[int, KvCacheQuant] = {}
@@ -57,59 +59,76 @@ class PagedInt8Pool:
 
     def add_group(self, group: str) -> BlockAllocator:
         """The allocator of ``group``, made if need be."""
-        self._members.setdefault(group, [])
-        return self.allocators.setdefault(group, BlockAllocator())
+        with self.access.exclusive():
+            self._members.setdefault(group, [])
+            return self.allocators.setdefault(group, BlockAllocator())
 
-    def add_layer(self, layer: int, group: str, key_states: torch.Tensor, value_states: torch.Tensor) -> None:
-        """Allocate a layer's blocks with the heads, widths and device of its first keys and values.
+    def add_layer(
+        self,
+        layer: int,
+        group: str,
+        key_states: torch.Tensor,
+        value_states: torch.Tensor,
+        only_user: Callable[[], bool],
+    ) -> None:
+        """Allocate a layer's blocks with the heads, widths and device of its first keys and values, unless it has them.
 
         Args:
             layer: index of the layer.
             group: its group, which says how many blocks.
             key_states: ``[batch, num_kv_heads, tokens, head_dim]``.
             value_states: ``[batch, num_kv_heads, tokens, v_head_dim]``.
+            only_user: whether no block of the layer holds a token of another cache; asked while nobody can allocate.
 
         Raises:
             ValueError: another cache of this pool uses the layer with other heads or widths, or on another device.
         """
         num_kv_heads, head_dim, v_head_dim = key_states.shape[1], key_states.shape[3], value_states.shape[3]
-        held = self._storage.get(layer)
-        if held is not None:
-            mine, theirs = (
-                (num_kv_heads, head_dim, v_head_dim, key_states.device),
-                (held.num_kv_heads, held.head_dim, held.v_head_dim, held.device),
-            )
-            if mine != theirs:
-                raise ValueError(
-                    f"layer {layer} of this pool has {theirs[0]} KV heads of widths {theirs[1]} and {theirs[2]} on "
-                    f"{theirs[3]}, but keys with {mine[0]} heads of widths {mine[1]} and {mine[2]} came on {mine[3]}; "
-                    "use one pool per model"
+        mine = (num_kv_heads, head_dim, v_head_dim, key_states.device)
+        with self.access.exclusive():
+            held = self._storage.get(layer)
+            theirs = None if held is None else (held.num_kv_heads, held.head_dim, held.v_head_dim, held.device)
+            if mine == theirs:
+                return
+            if theirs is None or only_user():
+                self._storage[layer] = alloc_paged_int8_layer(
+                    self.allocators[group].num_blocks,
+                    self.block_size,
+                    num_kv_heads,
+                    head_dim,
+                    v_head_dim=v_head_dim,
+                    device=key_states.device,
+                    backend=self.backend,
+                    rotation=self.rotation,
+                    center_keys=self.center_keys,
                 )
-            return
-        self._storage[layer] = alloc_paged_int8_layer(
-            self.allocators[group].num_blocks,
-            self.block_size,
-            num_kv_heads,
-            head_dim,
-            v_head_dim=v_head_dim,
-            device=key_states.device,
-            backend=self.backend,
-            rotation=self.rotation,
-            center_keys=self.center_keys,
+                self._centered.discard(layer)
+                if layer not in self._members[group]:
+                    self._members[group].append(layer)
+                return
+        raise ValueError(
+            f"layer {layer} of this pool has {theirs[0]} KV heads of widths {theirs[1]} and {theirs[2]} on "
+            f"{theirs[3]}, but keys with {mine[0]} heads of widths {mine[1]} and {mine[2]} came on {mine[3]}; "
+            "use one pool per model"
         )
-        self._members[group].append(layer)
 
     def center(
-        self, layer: int, key_states: torch.Tensor, tokens: torch.Tensor | None = None, *, again: bool = False
+        self,
+        layer: int,
+        key_states: torch.Tensor,
+        only_user: Callable[[], bool],
+        tokens: torch.Tensor | None = None,
+        *,
+        again: bool = False,
     ) -> bool:
         """Centre a layer's keys on the mean of these, unless they have been centred before or are too few.
 
-        Call only while no block of the layer holds a token that is still wanted: what is stored keeps the centre it
-        was stored with.
+        What is stored keeps the centre it was stored with, so nothing happens while another cache has tokens.
 
         Args:
             layer: index of the layer.
             key_states: ``[batch, num_kv_heads, tokens, head_dim]``.
+            only_user: whether no block of the layer holds a token of another cache; asked while nobody can allocate.
             tokens: bool ``[batch, tokens]`` on the host, False for padding, which does not count; ``None`` without.
             again: centre anew what was centred before.
 
@@ -120,14 +139,20 @@ class PagedInt8Pool:
         if center is None or (layer in self._centered) != again:
             return False
         longest = key_states.shape[2] if tokens is None else int(tokens.sum(dim=1).max())
-        if longest >= MIN_CENTER_TOKENS:
-            center.copy_(mean_key(key_states, None if tokens is None else tokens.to(key_states.device)))
-            self._centered.add(layer)
-            return True
-        if again:
-            center.zero_()
-            self._centered.discard(layer)
-        return again
+        enough = longest >= MIN_CENTER_TOKENS
+        if not enough and not again:
+            return False
+        mean = mean_key(key_states, None if tokens is None else tokens.to(key_states.device)) if enough else None
+        with self.access.exclusive():
+            if not only_user() or (layer in self._centered) != again:
+                return False
+            if mean is None:
+                center.zero_()
+                self._centered.discard(layer)
+            else:
+                center.copy_(mean)
+                self._centered.add(layer)
+        return True
 
     def lacks_center(self, layer: int) -> bool:
         """Whether a layer's keys are to be centred and are not yet."""
@@ -138,7 +163,8 @@ class PagedInt8Pool:
         return self._storage.get(layer)
 
     def ensure_free(self, needed: Mapping[str, int]) -> None:
-        """Make sure that each group has the given number of free blocks; grow where it has not.
+        """Make sure that each group has the given number of free blocks; grow where it has not. Call it inside
+        ``access.exclusive()``.
 
         Raises:
             CacheFullError: a group would exceed ``max_tokens``. No group has grown then.
@@ -161,13 +187,17 @@ class PagedInt8Pool:
                     )
                 target = min(target, most)
             targets[group] = target
-        for group, target in targets.items():
-            for layer in self._members[group]:
-                self._storage[layer] = _grown(self._storage[layer], target)
-            self.allocators[group].grow(target)
+        if not targets:
+            return
+        with self.access.growing():
+            for group, target in targets.items():
+                for layer in self._members[group]:
+                    if self._storage[layer].num_blocks < target:  # an interrupted growth may have come this far
+                        self._storage[layer] = _grown(self._storage[layer], target)
+                self.allocators[group].grow(target)
 
     def copy(self, group: str, pairs: Iterable[tuple[int, int]]) -> None:
-        """Copy blocks, (source, destination) each, in all layers of a group."""
+        """Copy blocks, (source, destination) each, in all layers of a group. Call it inside ``access.exclusive()``."""
         pairs = list(pairs)
         if not pairs:
             return

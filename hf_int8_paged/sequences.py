@@ -2,100 +2,14 @@
 
 from __future__ import annotations
 
-from typing import NamedTuple
-
 import numpy as np
 import torch
 
-from .block_allocator import HOLE
 from .block_table import BlockTable
 from .kernels import MAX_DECODE_ROWS
+from .layer_group import Group
 from .pool import CacheFullError, PagedInt8Pool
 from .sink_places import SinkPlaces
-from .views import PagedView
-
-
-class StepTensors(NamedTuple):
-    """Block ids, int32 ``[batch, columns]``, and context lengths before and after the step, int32 ``[batch]``."""
-
-    block_table: torch.Tensor
-    lens_before: torch.Tensor
-    lens: torch.Tensor
-
-
-class Group:
-    """The layers of one cache that share a block table: the same window, or none.
-
-    Args:
-        name: the pool's name for the group.
-        table: block table of the group's layers.
-        window: sliding window in tokens (a query sees ``window`` positions, its own included), or ``None``.
-    """
-
-    def __init__(self, name: str, table: BlockTable, window: int | None):
-        self.name = name
-        self.table = table
-        self.window = window
-        #: Counts the times that tokens were dropped or moved; views made before are no longer valid.
-        self.epoch = 0
-        #: Layers that share the table.
-        self.num_layers = 0
-        self._step_tensors: dict[torch.device, StepTensors] = {}
-        self._blank_views: list[tuple[PagedView, PagedView]] = []
-        self._blank_kind: tuple = ()
-
-    def first_visible(self, position: int) -> int:
-        """First position that a query at ``position`` sees."""
-        return 0 if self.window is None else max(position - self.window + 1, 0)
-
-    @property
-    def holds_the_pool(self) -> bool:
-        """Whether all blocks in use are this table's."""
-        held = np.unique(self.table.ids)
-        return self.table.allocator.num_used == len(held) - (HOLE in held)
-
-    def changed(self) -> None:
-        """Note that lengths or blocks are no longer what they were at the last step."""
-        self._step_tensors.clear()
-        self._blank_views.clear()
-
-    def blank_views(
-        self, batch: int, tokens: int, key_shape: tuple[int, int], value_shape: tuple[int, int], like: torch.Tensor
-    ) -> tuple[PagedView, PagedView]:
-        """Views of keys and of values, each ``[batch, heads, tokens, dim]``, of the dtype and device of ``like``.
-
-        The first layer makes those of all layers at once: between two layers, a model's weights push everything that
-        making one needs out of the processor's caches.
-        """
-        kind = (batch, tokens, key_shape, value_shape, like.dtype, like.device)
-        if not self._blank_views or kind != self._blank_kind:
-            of_keys, of_values = ((batch, heads, tokens, dim) for heads, dim in (key_shape, value_shape))
-            self._blank_kind = kind
-            self._blank_views = [
-                (
-                    PagedView.blank(of_keys, like.dtype, like.device, is_values=False),
-                    PagedView.blank(of_values, like.dtype, like.device, is_values=True),
-                )
-                for _ in range(self.num_layers)
-            ]
-        return self._blank_views.pop()
-
-    def step_tensors(self, device: torch.device, start: int) -> StepTensors:
-        """What the kernels need to know of the sequences, on ``device``: made once per step for all layers.
-
-        Args:
-            device: where the layer's blocks are.
-            start: position of the step's first token.
-        """
-        tensors = self._step_tensors.get(device)
-        if tensors is None:
-            batch = self.table.batch_size
-            tensors = self._step_tensors[device] = StepTensors(
-                self.table.ids_on(device),
-                torch.full((batch,), start, dtype=torch.int32, device=device),
-                torch.full((batch,), self.table.length, dtype=torch.int32, device=device),
-            )
-        return tensors
 
 
 class Sequences:
@@ -112,6 +26,7 @@ class Sequences:
 
     def __init__(self, pool: PagedInt8Pool, max_cache_len: int | None = None, sink_tokens: int = 0):
         self.pool = pool
+        self.writer = pool.access.join()
         self.max_cache_len = max_cache_len
         self.sink_tokens = sink_tokens
         #: Where those are; None if there are none.
@@ -134,7 +49,8 @@ class Sequences:
 
     def __del__(self) -> None:
         # A pool may outlive this cache.
-        self.clear()
+        if hasattr(self, "groups"):
+            self.pool.access.clear_later([group.table for group in self.groups.values()])
 
     def add_group(self, window: int | None) -> Group:
         """The group of layers with this window, made if need be."""
@@ -149,6 +65,14 @@ class Sequences:
     def padding(self) -> int:
         """Tokens of padding that stand in front of every sequence, as far as it is known."""
         return 0 if self.sinks is None else self.sinks.earliest
+
+    @property
+    def way_back(self) -> str:
+        """What to do about a forward pass that was interrupted, for messages."""
+        if not self.step_start:
+            return "reset() forgets its tokens"
+        kept = self.step_start
+        return f"crop({kept - self.length}) goes back to the {kept} tokens before it, reset() to none"
 
     def advance(self, batch: int, new_tokens: int, same_as: list[int] | None = None) -> None:
         """Find blocks for ``new_tokens`` more tokens per sequence, in every group.
@@ -171,9 +95,9 @@ class Sequences:
         if left_out:
             layers = len(self.layer_lengths)
             raise ValueError(
-                f"the cache was made for {layers} attention layers, but the model updated only "
-                f"{layers - len(left_out)} of them (not layer {left_out[0]}): another model's cache, or a forward pass "
-                "that was interrupted; make the cache from this model's config, or reset() it"
+                f"the last forward pass updated only {layers - len(left_out)} of the cache's {layers} attention layers "
+                f"(not layer {left_out[0]}). If it was interrupted, {self.way_back}. If this is another model's cache, "
+                "make one from this model's config"
             )
         start, stop = self.length, self.length + new_tokens
         if self.max_cache_len is not None and stop > self.max_cache_len:
@@ -186,33 +110,32 @@ class Sequences:
         from_blocks = new_tokens == 1 or (start > 0 and new_tokens <= MAX_DECODE_ROWS)
         distinct = batch if same_as is None else len(set(same_as))
         keep_from, needed = {}, {}
-        for name, group in self.groups.items():
-            if not self.record_past:
-                group.epoch += group.table.drop_before(group.first_visible(start))
-            keep_from[name] = 0 if from_blocks or self.record_past else group.first_visible(stop)
-            needed[name] = group.table.blocks_needed(distinct, new_tokens, keep_from[name])
-        self.pool.ensure_free(needed)
-        for name, group in self.groups.items():
-            self.pool.copy(name, group.table.extend(batch, new_tokens, keep_from[name], same_as))
-            group.changed()
+        with self.pool.access.exclusive():
+            for name, group in self.groups.items():
+                if not self.record_past:
+                    group.epoch += group.table.drop_before(group.first_visible(start))
+                keep_from[name] = 0 if from_blocks or self.record_past else group.first_visible(stop)
+                needed[name] = group.table.blocks_needed(distinct, new_tokens, keep_from[name])
+            self.pool.ensure_free(needed)
+            for name, group in self.groups.items():
+                self.pool.copy(name, group.table.extend(batch, new_tokens, keep_from[name], same_as))
+                group.changed()
         self.step_start, self.length, self.batch_size, self.from_blocks = start, stop, batch, from_blocks
         self.same_as, self.prompt_tokens = same_as, None
         if not start and self.sink_tokens:
             self.sinks = SinkPlaces.of_prompt(np.ones((batch, new_tokens), bool), self.sink_tokens)
 
     def unshare(self) -> None:
-        """Give every sequence blocks of its own: prompts that began alike turned out to differ.
+        """Give every sequence blocks of its own, which no other sequence and no other cache holds.
 
         Raises:
             CacheFullError: the pool's budget would be exceeded. Nothing has changed then.
         """
-        assert self.same_as is not None
-        twins = sum(first != row for row, first in enumerate(self.same_as))
-        needed = {name: twins * group.table.ids.shape[1] for name, group in self.groups.items()}
-        self.pool.ensure_free(needed)
-        for name, group in self.groups.items():
-            self.pool.copy(name, group.table.unshare())
-            group.changed()
+        with self.pool.access.exclusive():
+            self.pool.ensure_free({name: group.table.blocks_to_unshare() for name, group in self.groups.items()})
+            for name, group in self.groups.items():
+                self.pool.copy(name, group.table.unshare())
+                group.changed()
         self.same_as = None
 
     def drop_padding(self, used: torch.Tensor) -> bool:
@@ -230,10 +153,11 @@ class Sequences:
             return False
         self._padding_known_to = self.length
         tokens = used.cpu().numpy()
-        for group in self.groups.values():
-            if group.table.drop_unused(tokens):
-                group.epoch += 1
-                group.changed()
+        with self.pool.access.exclusive():
+            for group in self.groups.values():
+                if group.table.drop_unused(tokens):
+                    group.epoch += 1
+                    group.changed()
         # Layers that have stored theirs already would not follow.
         only_layer = sum(held == self.length for held in self.layer_lengths.values()) == 1
         tokens = tokens[:, : self.length]
@@ -246,10 +170,11 @@ class Sequences:
 
     def select(self, rows: list[int]) -> None:
         """Make sequence i what sequence ``rows[i]`` is, sharing its blocks."""
-        for group in self.groups.values():
-            group.table.select(rows)
-            group.epoch += 1
-            group.changed()
+        with self.pool.access.exclusive():
+            for group in self.groups.values():
+                group.table.select(rows)
+                group.epoch += 1
+                group.changed()
         self.batch_size = len(rows)
         if self.sinks is not None:
             self.sinks = self.sinks.select(rows)
@@ -261,17 +186,19 @@ class Sequences:
             RuntimeError: tokens that would be visible again have fallen out of a window. Nothing has changed then.
         """
         for group in self.groups.values():
-            if length > 0 and group.first_visible(length) < group.table.first_held:
+            if length > 0 and group.first_visible(length) < group.table.first_held(length):
                 raise RuntimeError(
                     f"cannot go back to {length} tokens: of a window of {group.window}, tokens before position "
-                    f"{group.table.first_held} are no longer held; call activate_past_recording() before generating"
+                    f"{group.table.first_held(length)} are no longer held; call activate_past_recording() before "
+                    "generating"
                 )
-        for group in self.groups.values():
-            group.table.truncate(length)
-            group.epoch += 1
-            if self.record_past:
-                group.table.drop_before(group.first_visible(length))
-            group.changed()
+        with self.pool.access.exclusive():
+            for group in self.groups.values():
+                group.table.truncate(length)
+                group.epoch += 1
+                if self.record_past:
+                    group.table.drop_before(group.first_visible(length))
+                group.changed()
         self.length = length
         self.layer_lengths = {index: min(held, length) for index, held in self.layer_lengths.items()}
         if self.sinks is not None and length < self.sinks.limit:
@@ -281,10 +208,11 @@ class Sequences:
 
     def clear(self) -> None:
         """Forget all sequences and give their blocks back to the pool."""
-        for group in self.groups.values():
-            group.table.clear()
-            group.epoch += 1
-            group.changed()
+        with self.pool.access.exclusive():
+            for group in self.groups.values():
+                group.table.clear()
+                group.epoch += 1
+                group.changed()
         self.layer_lengths = dict.fromkeys(self.layer_lengths, 0)
         self.length = self.step_start = self._padding_known_to = 0
         self.batch_size = self.sinks = None
@@ -292,9 +220,10 @@ class Sequences:
     def fork(self) -> Sequences:
         """Sequences of their own over the same blocks."""
         twin = Sequences(self.pool, self.max_cache_len, self.sink_tokens)
-        for name, group in self.groups.items():
-            twin.groups[name] = Group(name, group.table.fork(), group.window)
-            twin.groups[name].num_layers = group.num_layers
+        with self.pool.access.exclusive():
+            for name, group in self.groups.items():
+                twin.groups[name] = Group(name, group.table.fork(), group.window)
+                twin.groups[name].num_layers = group.num_layers
         twin.layer_lengths = dict(self.layer_lengths)
         twin.length, twin.batch_size, twin.step_start = self.length, self.batch_size, self.step_start
         twin.from_blocks, twin.record_past = self.from_blocks, self.record_past

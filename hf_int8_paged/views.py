@@ -7,11 +7,11 @@ gets the dequantized dense tensor. So every attention implementation computes th
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from typing import Any, NamedTuple, Protocol
 
 import torch
-from torch.utils._pytree import tree_map_only
+
+from .read_only import ReadOnly
 
 
 class BackedLayer(Protocol):
@@ -71,7 +71,7 @@ class Content(NamedTuple):
     fresh: tuple[torch.Tensor, torch.Tensor] | None
 
 
-class PagedView(torch.Tensor):
+class PagedView(ReadOnly):
     """A tensor of shape ``[batch, num_kv_heads, tokens, head_dim]`` without storage, backed by a layer's blocks.
 
     Attributes:
@@ -92,9 +92,6 @@ class PagedView(torch.Tensor):
         view.is_values = is_values
         return view
 
-    # Operations reach __torch_dispatch__ as they are, not wrapped a second time.
-    __torch_function__ = torch._C._disabled_torch_function_impl  # type: ignore[assignment]
-
     def dense(self) -> torch.Tensor:
         """The dense tensor: dequantized past, and the newest tokens in full precision where ``fresh`` has them.
 
@@ -108,7 +105,7 @@ class PagedView(torch.Tensor):
                     "these keys and values stand for tokens that the cache has since dropped or moved; "
                     "read them before the cache changes, or clone() them"
                 )
-            recent = None if fresh is None else fresh[self.is_values]
+            recent = None if fresh is None else fresh[self.is_values].to(self.dtype)
             past_stop = stop if recent is None else stop - recent.shape[2]
             past = layer.gather(start, past_stop, self.dtype)[self.is_values] if past_stop > start else None
             parts = [x for x in (past, recent) if x is not None]
@@ -122,16 +119,8 @@ class PagedView(torch.Tensor):
             f"dtype={self.dtype})"
         )
 
-    @classmethod
-    def __torch_dispatch__(  # type: ignore[override]
-        cls, func: Callable, types: Any, args: tuple = (), kwargs: dict | None = None
-    ) -> Any:
-        view = next(x for x in torch.utils._pytree.tree_leaves((args, kwargs)) if isinstance(x, PagedView))
-        view.content.layer.note_dense_read()
-        args, kwargs = tree_map_only(PagedView, PagedView._contiguous, (args, kwargs or {}))
-        return func(*args, **kwargs)
-
-    def _contiguous(self) -> torch.Tensor:
+    def readable(self) -> torch.Tensor:
         """The dense tensor with the strides that this view claims to have: ``view`` relies on them."""
+        self.content.layer.note_dense_read()
         self._dense = self.dense().contiguous()
         return self._dense

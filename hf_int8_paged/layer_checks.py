@@ -1,0 +1,77 @@
+"""What both kinds of cache layer check of new keys and values, before anything changes."""
+
+from __future__ import annotations
+
+import torch
+
+from .kernels import FLOAT_DTYPES
+
+
+def check_first_states(index: int, keys: torch.Tensor, values: torch.Tensor) -> None:
+    """Check the first keys and values of a layer, which decide its heads, widths and device.
+
+    Args:
+        index: the layer's index in the model.
+        keys: ``[batch, num_kv_heads, new_tokens, head_dim]``.
+        values: ``[batch, num_kv_heads, new_tokens, v_head_dim]``.
+
+    Raises:
+        TypeError: not tensors, or of another dtype than float32, float16 and bfloat16.
+        ValueError: values with other sequences, heads or tokens than the keys, or on another device.
+    """
+    for name, states in (("keys", keys), ("values", values)):
+        if not isinstance(states, torch.Tensor):
+            raise TypeError(f"layer {index}: {name} must be a torch.Tensor, got {type(states).__name__}")
+        if states.ndim != 4 or not states.shape[1] or not states.shape[3]:
+            raise ValueError(
+                f"layer {index}: {name} must be [batch, num_kv_heads, tokens, head_dim] with at least one head and one "
+                f"element, got {list(states.shape)}"
+            )
+        if states.dtype not in FLOAT_DTYPES:
+            raise TypeError(f"layer {index}: {name} must be float32, float16 or bfloat16, got {states.dtype}")
+    if keys.shape[:3] != values.shape[:3]:
+        raise ValueError(
+            f"layer {index}: keys {list(keys.shape)} and values {list(values.shape)} must have the same sequences, "
+            "heads and tokens"
+        )
+    if keys.device != values.device:
+        raise ValueError(f"layer {index}: keys are on {keys.device}, but values on {values.device}")
+
+
+def check_states(
+    index: int,
+    keys: torch.Tensor,
+    values: torch.Tensor,
+    key_shape: tuple[int, int],
+    value_shape: tuple[int, int],
+    device: torch.device,
+) -> None:
+    """Check later keys and values of a layer; the dtype may change from step to step, as it does under autocast.
+
+    Args:
+        index: the layer's index in the model.
+        keys: ``[batch, num_kv_heads, new_tokens, head_dim]``.
+        values: ``[batch, num_kv_heads, new_tokens, v_head_dim]``.
+        key_shape: heads and width of the keys that the layer holds.
+        value_shape: likewise for the values.
+        device: where the layer is.
+
+    Raises:
+        TypeError: not tensors, or of another dtype than float32, float16 and bfloat16.
+        ValueError: other heads, widths or device than the layer's, or values that do not fit the keys.
+    """
+    check_first_states(index, keys, values)
+    if (keys.shape[1], keys.shape[3]) != key_shape or (values.shape[1], values.shape[3]) != value_shape:
+        raise ValueError(
+            f"layer {index} holds {key_shape[0]} KV heads of width {key_shape[1]} (values {value_shape[1]}), but keys "
+            f"{list(keys.shape)} and values {list(values.shape)} came; is this another model's cache?"
+        )
+    if keys.device != device:
+        raise ValueError(
+            f"layer {index} is on {device}, but keys came on {keys.device}; reset() the cache, or use one per device"
+        )
+
+
+def of_one_dtype(keys: torch.Tensor, values: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """Keys and values of one dtype, as the kernels take them: theirs, or float32, which holds all others exactly."""
+    return (keys, values) if keys.dtype == values.dtype else (keys.float(), values.float())
