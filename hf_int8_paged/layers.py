@@ -159,8 +159,8 @@ class PagedInt8Layer(LayerReader, CacheLayerMixin):
         to store other ones."""
         return self.stored(values=False)
 
-    @keys.setter
-    def keys(self, dense: torch.Tensor) -> None:  # type: ignore[override]
+    @keys.setter  # type: ignore[override]
+    def keys(self, dense: torch.Tensor) -> None:
         assign(self, dense, values=False)
 
     @property
@@ -169,8 +169,8 @@ class PagedInt8Layer(LayerReader, CacheLayerMixin):
         to store other ones."""
         return self.stored(values=True)
 
-    @values.setter
-    def values(self, dense: torch.Tensor) -> None:  # type: ignore[override]
+    @values.setter  # type: ignore[override]
+    def values(self, dense: torch.Tensor) -> None:
         assign(self, dense, values=True)
 
     @property

@@ -11,7 +11,7 @@ from torch.utils._pytree import tree_leaves, tree_map_only
 
 _REMEDY = (
     "the cache keeps int8 blocks, of which this is only a dequantized copy: nothing written to it would be kept. "
-    "Change a clone() of it, and assign that: `layer.keys = tensor` or `layer.values = tensor` stores a whole tensor anew"
+    "Change a clone() of it, and assign that: `layer.keys = tensor`, `layer.values = tensor` store a whole tensor anew"
 )
 
 
