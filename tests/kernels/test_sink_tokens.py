@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from typing import Any
 
 import numpy as np
@@ -102,7 +103,7 @@ def test_wrong_sink_tokens_are_refused(backend: str) -> None:
     held = case.options["sink_tokens"]
 
     def refused(message: str, **fields: Any) -> None:
-        wrong = held._replace(**fields)
+        wrong = dataclasses.replace(held, **fields)
         with pytest.raises(ValueError, match=message):
             int8_paged_decode_attention(*case.arguments, **{**case.options, "sink_tokens": wrong})
         with pytest.raises(ValueError, match=message):

@@ -159,7 +159,7 @@ static int check(const Shape *s, const char *isa)
     failed |= int8_paged_append(&layer, &append) != OK || !same_bits(&layer, &portable);
     const int32_t none = 0, kept = s->sink_tokens;
     float *k_first = keep_first(s, k, k_dense, s->head_dim), *v_first = keep_first(s, v, v_dense, s->v_head_dim);
-    if (kept) decode.sink_tokens = (SinkTokens){k_first, v_first, &none, &none, &kept, kept, DTYPE_FLOAT32};
+    if (kept) decode.sink_tokens = (SinkTokens){k_first, v_first, &none, &none, &kept, 1, kept, DTYPE_FLOAT32};
     for (int64_t j = 0; j < kept * s->heads; j++) {
         const int64_t head = j / kept, slot = j % kept;
         layer.k_scales[(head * blocks + ids[0]) * s->block_size + slot] = 0x7e00;

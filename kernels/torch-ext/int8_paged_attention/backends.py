@@ -13,6 +13,8 @@ from types import ModuleType
 
 import torch
 
+from .storage import KvCacheQuant
+
 _MODULES = {"reference": ".reference", "cpu": ".cpu", "triton": ".triton_backend"}
 #: Backends by device type, the preferred one first.
 _PREFERRED = {
@@ -71,3 +73,15 @@ def resolve_backend(
             f"working here: {', '.join(working)}"
         )
     return load_backend(name)
+
+
+def backend_of(cache: KvCacheQuant, override: str | None) -> ModuleType:
+    """The backend that serves a call: the storage's own, or the reference, which reads every tile order."""
+    if override is None or override == cache.backend:
+        return load_backend(cache.backend)
+    if override != "reference":
+        raise ValueError(
+            f"the cache's tiles belong to backend {cache.backend!r}; only 'reference' reads others' tiles, "
+            f"not {override!r}"
+        )
+    return load_backend("reference")

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+import operator
 from collections.abc import Sequence
 
 import torch
@@ -83,26 +85,119 @@ def check_lengths(lengths: torch.Tensor, name: str, capacity: int, *, new_tokens
             raise ValueError(f"{name} must be between 0 and {capacity} (what block_table covers), got {wrong}{more}")
 
 
+def check_contiguous(x: torch.Tensor, name: str) -> None:
+    """Check that the elements of ``x`` lie in memory in their order."""
+    if not x.is_contiguous():
+        raise ValueError(f"{name} must be contiguous, got strides {x.stride()}")
+
+
+def check_disjoint(x: torch.Tensor, name: str) -> None:
+    """Check that ``x`` can be written to: last axis contiguous, and no two elements at one address.
+
+    Axes that do not nest, which nothing but ``as_strided`` makes, are refused even where no addresses meet.
+    """
+    if not x.numel():
+        return
+    if x.stride(-1) != 1 and x.shape[-1] > 1:
+        raise ValueError(f"{name} must be contiguous in its last axis, got stride {x.stride(-1)}")
+    extent = 1
+    for stride, size in sorted((stride, size) for stride, size in zip(x.stride(), x.shape) if size > 1):
+        if stride < extent:
+            raise ValueError(f"{name} must not hold an address twice, got shape {list(x.shape)}, strides {x.stride()}")
+        extent += (size - 1) * stride
+
+
+def check_native_geometry(cache: KvCacheQuant) -> None:
+    """Check the sizes of a storage that native kernels are to read, and the names of what was done to its rows."""
+    check_geometry(cache.num_blocks, cache.block_size, cache.num_kv_heads, cache.head_dim, cache.v_head_dim)
+    for name, dim in (("head_dim", cache.head_dim), ("v_head_dim", cache.v_head_dim)):
+        if dim > MAX_NATIVE_HEAD_DIM:
+            raise ValueError(f"{name} must be at most {MAX_NATIVE_HEAD_DIM} for native kernels, got {dim}")
+    if cache.rotation not in (None, "hadamard"):
+        raise ValueError(f"rotation must be 'hadamard' or None, got {cache.rotation!r}")
+
+
+def check_integer(value: int, name: str) -> int:
+    """``value`` as an int; ``TypeError`` if it is no integer."""
+    try:
+        return operator.index(value)
+    except TypeError:
+        raise TypeError(f"{name} must be an integer, got {value!r}") from None
+
+
+def clamp_window(window: int | None, capacity: int) -> int | None:
+    """Check a window. One that is wider than ``capacity``, what a table covers, hides nothing: that wide then."""
+    if window is None:
+        return None
+    window = check_integer(window, "window")
+    if window < 1:
+        raise ValueError(f"window must be at least 1, got {window}")
+    return min(window, max(capacity, 1))
+
+
+def clamp_mask_start(start: int, key_mask: torch.Tensor | None, capacity: int) -> int:
+    """Where a mask starts, 0 without one. Farther than a mask's width before the first position or than ``capacity``
+    behind it, it shows nothing: that far then."""
+    start = check_integer(start, "key_mask_start")
+    return 0 if key_mask is None else max(min(start, capacity), -key_mask.shape[1])
+
+
+def check_softcap(softcap: float) -> None:
+    """Check a bound on the scores."""
+    if not 0 < softcap < math.inf:
+        raise ValueError(f"softcap must be positive and finite, got {softcap}")
+
+
+def check_scale(scale: float) -> None:
+    """Check the factor on q.k."""
+    if not math.isfinite(scale):
+        raise ValueError(f"scale must be finite, got {scale}")
+
+
+def check_range(start: int, stop: int | None, capacity: int) -> tuple[int, int]:
+    """Check positions ``start`` to ``stop``, default ``capacity``; returns both."""
+    start = check_integer(start, "start")
+    stop = capacity if stop is None else check_integer(stop, "stop")
+    if not 0 <= start <= stop <= capacity:
+        raise ValueError(f"need 0 <= start <= stop <= {capacity} (what block_table covers), got {start} and {stop}")
+    return start, stop
+
+
 def check_sink_tokens(sink_tokens: SinkTokens, cache: KvCacheQuant, batch: int) -> None:
     """Check full-precision first tokens; their places only where they are on the host."""
-    k, v, row, first, stop, limit = sink_tokens
-    rows = (None, cache.num_kv_heads, None)
-    check_tensor(k, "sink_tokens.k", shape=(*rows, cache.head_dim), dtypes=FLOAT_DTYPES, device=cache.device)
+    if not isinstance(sink_tokens, SinkTokens):
+        raise TypeError(f"sink_tokens must be SinkTokens, got {type(sink_tokens).__name__}")
+    check_sink_layout(sink_tokens, batch, cache.num_kv_heads, cache.head_dim, cache.v_head_dim, cache.device)
+    check_sink_places(sink_tokens)
+
+
+def check_sink_layout(
+    sink_tokens: SinkTokens, batch: int, heads: int, head_dim: int, v_head_dim: int, device: torch.device
+) -> None:
+    """Check dtypes, device, shapes and strides of first tokens."""
+    k, v = sink_tokens.k, sink_tokens.v
+    check_tensor(k, "sink_tokens.k", shape=(None, heads, None, head_dim), dtypes=FLOAT_DTYPES, device=device)
     if not 1 <= k.shape[2] <= MAX_SINK_TOKENS:
         raise ValueError(f"sink_tokens.k must hold 1 to {MAX_SINK_TOKENS} tokens per sequence, got {k.shape[2]}")
-    check_tensor(v, "sink_tokens.v", shape=(*k.shape[:3], cache.v_head_dim), dtypes=(k.dtype,), device=cache.device)
-    for name, x in (("k", k), ("v", v)):
-        if not x.is_contiguous():
-            raise ValueError(f"sink_tokens.{name} must be contiguous, got strides {x.stride()}")
-    for name, x in (("row", row), ("first", first), ("stop", stop)):
-        check_tensor(x, f"sink_tokens.{name}", shape=(batch,), dtypes=(torch.int32,), device=cache.device)
-        if not x.is_contiguous():
-            raise ValueError(f"sink_tokens.{name} must be contiguous, got strides {x.stride()}")
-    if cache.device.type == "cpu" and batch:
-        if int(row.min()) < 0 or int(row.max()) >= len(k):
-            raise ValueError(f"sink_tokens.row must be between 0 and {len(k) - 1}, got {row.tolist()}")
-        if int(first.min()) < 0 or int((stop - first).max()) > k.shape[2] or int(stop.max()) > limit:
-            raise ValueError(
-                f"sink_tokens: first must not be negative and stop at most first + {k.shape[2]} and limit = {limit}, "
-                f"got first = {first.tolist()} and stop = {stop.tolist()}"
-            )
+    check_tensor(v, "sink_tokens.v", shape=(*k.shape[:3], v_head_dim), dtypes=(k.dtype,), device=device)
+    check_contiguous(k, "sink_tokens.k")
+    check_contiguous(v, "sink_tokens.v")
+    for name in ("row", "first", "stop"):
+        x = getattr(sink_tokens, name)
+        check_tensor(x, f"sink_tokens.{name}", shape=(batch,), dtypes=(torch.int32,), device=device)
+        check_contiguous(x, f"sink_tokens.{name}")
+
+
+def check_sink_places(sink_tokens: SinkTokens) -> None:
+    """Check which rows and positions first tokens have; only where these are on the host."""
+    k, row, first, stop = sink_tokens.k, sink_tokens.row, sink_tokens.first, sink_tokens.stop
+    limit = check_integer(sink_tokens.limit, "sink_tokens.limit")
+    if k.device.type != "cpu" or not len(row):
+        return
+    if int(row.min()) < 0 or int(row.max()) >= len(k):
+        raise ValueError(f"sink_tokens.row must be between 0 and {len(k) - 1}, got {row.tolist()}")
+    if int(first.min()) < 0 or int((stop.long() - first).max()) > k.shape[2] or int(stop.max()) > limit:
+        raise ValueError(
+            f"sink_tokens: first must not be negative and stop at most first + {k.shape[2]} and limit = {limit}, "
+            f"got first = {first.tolist()} and stop = {stop.tolist()}"
+        )

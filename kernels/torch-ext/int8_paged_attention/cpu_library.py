@@ -10,6 +10,8 @@ from pathlib import Path
 
 import torch
 
+from .cpu_records import RECORDS
+
 #: Set it to an instruction set's name to use that one and no other.
 ISA_VARIABLE = "HF_INT8_PAGED_CPU_ISA"
 ISA_NAMES = ("avx512vnni", "avxvnni", "avx2", "neon", "portable")
@@ -37,6 +39,10 @@ class Library:
             reason = str(error) if path.exists() else "its C library was not built, as no compiler was found"
             self.missing = f"{reason}; {REMEDY}"
             return
+        wrong = self._wrong_records()
+        if wrong is not None:
+            self.missing = f"{path} was built from other sources: {wrong}; reinstall hf-int8-paged"
+            return
         size, pointer, struct = ctypes.c_int64, ctypes.c_void_p, ctypes.c_char_p
         self.append = self._function("append", size, struct, struct)
         self.decode = self._function("decode", size, struct, struct)
@@ -47,6 +53,17 @@ class Library:
         self._select_isa = self._function("select_isa", size, struct)
         self._function("set_threads", None, pointer, pointer)(*_torch_threads())
         self.select_isa(os.environ.get(ISA_VARIABLE) or None)
+
+    def _wrong_records(self) -> str | None:
+        """What is wrong with the sizes of the structs that Python packs, if anything is."""
+        try:
+            size_of = self._function("record_size", ctypes.c_int64, ctypes.c_int64)
+        except AttributeError:
+            return "it does not tell the sizes of its records"
+        for i, (name, record) in enumerate(RECORDS.items()):
+            if size_of(i) != record.size:
+                return f"its {name} has {size_of(i)} bytes, and {record.size} are packed"
+        return None
 
     def _function(self, name: str, result: type | None, *arguments: type) -> Callable:
         function = getattr(self._c, f"int8_paged_{name}")

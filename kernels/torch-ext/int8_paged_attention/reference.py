@@ -161,7 +161,7 @@ def decode(
     if kv_start is not None:
         visible &= keys >= kv_start[:, None, None]
     if sink_tokens is not None:
-        visible &= keys >= sink_tokens.first[:, None, None]
+        visible &= (sink_tokens.covers(keys) | (keys >= sink_tokens.stop[:, None]))[:, None]
     if window is not None:
         visible &= keys > positions[..., None] - window
     if key_mask is not None:

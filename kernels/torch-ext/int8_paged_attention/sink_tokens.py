@@ -6,7 +6,7 @@ or a few per sequence cost next to nothing. They are kept as the model computed 
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from dataclasses import dataclass
 
 import torch
 
@@ -14,11 +14,14 @@ import torch
 MAX_SINK_TOKENS = 16
 
 
-class SinkTokens(NamedTuple):
+@dataclass(eq=False, frozen=True)
+class SinkTokens:
     """Keys and values of the first tokens of every sequence, which replace what the blocks hold of them.
 
     Position j of sequence b, ``first[b] <= j < stop[b]``, is ``k[row[b], :, j - first[b]]``. The blocks are read
-    from ``stop[b]`` on; what lies before ``first[b]`` is padding, and nobody sees it.
+    from ``stop[b]`` on. What lies before ``first[b]`` is padding, and nobody sees it; where ``stop[b] <= first[b]`` the
+    sequence has no such tokens, and nobody sees what lies before ``stop[b]``. Kernels keep the tensors' addresses: the
+    fields cannot be replaced.
 
     Args:
         k: ``[rows, num_kv_heads, count, head_dim]``, float32, float16 or bfloat16, contiguous.

@@ -10,7 +10,9 @@ import triton
 import triton.language as tl
 
 from .conditioning import hadamard_block
+from .layouts import check_append
 from .storage import KvCacheQuant
+from .triton_layouts import head_strides, in_32_bits, layer_of
 from .triton_primitives import hadamard, quantize_rows
 
 
@@ -119,6 +121,9 @@ def launch_append(
     context_lens_before: torch.Tensor,
 ) -> None:
     """`reference.append` on a GPU, one launch."""
+    layout = layer_of(cache)
+    block_table, context_lens_before = check_append(layout, k_new, v_new, block_table, context_lens_before)
+    k_new, v_new = in_32_bits(k_new), in_32_bits(v_new)
     batch, heads, new_tokens, _ = k_new.shape
     rows = 16 if new_tokens > 1 else 1
     append_kernel[(-(-new_tokens // rows), heads, batch)](
@@ -132,14 +137,11 @@ def launch_append(
         block_table,
         context_lens_before,
         new_tokens,
-        cache.num_blocks,
+        layout.num_blocks,
         block_table.shape[1],
-        cache.k.stride(0),
-        cache.v.stride(0),
-        cache.k_scales.stride(0),
-        cache.v_scales.stride(0),
+        *head_strides(layout),
         *k_new.stride(),
         *v_new.stride(),
-        block_table.stride(0),
-        **append_constants(cache.k.shape[3], cache.v.shape[3], cache.k.shape[2], cache.rotation is not None, rows),
+        block_table.stride()[0],
+        **append_constants(layout.head_dim, layout.v_head_dim, layout.block_size, cache.rotation is not None, rows),
     )

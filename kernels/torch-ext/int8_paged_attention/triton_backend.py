@@ -6,8 +6,6 @@ that are not taken per token.
 
 from __future__ import annotations
 
-import functools
-
 import torch
 import triton
 
@@ -17,18 +15,17 @@ from .sink_tokens import SinkTokens
 from .storage import KvCacheQuant
 from .triton_append import launch_append
 from .triton_decode import launch_decode
+from .triton_device import INTERPRETED, chip_of, launching_on
 from .triton_extend import launch_extend
+from .triton_layouts import TILE_ORDER
 from .triton_tuning import Chip
 
 __all__ = ["NAME", "TILE_ORDER", "append", "copy", "decode", "empty", "extend", "gather", "unavailable"]
 
 NAME = "triton"
-TILE_ORDER = "v_transposed"
 OLDEST_TRITON = (3, 6)
 #: 32639 * 127 * 256 < 2**31: the largest product of a query in steps with a key row.
 WIDEST_ROW = 256
-#: Triton decides when a kernel is defined whether it will be interpreted.
-INTERPRETED = triton.knobs.runtime.interpret
 
 
 def unavailable(device: torch.device, block_size: int, head_dim: int, v_head_dim: int) -> str | None:
@@ -41,17 +38,6 @@ def unavailable(device: torch.device, block_size: int, head_dim: int, v_head_dim
     if max(head_dim, v_head_dim) > MAX_NATIVE_HEAD_DIM:
         return f"rows may have at most {MAX_NATIVE_HEAD_DIM} elements, got {max(head_dim, v_head_dim)}"
     return None
-
-
-@functools.cache
-def chip_of(device: torch.device) -> Chip:
-    """The chip behind a device; the interpreter has one multiprocessor."""
-    if INTERPRETED:
-        return Chip("interpreter", 1)
-    properties = torch.get_device_module(device).get_device_properties(device)
-    target = triton.runtime.driver.active.get_current_target()
-    name = f"sm_{target.arch}" if target.backend == "cuda" else str(target.arch)
-    return Chip(name, getattr(properties, "multi_processor_count", None) or properties.gpu_subslice_count)
 
 
 def multiplies_int8(chip: Chip) -> bool:
@@ -68,7 +54,8 @@ def append(
 ) -> None:
     if not k_new.numel() or not block_table.shape[1]:
         return
-    launch_append(k_new, v_new, cache, block_table, context_lens_before)
+    with launching_on(k_new.device):
+        launch_append(k_new, v_new, cache, block_table, context_lens_before)
 
 
 def decode(
@@ -93,10 +80,11 @@ def decode(
         return
     chip = chip_of(out.device)
     exact = _interpretable(out)
-    launch_decode(
-        exact, q, cache, block_table, context_lens, scale, kv_start, key_mask, key_mask_start, window, softcap, sinks,
-        sink_tokens, chip=chip, integer=multiplies_int8(chip),
-    )  # fmt: skip
+    with launching_on(out.device):
+        launch_decode(
+            exact, q, cache, block_table, context_lens, scale, kv_start, key_mask, key_mask_start, window, softcap,
+            sinks, sink_tokens, chip=chip, integer=multiplies_int8(chip),
+        )  # fmt: skip
     if exact is not out:
         out.copy_(exact)
 
@@ -121,10 +109,11 @@ def extend(
     if not out.numel():
         return
     exact, q, k_new, v_new = (_interpretable(x) for x in (out, q, k_new, v_new))
-    launch_extend(
-        exact, q, k_new, v_new, cache, block_table, past_lens, scale, kv_start, key_mask, window, softcap, sinks,
-        sink_tokens,
-    )  # fmt: skip
+    with launching_on(out.device):
+        launch_extend(
+            exact, q, k_new, v_new, cache, block_table, past_lens, scale, kv_start, key_mask, window, softcap, sinks,
+            sink_tokens,
+        )  # fmt: skip
     if exact is not out:
         out.copy_(exact)
 

@@ -12,6 +12,7 @@ import triton.language as tl
 from .conditioning import hadamard_block
 from .sink_tokens import SinkTokens
 from .storage import KvCacheQuant
+from .triton_layouts import sink_pointers
 from .triton_primitives import LOG2_E, exponent_shift, hadamard, sink_positions, tanh
 
 
@@ -98,6 +99,7 @@ def reduce_kernel(
             key_mask_start,
             key_mask_width,
             key_mask_stride,
+            SINK_TOKENS,
             SINK_TILE,
         )
         seen &= tokens <= position
@@ -173,7 +175,7 @@ def launch_join(
 ) -> None:
     """Write ``out`` ``[batch, num_q_heads, q_len, v_head_dim]`` from the sums that the splits have left in ``partial``.
 
-    The other arguments are those of `reference.decode`, and the number of splits.
+    The other arguments are those of `reference.decode`, as `launch_decode` has checked them, and the number of splits.
     """
     batch, num_q_heads, q_len, v_dim = out.shape
     rotated = cache.rotation is not None
@@ -184,8 +186,8 @@ def launch_join(
         center = cache.key_center if softcap is None and sinks is None else None
         mask = (0, 0) if key_mask is None else (key_mask.shape[1], key_mask.stride(0))
         for_sink_tokens = (
-            q, *sink_tokens[:5], center, context_lens, kv_start, key_mask, float(scale), float(softcap or 0.0),
-            key_mask_start, *mask, window or 0, *q.stride(),
+            q, *sink_pointers(sink_tokens), center, context_lens, kv_start, key_mask, float(scale),
+            float(softcap or 0.0), key_mask_start, *mask, window or 0, *q.stride(),
         )  # fmt: skip
         group, head_dim = num_q_heads // cache.num_kv_heads, q.shape[3]
         special = (window is not None, softcap is not None)

@@ -73,11 +73,12 @@ def sink_positions(
     key_mask_start,
     key_mask_width,
     key_mask_stride,
+    COUNT: tl.constexpr,
     TILE: tl.constexpr,
 ):
-    """Positions ``[TILE]`` of a sequence's sink tokens, and which of them exist and are admitted for all rows."""
+    """Positions ``[TILE]`` of a sequence's COUNT sink tokens, and which of them exist and are admitted for all rows."""
     tokens = tl.load(first_ptr + sequence) + tl.arange(0, TILE)
-    seen = tokens < tl.load(stop_ptr + sequence)
+    seen = (tl.arange(0, TILE) < COUNT) & (tokens < tl.load(stop_ptr + sequence))
     if kv_start_ptr is not None:
         seen &= tokens >= tl.load(kv_start_ptr + sequence)
     if key_mask_ptr is not None:

@@ -30,6 +30,14 @@ INT8_PAGED_EXPORT void int8_paged_set_threads(void *parallel_for_address, void *
     memcpy(&thread_count, &thread_count_address, sizeof thread_count);
 }
 
+/* sizeof the i-th struct that Python fills, or 0: Python compares them with what it packs. */
+INT8_PAGED_EXPORT int64_t int8_paged_record_size(int64_t i)
+{
+    static const int64_t sizes[] = {sizeof(Layer), sizeof(AppendCall), sizeof(DecodeCall), sizeof(SinkTokens),
+                                    sizeof(GatherCall)};
+    return i >= 0 && i < (int64_t)(sizeof sizes / sizeof *sizes) ? sizes[i] : 0;
+}
+
 /* Name of the i-th instruction set that this processor has, best first, or NULL. */
 INT8_PAGED_EXPORT const char *int8_paged_isa(int64_t i)
 {
@@ -126,10 +134,32 @@ static void run_decode(void *job, int64_t begin, int64_t end)
     for (int64_t item = begin; item < end; item++) kernels->decode_item(job, item);
 }
 
-INT8_PAGED_EXPORT int64_t int8_paged_decode(const Layer *layer, const DecodeCall *call)
+/* Whether rows and places of the sink tokens lie where there are some. */
+static int check_sink_tokens(const SinkTokens *sinks, int64_t batch)
+{
+    if (!sinks->k) return OK;
+    if (sinks->count < 1 || sinks->count > MAX_SINK_TOKENS) return BAD_SINK_TOKEN;
+    for (int64_t b = 0; b < batch; b++) {
+        const int64_t row = sinks->row[b], first = sinks->first[b], stop = sinks->stop[b];
+        if (row < 0 || row >= sinks->rows || first < 0 || stop > first + sinks->count) return BAD_SINK_TOKEN;
+    }
+    return OK;
+}
+
+INT8_PAGED_EXPORT int64_t int8_paged_decode(const Layer *layer, const DecodeCall *given)
 {
     enum { ITEMS_PER_THREAD = 4, LEAST_SPLIT = 256 };
+    /* Positions lie far below 2^62: a window or a mask that starts farther away is the same, and sums cannot overflow. */
+    const int64_t far = INT64_MAX / 4;
+    DecodeCall within = *given;
+    const DecodeCall *call = &within;
     const Table *table = &call->table;
+    if (given->window < 0 || given->mask_columns < 0 || given->mask_columns > far || given->q_len < 1 ||
+        given->num_q_heads < 1 || given->num_q_heads % layer->num_kv_heads)
+        return BAD_RANGE;
+    within.window = min_i64(given->window, far);
+    within.mask_start = max_i64(min_i64(given->mask_start, far), -far);
+    if (check_sink_tokens(&call->sink_tokens, call->batch)) return BAD_SINK_TOKEN;
     const int64_t size = layer->block_size;
     int64_t tokens = 0, longest = 0;
     for (int64_t b = 0; b < call->batch; b++) {
@@ -175,10 +205,12 @@ static void run_gather(void *job, int64_t begin, int64_t end)
 
 INT8_PAGED_EXPORT int64_t int8_paged_gather(const Layer *layer, const GatherCall *call)
 {
-    const int64_t size = layer->block_size, first = call->start / size, blocks = ceil_div(call->stop, size) - first;
+    const int64_t size = layer->block_size, capacity = call->table.max_blocks * size;
+    if (call->start < 0 || call->stop < call->start || call->stop > capacity) return BAD_RANGE;
+    const int64_t first = call->start / size, blocks = ceil_div(call->stop, size) - first;
     for (int64_t b = 0; b < call->batch; b++) {
         const int64_t length = call->table.lengths[b];
-        if (length < 0 || length > call->table.max_blocks * size) return BAD_LENGTH;
+        if (length < 0 || length > capacity) return BAD_LENGTH;
         if (check_blocks(&call->table, b, first, first + blocks, layer->num_blocks)) return BAD_BLOCK;
     }
     if (call->stop == call->start) return OK;
@@ -195,6 +227,7 @@ INT8_PAGED_EXPORT int64_t int8_paged_copy(const Layer *layer, const int32_t *src
         if (src[i] < 0 || src[i] >= layer->num_blocks || dst[i] < 0 || dst[i] >= layer->num_blocks) return BAD_BLOCK;
     for (int64_t head = 0; head < layer->num_kv_heads; head++)
         for (int64_t i = 0; i < count; i++) {
+            if (src[i] == dst[i]) continue;
             const int64_t from = (head * layer->num_blocks + src[i]) * layer->block_size;
             const int64_t to = (head * layer->num_blocks + dst[i]) * layer->block_size;
             memcpy(layer->k + to * layer->head_dim, layer->k + from * layer->head_dim,

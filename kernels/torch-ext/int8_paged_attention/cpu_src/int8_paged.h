@@ -12,7 +12,7 @@
 
 enum { MAX_DIM = 256, SUBTILE = 16, MAX_SINK_TOKENS = 16 };
 enum { DTYPE_FLOAT32, DTYPE_FLOAT16, DTYPE_BFLOAT16 };
-enum { OK = 0, BAD_LENGTH = -1, BAD_BLOCK = -2, NO_MEMORY = -3 };
+enum { OK = 0, BAD_LENGTH = -1, BAD_BLOCK = -2, NO_MEMORY = -3, BAD_RANGE = -4, BAD_SINK_TOKEN = -5 };
 
 /* Constant for a layer. Tiles in `dot4` order; every field is 8 bytes wide, as in all structs that Python fills. */
 typedef struct {
@@ -41,7 +41,7 @@ typedef struct {
 typedef struct {
     const void *k, *v; /* [rows, num_kv_heads, count, dim], contiguous; NULL: there are none */
     const int32_t *row, *first, *stop; /* [batch] */
-    int64_t count, dtype;
+    int64_t rows, count, dtype;
 } SinkTokens;
 
 typedef struct {
@@ -106,7 +106,8 @@ static inline int64_t first_in_blocks(const DecodeCall *call, int64_t sequence)
     return call->sink_tokens.k ? max_i64(first, call->sink_tokens.stop[sequence]) : first;
 }
 
-/* Tokens [*begin, *end) that some query row of a sequence sees in the blocks, before key_mask. */
+/* Tokens [*begin, *end) that some query row of a sequence sees in the blocks, before key_mask; both are 0 if there are
+ * none. Every block that holds one of them is inside the table, as no length is longer than it. */
 static inline void visible_range(const DecodeCall *call, int64_t sequence, int64_t *begin, int64_t *end)
 {
     const int64_t length = call->table.lengths[sequence];
@@ -117,8 +118,9 @@ static inline void visible_range(const DecodeCall *call, int64_t sequence, int64
         first = max_i64(first, call->mask_start);
         last = min_i64(last, call->mask_start + call->mask_columns);
     }
-    *begin = first - first % SUBTILE;
-    *end = max_i64(last, *begin);
+    const int seen = first < last;
+    *begin = seen ? first - first % SUBTILE : 0;
+    *end = seen ? last : 0;
 }
 
 #endif

@@ -1,0 +1,72 @@
+"""Allocating the storage of one attention layer."""
+
+from __future__ import annotations
+
+import torch
+
+from .backends import resolve_backend
+from .checks import check_geometry
+from .conditioning import ROTATIONS
+from .storage import TILE_ORDERS, KvCacheQuant
+
+
+def alloc_paged_int8_layer(
+    num_blocks: int,
+    block_size: int,
+    num_kv_heads: int,
+    head_dim: int,
+    *,
+    v_head_dim: int | None = None,
+    device: torch.device | str = "cpu",
+    backend: str | None = None,
+    tile_order: str | None = None,
+    rotation: str | None = None,
+    center_keys: bool = False,
+) -> KvCacheQuant:
+    """Allocate the storage of one attention layer.
+
+    The memory is uninitialised: no function reads a slot before a token was appended there.
+
+    Args:
+        num_blocks: blocks to allocate; 0 is allowed.
+        block_size: tokens per block, a multiple of 16.
+        num_kv_heads: key/value heads.
+        head_dim: elements of a key row, at most 1024. Rows of more than 256 are served by the reference backend.
+        v_head_dim: elements of a value row; default ``head_dim``.
+        device: where the blocks live.
+        backend: ``"reference"``, ``"cpu"`` or ``"triton"``; ``None`` takes the best one for the device.
+        tile_order: one of ``TILE_ORDERS``; default the backend's own, the only one it reads unless it is the reference.
+        rotation: ``"hadamard"`` rotates rows before quantization; ``None`` does not.
+        center_keys: allocate a key centre, zero at first (``cache.key_center``). Set its values before the
+            first append.
+
+    Returns:
+        The storage.
+
+    Raises:
+        ValueError: impossible sizes, an unknown name, or a backend that cannot serve this device or geometry.
+    """
+    v_head_dim = head_dim if v_head_dim is None else v_head_dim
+    check_geometry(num_blocks, block_size, num_kv_heads, head_dim, v_head_dim)
+    if rotation is not None and rotation not in ROTATIONS:
+        raise ValueError(f"unknown rotation {rotation!r}; choose one of {', '.join(ROTATIONS)}, or None")
+    device = torch.device(device)
+    module = resolve_backend(backend, device, block_size, head_dim, v_head_dim)
+    order = module.TILE_ORDER if tile_order is None else tile_order
+    if order not in TILE_ORDERS:
+        raise ValueError(f"unknown tile_order {tile_order!r}; choose one of {', '.join(TILE_ORDERS)}")
+    if order != module.TILE_ORDER and module.NAME != "reference":
+        raise ValueError(f"backend {module.NAME!r} reads tile_order {module.TILE_ORDER!r}, not {order!r}")
+    if order == "dot4" and head_dim % 4:
+        raise ValueError(f"tile_order 'dot4' needs a head_dim that is a multiple of 4, got {head_dim}")
+    slots = (num_kv_heads, num_blocks, block_size)
+    return KvCacheQuant(
+        k=module.empty((*slots, head_dim), torch.int8, device),
+        v=module.empty((*slots, v_head_dim), torch.int8, device),
+        k_scales=module.empty(slots, torch.float16, device),
+        v_scales=module.empty(slots, torch.float16, device),
+        backend=module.NAME,
+        tile_order=order,
+        rotation=rotation,
+        key_center=torch.zeros(num_kv_heads, head_dim, device=device) if center_keys else None,
+    )

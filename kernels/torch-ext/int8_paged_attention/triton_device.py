@@ -1,0 +1,45 @@
+"""Which GPU a Triton kernel runs on: always the one that holds the tensors."""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+from typing import Any
+
+import torch
+import triton
+
+from .triton_tuning import Chip
+
+#: Triton decides when a kernel is defined whether it will be interpreted.
+INTERPRETED = triton.knobs.runtime.interpret
+_NO_CHANGE = contextlib.nullcontext()
+
+
+@functools.cache
+def chip_of(device: torch.device) -> Chip:
+    """The chip behind a device; the interpreter has one multiprocessor."""
+    if INTERPRETED:
+        return Chip("interpreter", 1)
+    properties = torch.get_device_module(device).get_device_properties(device)
+    processors = getattr(properties, "multi_processor_count", None) or properties.gpu_subslice_count
+    if device.type != "cuda":
+        return Chip(properties.name, processors)
+    # AMD's names end in options of the chip, "gfx942:sramecc+:xnack-".
+    name = getattr(properties, "gcnArchName", "") if torch.version.hip else ""
+    return Chip(name.split(":")[0] or f"sm_{properties.major}{properties.minor}", processors)
+
+
+@functools.cache
+def device_count(kind: str) -> int:
+    """How many devices of a type this process has."""
+    return torch.get_device_module(kind).device_count()
+
+
+def launching_on(device: torch.device) -> contextlib.AbstractContextManager[Any]:
+    """A context in which ``device`` is the current one: Triton launches on the current device, in its current stream.
+    Nothing happens where it is current already, and with a single device nothing is asked."""
+    if device.type == "cpu" or device_count(device.type) < 2:
+        return _NO_CHANGE
+    module = torch.get_device_module(device)
+    return _NO_CHANGE if device.index == module.current_device() else module.device(device)
