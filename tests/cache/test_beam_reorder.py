@@ -2,57 +2,37 @@
 
 from __future__ import annotations
 
-import statistics
-import time
+import functools
+from collections.abc import Callable
 
 import pytest
-import torch
 
-from hf_int8_paged import PagedInt8Cache
-from tests.models import tiny_model
-
-BEAMS, NEW = 8, 40
+from eval._workloads import beams_over_a_prompt, reorder, turns_of_beams
+from hf_int8_paged.block_allocator import BlockAllocator
+from tests.counting import operators, python_work
 
 
-def beams_over_a_prompt(tokens: int) -> PagedInt8Cache:
-    """A cache of beams that share a prompt and have some tokens of their own."""
-    cache = PagedInt8Cache(tiny_model("llama").config)
-    generator = torch.Generator().manual_seed(0)
-    for batch, count in ((1, tokens), (BEAMS, NEW)):
-        if cache.get_seq_length():
-            cache.batch_repeat_interleave(BEAMS)
-        for layer in range(3):
-            rows = torch.randn(batch, 2, count, 16, generator=generator)
-            cache.update(rows, rows, layer)
-    return cache
+def test_reordering_beams_does_no_more_over_a_long_prompt(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The same bytecodes for 8,192 tokens as for 1,024, no tensor touched, and as many blocks retained and released."""
+    exchanged: list[int] = []
 
+    def counting(original: Callable[[BlockAllocator, list[int]], None]) -> Callable[[BlockAllocator, list[int]], None]:
+        def exchange(self: BlockAllocator, blocks: list[int]) -> None:
+            exchanged.append(len(blocks))
+            original(self, blocks)
 
-def reorder(cache: PagedInt8Cache, turns: list[torch.Tensor]) -> None:
-    for rows in turns:
-        cache.reorder_cache(rows)
+        return exchange
 
-
-@pytest.fixture
-def turns() -> list[torch.Tensor]:
-    """Permutations: beams neither die nor multiply, so that the cache is the same kind at every turn."""
-    generator = torch.Generator().manual_seed(0)
-    return [torch.randperm(BEAMS, generator=generator) for _ in range(50)]
-
-
-@pytest.mark.parametrize("tokens", [1024, 8192], ids=lambda n: f"prompt_of_{n}")
-def test_reordering_beams(benchmark, tokens, turns):
-    benchmark(reorder, beams_over_a_prompt(tokens), turns)
-
-
-def test_reordering_beams_takes_no_longer_over_a_long_prompt(turns):
-    """8,192 tokens within 1.3 times of 1,024: the median of interleaved rounds, so that both see the same machine."""
-    short, long = beams_over_a_prompt(1024), beams_over_a_prompt(8192)
-    ratios = []
-    for _ in range(41):
-        seconds = []
-        for cache in (short, long):
-            start = time.perf_counter()
-            reorder(cache, turns)
-            seconds.append(time.perf_counter() - start)
-        ratios.append(seconds[1] / seconds[0])
-    assert statistics.median(ratios) < 1.3
+    for name in ("retain", "release"):
+        monkeypatch.setattr(BlockAllocator, name, counting(getattr(BlockAllocator, name)))
+    found = []
+    for tokens in (1024, 8192):
+        reordered = functools.partial(reorder, beams_over_a_prompt(tokens), turns_of_beams())
+        exchanged.clear()
+        called = operators(reordered).called
+        found.append((called, list(exchanged), python_work(reordered)))
+    short, long = found
+    assert long == short
+    assert not long[0]
+    # Each of 8 beams exchanges at most the blocks of its own 40 tokens, which may begin inside a block: 4.
+    assert 0 < max(long[1]) <= 8 * 4

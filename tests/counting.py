@@ -1,0 +1,71 @@
+"""What a call does, counted: the same on a slow or busy machine, unlike the time that it takes."""
+
+from __future__ import annotations
+
+import sys
+from collections import Counter
+from collections.abc import Callable
+from types import FrameType
+from typing import Any, NamedTuple
+
+import torch
+from torch.utils._python_dispatch import TorchDispatchMode
+
+
+class Work(NamedTuple):
+    """Python code that ran: entered functions (also of torch and the standard library), and executed bytecodes."""
+
+    calls: int
+    bytecodes: int
+
+
+def python_work(call: Callable[[], object]) -> Work:
+    """Functions entered and bytecodes executed by ``call``, itself included. What C code does is not seen."""
+    calls = bytecodes = 0
+
+    def count(frame: FrameType, event: str, argument: object) -> Any:
+        nonlocal calls, bytecodes
+        if event == "call":
+            calls += 1
+            frame.f_trace_opcodes, frame.f_trace_lines = True, False
+        elif event == "opcode":
+            bytecodes += 1
+        return count
+
+    before = sys.gettrace()
+    sys.settrace(count)
+    try:
+        call()
+    finally:
+        sys.settrace(before)
+    return Work(calls, bytecodes)
+
+
+class Operators(TorchDispatchMode):
+    """Counts torch's operators, the tensors with memory of their own that they make, and copies to a device."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.called: Counter[str] = Counter()
+        self.tensors_made = 0
+        self.host_to_device = 0
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        result = func(*args, **kwargs or {})
+        name = func.overloadpacket.__name__
+        self.called[name] += 1
+        given = [x for x in args if isinstance(x, torch.Tensor)]
+        made = [x for x in (result if isinstance(result, (tuple, list)) else [result]) if isinstance(x, torch.Tensor)]
+        memory = {x.untyped_storage()._cdata for x in given}
+        self.tensors_made += sum(x.untyped_storage()._cdata not in memory for x in made)
+        if name in ("_to_copy", "copy_"):
+            # `copy_` is given the tensor that it returns, and the source after it.
+            self.host_to_device += given[-1].device.type == "cpu" and made[0].device.type != "cpu"
+        return result
+
+
+def operators(call: Callable[[], object]) -> Operators:
+    """The torch operators that ``call`` runs."""
+    with Operators() as counted:
+        call()
+    return counted
