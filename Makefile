@@ -10,6 +10,15 @@ PYTEST := $(BIN)/python -m pytest
 WORKERS ?= 2
 PARALLEL := OMP_NUM_THREADS=1 $(PYTEST) -n $(WORKERS) --dist loadfile
 
+# `make test-versions`: the oldest and the newest supported release, laid over the environment without what they ask for.
+TRANSFORMERS ?= 5.18.0 5.24.0
+OVERLAYS := $(abspath $(VENV))/overlays
+# `make test-matrix`: rows of tests/matrix.py (none: all), where their environments are, arguments for pytest and for it.
+ROWS ?=
+MATRIX_ENVS ?= .matrix
+PYTEST_ARGS ?=
+MATRIX_OPTIONS ?=
+
 # Tests that the Triton interpreter runs too.
 TRITON_TESTS := tests/kernels/interpreted_triton.py tests/kernels/triton_extend.py tests/cache/triton_long_chunks.py
 
@@ -31,7 +40,8 @@ endef
 export RUN_NOTEBOOKS
 
 .DEFAULT_GOAL := help
-.PHONY: help demo info test test-fast test-sanitize test-neon test-gpu bench-gpu gpu-audit lint types format notebooks coverage clean
+.PHONY: help demo info test test-all test-versions test-matrix test-sanitize test-neon test-gpu bench bench-gpu gpu-audit \
+	lint types format notebooks coverage clean
 
 help:  ## Show this list
 	@sed -n 's/^\([a-z-]*\):.*## /\1|/p' $(MAKEFILE_LIST) | while IFS='|' read -r name text; do printf '  make %-13s %s\n' "$$name" "$$text"; done
@@ -42,11 +52,17 @@ demo: $(DEMO)  ## Compare DynamicCache with PagedInt8Cache on a real model
 info: $(DEMO)  ## Show versions and the backends of this machine
 	@$(BIN)/hf-int8-paged info
 
-test: $(DEV)  ## Run all tests
+test: $(DEV)  ## Run the tests that need neither minutes nor a real model
+	$(PARALLEL) -m "not slow"
+
+test-all: $(DEV)  ## Run all tests
 	$(PARALLEL)
 
-test-fast: $(DEV)  ## Run the tests that need neither minutes nor a real model
-	$(PARALLEL) -m "not slow and not gpu"
+test-versions: $(addprefix $(OVERLAYS)/transformers-,$(TRANSFORMERS))  ## Run the cache's tests with the oldest and newest transformers
+	for overlay in $^; do PYTHONPATH=$$overlay $(PARALLEL) -m "not slow" tests/cache || exit 1; done
+
+test-matrix: $(DEV)  ## Run all tests under other versions, instruction sets and loads; writes docs/compatibility.md
+	$(BIN)/python tests/matrix.py --rows $(ROWS) --environments $(MATRIX_ENVS) --pytest "$(PYTEST_ARGS)" $(MATRIX_OPTIONS)
 
 test-sanitize: $(DEV)  ## Run the CPU kernels' tests under AddressSanitizer and UBSan
 	tests/native/sanitize.sh $(BIN)/python
@@ -56,6 +72,9 @@ test-neon:  ## Check the CPU kernels for Arm (Debian: gcc-aarch64-linux-gnu, qem
 
 test-gpu: $(DEV)  ## Run the kernels' tests on a GPU, with fresh inputs
 	HF_INT8_PAGED_TEST_SEED=$$(date +%s) HF_HUB_OFFLINE=1 $(PYTEST) -m gpu tests/gpu tests/kernels $(TRITON_TESTS)
+
+bench: $(DEV)  ## Compare with budgets what the cache costs in time; writes eval/results/budgets.json
+	$(BIN)/python eval/budgets.py --json eval/results/budgets.json
 
 bench-gpu: $(DEV)  ## Time kernels and a model on a GPU; writes eval/results/*_gpu.json
 	$(BIN)/python eval/latency.py --device cuda --json eval/results/latency_kernel_gpu.json
@@ -82,13 +101,18 @@ coverage: $(DEV)  ## Compare every architecture of transformers with its oracle;
 	OMP_NUM_THREADS=1 HF_HUB_OFFLINE=1 $(BIN)/python -m eval.coverage --workers $(WORKERS) --markdown docs/coverage.md
 
 clean:  ## Remove the environment, builds and caches of tools
-	rm -rf $(VENV) build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis .benchmarks
+	rm -rf $(VENV) .matrix build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis
 	find hf_int8_paged kernels tests eval examples -name __pycache__ -prune -exec rm -rf {} +
 	find hf_int8_paged kernels -name '*.so' -delete
 
 $(BIN)/python:
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 10) and "Python 3.10 or newer is needed, and $(PYTHON) is " + sys.version.split()[0] + "; name another one: make PYTHON=python3.12")'
 	$(PYTHON) -m venv $(VENV)
+
+$(OVERLAYS)/transformers-%: $(DEV)
+	rm -rf $@
+	$(PIP) install -q --no-deps --target $@ transformers==$*
+	@touch $@
 
 # torch first and under the constraints: resolved with the rest, its newest release and all it brings might be fetched.
 $(VENV)/.installed-%: $(SOURCES) | $(BIN)/python

@@ -11,6 +11,7 @@ from pathlib import Path
 import pytest
 
 from hf_int8_paged.cli import main
+from tests.processes import HANGS
 
 
 def run(*arguments: str, **environment: str) -> subprocess.CompletedProcess[str]:
@@ -20,7 +21,7 @@ def run(*arguments: str, **environment: str) -> subprocess.CompletedProcess[str]
         env={**os.environ, "HF_HUB_OFFLINE": "1", **environment},
         capture_output=True,
         text=True,
-        timeout=300,
+        timeout=HANGS,
     )
 
 
@@ -124,7 +125,7 @@ importlib.metadata.version = hidden
 from hf_int8_paged.cli import main
 main(["info"])
 """
-    result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=300)
+    result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=HANGS)
     assert result.returncode == 0, result.stderr
     missing = result.stdout.partition("missing:")[2]
     assert "C kernels" in missing

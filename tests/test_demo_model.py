@@ -14,6 +14,7 @@ from transformers.utils import logging
 
 from hf_int8_paged import demo_model
 from hf_int8_paged.demo_model import DemoModelError, demo_model_folder, quiet_transformers
+from tests.processes import HANGS
 
 
 @pytest.fixture
@@ -85,4 +86,4 @@ def test_a_hub_that_takes_the_connection_and_never_answers_is_given_up(tmp_path:
             "HF_HUB_OFFLINE": "0",
         }
         code = "from hf_int8_paged import demo_model as m; m._HUB_TIMEOUT_S = 0.5; assert m._from_hub() is None"
-        subprocess.run([sys.executable, "-c", code], env=environment, timeout=120, check=True)
+        subprocess.run([sys.executable, "-c", code], env=environment, timeout=HANGS, check=True)

@@ -15,6 +15,7 @@ import pytest
 from nbclient import NotebookClient
 
 from hf_int8_paged import kernels
+from tests.processes import HANGS
 
 ROOT = Path(__file__).parent.parent
 NOTEBOOK = ROOT / "examples" / "quickstart.ipynb"
@@ -23,7 +24,7 @@ NOTEBOOK = ROOT / "examples" / "quickstart.ipynb"
 def test_the_script_generates_and_shows_the_bytes(tiny_model_folder: Path):
     command = [sys.executable, str(ROOT / "examples" / "generate.py"), str(tiny_model_folder)]
     environment = {**os.environ, "HF_HUB_OFFLINE": "1"}
-    result = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=300)
+    result = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=HANGS)
     assert result.returncode == 0, result.stderr
     assert re.search(r"\d+ tokens in [\d,]+ bytes", result.stdout)
 
@@ -32,7 +33,7 @@ def test_the_notebook_runs(tiny_model_folder: Path, monkeypatch: pytest.MonkeyPa
     monkeypatch.setenv("HF_INT8_PAGED_MODEL", str(tiny_model_folder))
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
     notebook = nbformat.read(NOTEBOOK, as_version=4)
-    NotebookClient(notebook, timeout=300, kernel_name="python3").execute()
+    NotebookClient(notebook, timeout=HANGS, startup_timeout=HANGS, kernel_name="python3").execute()
     assert outputs(notebook)
 
 
@@ -53,7 +54,9 @@ def test_the_code_in_the_readme_runs(tiny_model_folder: Path):
     assert name, "the block names its model"
     code = code.replace(name[1], str(tiny_model_folder))
     environment = {**os.environ, "HF_HUB_OFFLINE": "1"}
-    result = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True, timeout=300)
+    result = subprocess.run(
+        [sys.executable, "-c", code], env=environment, capture_output=True, text=True, timeout=HANGS
+    )
     assert result.returncode == 0, result.stderr
     assert result.stdout.strip()
 
@@ -77,7 +80,7 @@ def test_the_kernel_folder_loads_as_a_package_of_another_name(tmp_path: Path):
         "import sys, some_hub_name as kernel; kernel.alloc_paged_int8_layer(1, 16, 1, 32); "
         "assert 'hf_int8_paged' not in sys.modules"
     )
-    subprocess.run([sys.executable, "-c", code], cwd=tmp_path, timeout=300, check=True)
+    subprocess.run([sys.executable, "-c", code], cwd=tmp_path, timeout=HANGS, check=True)
 
 
 def outputs(notebook: nbformat.NotebookNode) -> list[nbformat.NotebookNode]:

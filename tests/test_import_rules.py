@@ -11,6 +11,8 @@ from pathlib import Path
 
 import pytest
 
+from tests.processes import HANGS
+
 ROOT = Path(__file__).parent.parent
 PACKAGE = ROOT / "hf_int8_paged"
 KERNELS = ROOT / "kernels" / "torch-ext" / "int8_paged_attention"
@@ -103,7 +105,7 @@ def run_python(code: str) -> None:
         env={**os.environ, "HF_HUB_OFFLINE": "1"},
         capture_output=True,
         text=True,
-        timeout=300,
+        timeout=HANGS,
     )
     assert result.returncode == 0, result.stderr[-3000:]
 

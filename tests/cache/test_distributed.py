@@ -13,6 +13,7 @@ import torch
 from hf_int8_paged import PagedInt8Cache
 from hf_int8_paged.kernels import KvCacheQuant, reference
 from tests.models import random_ids, tiny_model
+from tests.processes import HANGS
 
 ROOT = Path(__file__).parents[2]
 
@@ -31,7 +32,7 @@ def test_two_processes_with_half_of_the_heads_each_give_the_tokens_of_one(tmp_pa
         env=environment,
         capture_output=True,
         text=True,
-        timeout=300,
+        timeout=HANGS,
     )
     assert result.returncode == 0, result.stderr[-3000:]
     ranks = [torch.load(tmp_path / f"rank_{rank}.pt") for rank in range(2)]

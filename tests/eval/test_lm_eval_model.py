@@ -12,6 +12,7 @@ import pytest
 import torch
 
 from ..models import FakeQuantizedCache, random_ids
+from ..processes import HANGS
 from .conftest import EVAL
 
 pytest.importorskip("lm_eval", reason="needs the extra `eval` (lm_eval)")
@@ -77,7 +78,7 @@ def test_the_harness_runs_local_tasks_offline(model_folder: Path, tmp_path: Path
             env={**os.environ, **offline, "OMP_NUM_THREADS": "1"},
             capture_output=True,
             text=True,
-            timeout=300,
+            timeout=HANGS,
         )
         assert done.returncode == 0, done.stderr[-3000:]
         (path,) = (tmp_path / cache).rglob("results_*.json")

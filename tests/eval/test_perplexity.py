@@ -16,6 +16,7 @@ from transformers import AutoModelForCausalLM, DynamicCache
 from hf_int8_paged import PagedInt8Cache
 
 from ..models import FakeQuantizedCache, random_ids, tiny_model
+from ..processes import HANGS
 from .conftest import EVAL
 
 SETTINGS = ("--window", 60, "--stride", 25, "--prompt", 9, "--device", "cpu")
@@ -149,7 +150,7 @@ def test_two_processes_give_the_same_number(model_folder, text_file, tmp_path, p
         cwd=tmp_path,
         capture_output=True,
         text=True,
-        timeout=300,
+        timeout=HANGS,
     )
     assert result.returncode == 0, result.stderr[-3000:]
     assert result.stdout.count("int8: perplexity") == 1
