@@ -1,7 +1,7 @@
 """A paged INT8 KV cache for Hugging Face Transformers.
 
-Importing the package registers the attention implementation ``"int8_paged"`` with transformers and changes nothing
-else.
+Importing the package registers the attention implementation ``"int8_paged"`` with transformers, lets its
+``"flex_attention"`` read the cache's lazy views, and changes nothing else.
 """
 
 from .attention import register as _register

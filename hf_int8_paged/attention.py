@@ -13,26 +13,40 @@ unusual mask, or not our cache         SDPA on dense keys and values: same answe
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Callable
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
-from transformers import AttentionInterface, AttentionMaskInterface
+from transformers import AttentionInterface, AttentionMaskInterface, Cache
+from transformers.integrations.flex_attention import flex_attention_forward
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import causal_mask_function, eager_mask, sdpa_mask
 
 from .dense_attention import dense_attention
 from .kernels import MAX_DECODE_ROWS
 from .masks import causal_rows, needs_additive_masks, with_bias, with_selected_keys
-from .views import Content, PagedView, take_over
+from .once import hint_at_another_cache, no_weights
+from .views import Content, PagedView, reading_views, take_over
 
 #: The name under which both functions are registered: ``attn_implementation="int8_paged"``.
 NAME = "int8_paged"
-#: Attribute of a mask that is causal, with the layer's window and padding, and nothing else: a tuple of the padding
-#: mask, bool ``[batch, tokens]``, or None.
-_PADDING = "_int8_paged_padding"
-#: Tensors that models hand to every attention function, and that change nothing here.
-_IRRELEVANT = {"position_ids", "cache_position", "cu_seq_lens_q", "cu_seq_lens_k", "cu_seqlens", "input_ids", "seq_idx"}
+#: Attribute of a mask that is causal, with the layer's window and padding, and nothing else: a `_Pattern`.
+_PATTERN = "_int8_paged_pattern"
+
+
+class _Pattern(NamedTuple):
+    """What a mask of several rows consists of.
+
+    Attributes:
+        padding: the padding mask, bool ``[batch, tokens]``, or None.
+        window: sliding window in tokens, or None.
+        version: the mask's version counter when it was made: whoever writes into the mask afterwards changes it.
+    """
+
+    padding: torch.Tensor | None
+    window: int | None
+    version: int
 
 
 def int8_paged_mask(
@@ -86,7 +100,8 @@ def int8_paged_mask(
         **kwargs,
     )
     if plain and mask is not None:
-        setattr(mask, _PADDING, (attention_mask,))
+        window = None if mask_function is causal_mask_function else local_size
+        setattr(mask, _PATTERN, _Pattern(attention_mask, window, _version(mask)))
     return mask
 
 
@@ -105,13 +120,19 @@ def int8_paged_attention(
     sinks: torch.Tensor | None = None,
     indices: torch.Tensor | None = None,
     block_indices: torch.Tensor | None = None,
-    **kwargs: Any,
+    position_ids: torch.Tensor | None = None,
+    output_attentions: bool | None = None,
+    cache: Any = None,
+    **_: Any,
 ) -> tuple[torch.Tensor, None]:
     """Attention for transformers' ``AttentionInterface`` that reads `PagedInt8Cache` without dequantizing it.
 
+    These are the arguments by which the models of transformers change what attention computes. Whatever else comes is
+    carried along by a caller of the model, as a trainer's ``num_items_in_batch``, and changes nothing.
+
     Args:
         module: the model's attention module.
-        query: ``[batch, num_q_heads, q_len, head_dim]``.
+        query: ``[batch, num_q_heads, q_len, head_dim]``, of any float dtype. Under autocast it counts as autocast's.
         key: what the cache returned, ``[batch, num_kv_heads, tokens, head_dim]``: a lazy view or a tensor.
         value: likewise.
         attention_mask: what `int8_paged_mask` returned, or any mask that SDPA takes.
@@ -124,27 +145,37 @@ def int8_paged_attention(
         sinks: attention sink logits of each row, ``[batch, num_q_heads, q_len, 1]``.
         indices: of sparse attention, the keys that each row may see, ``[batch, q_len, selected]``.
         block_indices: likewise, blocks of keys as the module's own indexer numbers them.
+        position_ids: positions of the rows; only ``block_indices`` needs them, masks hold all else that they say.
+        output_attentions: whether the model is asked for weights. There are none; a warning says so once.
+        cache: in continuous batching the cache that the function itself should fill; refused.
 
     Returns:
         ``[batch, q_len, num_q_heads, v_head_dim]``, and ``None`` for the weights, which are never formed.
 
     Raises:
-        NotImplementedError: the model passes a tensor that this function does not know, and that may matter.
+        NotImplementedError: continuous batching.
+        RuntimeError: the cache has dropped or moved tokens since ``key`` and ``value`` were made; or, where SDPA
+            computes, the dtypes of query, keys and values differ.
     """
-    unknown = [name for name, x in kwargs.items() if isinstance(x, torch.Tensor) and name not in _IRRELEVANT]
-    if unknown:
+    if cache is not None and not isinstance(cache, Cache):
         raise NotImplementedError(
-            f"{type(module).__name__} passes {', '.join(unknown)} to its attention function, which int8_paged does not "
-            'know; use model.set_attn_implementation("eager"), the cache works with it'
+            "int8_paged does not serve continuous batching, which brings a paged cache of its own "
+            f'({type(cache).__name__}); use model.set_attn_implementation("sdpa") for it'
         )
+    if output_attentions:
+        no_weights()
+    device_type = query.device.type
+    if torch.is_autocast_enabled(device_type) and query.dtype != torch.float64:
+        query = query.to(torch.get_autocast_dtype(device_type))
     if indices is not None:
         assert attention_mask is not None, "sparse attention asks for a mask always"
         attention_mask = with_selected_keys(attention_mask, indices)
     if block_indices is not None:
-        positions = kwargs["position_ids"].expand(len(query), -1)
+        assert position_ids is not None, "block-sparse attention hands over positions always"
         size = (key.shape[2], query.dtype, query.device)
         build_block_mask: Any = module.indexer.build_block_mask  # type: ignore[union-attr]
-        attention_mask = build_block_mask(block_indices, attention_mask, *size, positions)
+        attention_mask = build_block_mask(block_indices, attention_mask, *size, position_ids.expand(len(query), -1))
+    window = None
     if torch.compiler.is_compiling():
         layer = take_over(key, value)
         if layer is not None and position_bias is None and not dropout and query.shape[2] == 1:
@@ -154,26 +185,33 @@ def int8_paged_attention(
                 return layer.decode(query, scale, 0, mask, 0, softcap, s_aux), None
     elif isinstance(key, PagedView) and isinstance(value, PagedView):
         content = key.content
+        window = content.layer.window
         paired = value.content == content and value.is_values > key.is_values
-        padding = getattr(attention_mask, _PADDING, (None,))[0]
+        pattern = _pattern(attention_mask)
         extended = None
         if paired and position_bias is None and sinks is None and not dropout:
             causal = is_causal if is_causal is not None else getattr(module, "is_causal", True)
-            key_mask = _as_key_mask(attention_mask, query, key, causal)
+            key_mask = _as_key_mask(attention_mask, pattern, query, key, causal)
             scale = query.shape[-1] ** -0.5 if scaling is None else scaling
             if key_mask is not None and content.fresh is None and query.shape[2] <= MAX_DECODE_ROWS:
+                content.check_epoch()
                 return content.layer.decode(query, scale, content.stop, *key_mask, softcap, s_aux), None
             if key_mask is not None and content.fresh is not None and _may_extend(content, query):
-                extended = content.layer.extend(query, *content.fresh, scale, content.stop, key_mask[0], softcap, s_aux)
+                content.check_epoch()
+                fresh = [x.to(query.dtype) for x in content.fresh]
+                extended = content.layer.extend(query, *fresh, scale, content.stop, key_mask[0], softcap, s_aux)
         if extended is None:
             key, value = key.dense(), value.dense()
-        if padding is not None:
-            content.layer.note_padding(padding, content.fresh)
+        if pattern is not None and pattern.padding is not None:
+            content.layer.note_padding(pattern.padding, content.fresh)
         if extended is not None:
             return extended, None
+    elif key.shape[2] > query.shape[2]:
+        hint_at_another_cache(sys._getframe(1))
     causal = is_causal if is_causal is not None else getattr(module, "is_causal", True)
-    if attention_mask is None and causal and 1 < query.shape[2] < key.shape[2]:
-        attention_mask = causal_rows(query.shape[2], key.shape[2], query.device)
+    q_len, kv_len = query.shape[2], key.shape[2]
+    if attention_mask is None and causal and q_len > 1 and (q_len < kv_len or (window or kv_len) < kv_len):
+        attention_mask = causal_rows(q_len, kv_len, query.device, window)
     if softcap is None and s_aux is None and sinks is None:
         return sdpa_attention_forward(
             module,
@@ -185,18 +223,28 @@ def int8_paged_attention(
             scaling=scaling,
             is_causal=is_causal,
             position_bias=position_bias,
-            **kwargs,
         )
     if position_bias is not None:
-        if attention_mask is None and causal and query.shape[2] > 1:
-            attention_mask = causal_rows(query.shape[2], key.shape[2], query.device)
+        if attention_mask is None and causal and q_len > 1:
+            attention_mask = causal_rows(q_len, kv_len, query.device)
         attention_mask = with_bias(attention_mask, position_bias)
     sinks = s_aux if sinks is None else sinks
     return dense_attention(query, key, value, attention_mask, dropout, scaling, causal, softcap, sinks), None
 
 
+def _version(mask: torch.Tensor) -> int:
+    """The mask's version counter. Tensors made in inference mode have none, and the compiler knows of none."""
+    return 0 if torch.compiler.is_compiling() or mask.is_inference() else mask._version
+
+
+def _pattern(mask: torch.Tensor | None) -> _Pattern | None:
+    """What `int8_paged_mask` noted of the mask, unless somebody has written into it since."""
+    pattern: _Pattern | None = getattr(mask, _PATTERN, None)
+    return pattern if pattern is None or mask is None or pattern.version == _version(mask) else None
+
+
 def _as_key_mask(
-    mask: torch.Tensor | None, query: torch.Tensor, key: PagedView, causal: bool
+    mask: torch.Tensor | None, pattern: _Pattern | None, query: torch.Tensor, key: PagedView, causal: bool
 ) -> tuple[torch.Tensor | None, int] | None:
     """The mask over keys, bool ``[batch, columns]`` or None, and the position of its first column, that make the
     kernels obey ``mask``. None if nothing can."""
@@ -205,18 +253,24 @@ def _as_key_mask(
         return None
     if mask is None:
         return None, 0
-    if q_len == 1 and mask.dtype == torch.bool and mask.shape[1:3] == (1, 1) and mask.shape[3] == key.shape[2]:
+    if q_len == 1 and mask.dtype == torch.bool and mask.dim() == 4 and mask.shape[1:] == (1, 1, key.shape[2]):
         # Whatever its pattern, the mask of a single row is a mask over keys.
         return mask[:, 0, 0].expand(batch, -1), key.content.start
-    padding = getattr(mask, _PADDING, None)
-    return None if padding is None else (padding[0], 0)
+    # The kernels see the layer's own window. A mask for other rows or keys is SDPA's to refuse.
+    if pattern is None or pattern.window != key.content.layer.window or mask.shape[2:] != (q_len, key.shape[2]):
+        return None
+    return pattern.padding, 0
 
 
 def _may_extend(content: Content, query: torch.Tensor) -> bool:
-    """Whether the rows are the newest tokens, over a past, and the layer's backend has a kernel for that."""
+    """Whether the rows are the newest tokens, over a past, the layer's backend has a kernel for that, and the dtypes
+    are those that SDPA would take."""
     assert content.fresh is not None
-    learning = torch.is_grad_enabled() and query.requires_grad
-    return query.shape[2] == content.fresh[0].shape[2] < content.stop and content.layer.extends and not learning
+    if not query.shape[2] == content.fresh[0].shape[2] < content.stop or not content.layer.extends:
+        return False
+    if torch.is_grad_enabled() and query.requires_grad:
+        return False
+    return torch.is_autocast_enabled(query.device.type) or all(x.dtype == query.dtype for x in content.fresh)
 
 
 def _only_causal(mask_function: Callable, local_size: int | None, q_offset: int, kv_offset: int) -> bool:
@@ -232,6 +286,11 @@ def _only_causal(mask_function: Callable, local_size: int | None, q_offset: int,
 
 
 def register() -> None:
-    """Make ``attn_implementation="int8_paged"`` known to transformers; nothing else changes."""
+    """Make ``attn_implementation="int8_paged"`` known to transformers, and let its flex attention read our views.
+
+    Flex attention hands keys and values to a compiled function, which cannot take a tensor that has no storage. What
+    it computes with tensors stays as it is.
+    """
     AttentionInterface.register(NAME, int8_paged_attention)
     AttentionMaskInterface.register(NAME, int8_paged_mask)
+    AttentionInterface.register("flex_attention", reading_views(flex_attention_forward))

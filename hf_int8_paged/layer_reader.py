@@ -49,6 +49,11 @@ class LayerReader:
     def epoch(self) -> int:
         return self.group.epoch
 
+    @property
+    def window(self) -> int | None:
+        """Sliding window in tokens, or ``None`` for full attention."""
+        return self.group.window
+
     def gather(self, start: int, stop: int, dtype: torch.dtype) -> tuple[torch.Tensor, torch.Tensor]:
         """Dense keys and values of positions ``start`` to ``stop``, ``[batch, num_kv_heads, stop - start, dim]``."""
         step = self.group.step_tensors(self._device, self.sequences.step_start)

@@ -51,6 +51,7 @@ def with_selected_keys(mask: torch.Tensor, indices: torch.Tensor) -> torch.Tenso
     return mask & ~hidden if mask.dtype == torch.bool else mask.masked_fill(hidden, torch.finfo(mask.dtype).min)
 
 
-def causal_rows(q_len: int, kv_len: int, device: torch.device) -> torch.Tensor:
-    """Bool ``[1, 1, q_len, kv_len]``: the rows are the last ``q_len`` positions."""
-    return torch.ones(1, 1, q_len, kv_len, dtype=torch.bool, device=device).tril(kv_len - q_len)
+def causal_rows(q_len: int, kv_len: int, device: torch.device, window: int | None = None) -> torch.Tensor:
+    """Bool ``[1, 1, q_len, kv_len]``: the rows are the last ``q_len`` positions, each sees ``window`` keys at most."""
+    seen = torch.ones(1, 1, q_len, kv_len, dtype=torch.bool, device=device).tril(kv_len - q_len)
+    return seen if window is None else seen.triu(kv_len - q_len - window + 1)

@@ -7,11 +7,17 @@ gets the dequantized dense tensor. So every attention implementation computes th
 
 from __future__ import annotations
 
-from typing import Any, NamedTuple, Protocol
+import functools
+from collections.abc import Callable
+from typing import Any, NamedTuple, NoReturn, ParamSpec, Protocol, TypeVar
 
 import torch
+from torch.utils._pytree import tree_map_only
 
 from .read_only import ReadOnly
+
+_P = ParamSpec("_P")
+_R = TypeVar("_R")
 
 
 class BackedLayer(Protocol):
@@ -70,6 +76,14 @@ class Content(NamedTuple):
     epoch: int
     fresh: tuple[torch.Tensor, torch.Tensor] | None
 
+    def check_epoch(self) -> None:
+        """Raise RuntimeError if the layer has dropped or moved tokens since the views were made."""
+        if self.epoch != self.layer.epoch:
+            raise RuntimeError(
+                "these keys and values stand for tokens that the cache has since dropped or moved; "
+                "read them before the cache changes, or clone() them"
+            )
+
 
 class PagedView(ReadOnly):
     """A tensor of shape ``[batch, num_kv_heads, tokens, head_dim]`` without storage, backed by a layer's blocks.
@@ -99,18 +113,23 @@ class PagedView(ReadOnly):
             RuntimeError: the layer has dropped or moved tokens since the view was made.
         """
         if self._dense is None:
-            layer, start, stop, epoch, fresh = self.content
-            if epoch != layer.epoch:
-                raise RuntimeError(
-                    "these keys and values stand for tokens that the cache has since dropped or moved; "
-                    "read them before the cache changes, or clone() them"
-                )
+            self.content.check_epoch()
+            layer, start, stop, _, fresh = self.content
             recent = None if fresh is None else fresh[self.is_values].to(self.dtype)
             past_stop = stop if recent is None else stop - recent.shape[2]
             past = layer.gather(start, past_stop, self.dtype)[self.is_values] if past_stop > start else None
             parts = [x for x in (past, recent) if x is not None]
             self._dense = parts[0] if len(parts) == 1 else torch.cat(parts, dim=2)
         return self._dense
+
+    def _no_storage(self, *_: Any, **__: Any) -> NoReturn:
+        raise RuntimeError(
+            "keys and values of a PagedInt8Cache are lazy views without storage, so they have no address to hand to "
+            "native code; clone() them for a dense tensor that has one"
+        )
+
+    # torch answers with 0, or with a capsule around it.
+    data_ptr = const_data_ptr = untyped_storage = storage = _typed_storage = __dlpack__ = _no_storage  # type: ignore
 
     def __repr__(self, **_: Any) -> str:  # type: ignore[override]
         kind = "values" if self.is_values else "keys"
@@ -124,3 +143,16 @@ class PagedView(ReadOnly):
         self.content.layer.note_dense_read()
         self._dense = self.dense().contiguous()
         return self._dense
+
+
+def reading_views(function: Callable[_P, _R]) -> Callable[_P, _R]:
+    """An attention function that gets tensors where the cache handed it views."""
+
+    @functools.wraps(function)
+    def attention(*args: _P.args, **kwargs: _P.kwargs) -> _R:
+        if any(isinstance(x, PagedView) for x in (*args, *kwargs.values())):
+            as_tensors: Any = tree_map_only(PagedView, PagedView.readable, (args, kwargs))
+            args, kwargs = as_tensors
+        return function(*args, **kwargs)
+
+    return attention

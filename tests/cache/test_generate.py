@@ -156,24 +156,29 @@ def test_a_cache_is_empty_again_after_reset():
     assert generate(model, random_ids(5, 9), cache, max_new_tokens=3).shape == (5, 12)
 
 
-def test_unusual_masks_take_the_dense_route_and_are_obeyed():
-    """A 4-D mask that hides one key from one step: the answer is that of dense attention over the same cache."""
-    model, ids = tiny_model("llama"), random_ids(1, 40)
+def test_unusual_masks_are_obeyed():
+    """A 4-D mask that hides one key from one step: the answer is that of dense attention over the same cache.
+
+    One layer, so that both read the same blocks, on the backend that computes in float32: what is left is the order
+    of sums of at most 128 terms (40 keys, heads of 16, widths of 64 and 96). The arithmetic of other backends has
+    bounds of its own, in tests/cache/test_attention_routes.py.
+    """
+    model, ids = tiny_model("llama", num_hidden_layers=1), random_ids(1, 40)
     mask = torch.ones(1, 1, 1, 40, dtype=torch.bool)
     mask[..., 17] = False
     logits = {}
     for implementation in ("int8_paged", "sdpa"):
         model.set_attn_implementation(implementation)
-        cache = PagedInt8Cache(model.config)
+        cache = PagedInt8Cache(model.config, backend="reference")
         with torch.no_grad():
             model(ids[:, :39], past_key_values=cache)
             plain = model(ids[:, 39:], past_key_values=cache, attention_mask=None).logits
             cache.reset()
             model(ids[:, :39], past_key_values=cache)
             logits[implementation] = model(ids[:, 39:], past_key_values=cache, attention_mask=mask).logits
-    spread = plain.abs().max()
-    assert (logits["int8_paged"] - logits["sdpa"]).abs().max() < 1e-4 * spread
-    assert (logits["int8_paged"] - plain).abs().max() > 1e-3 * spread
+    rounding = 128 * torch.finfo(torch.float32).eps * plain.abs().max()
+    assert (logits["int8_paged"] - logits["sdpa"]).abs().max() < rounding
+    assert (logits["int8_paged"] - plain).abs().max() > 10 * rounding
 
 
 def test_without_our_cache_the_attention_function_is_plain_attention():

@@ -80,13 +80,6 @@ def test_keys_that_an_indexer_chose(additive):
     torch.testing.assert_close(out, dense(q, k, v, torch.zeros(()).masked_fill(~seen, -torch.inf)))
 
 
-def test_tensors_that_nobody_knows_are_refused():
-    q, k, v = tensors()
-    int8_paged_attention(Module(), q, k, v, None, position_ids=torch.arange(5), whatever=None)
-    with pytest.raises(NotImplementedError, match=r'Module passes whatever .*set_attn_implementation\("eager"\)'):
-        int8_paged_attention(Module(), q, k, v, None, whatever=torch.ones(1))
-
-
 def test_keys_used_as_values_are_read_as_keys():
     """As in DeepSeek V4. The kernels would read the layer's values."""
     cache = PagedInt8Cache(tiny_model("llama").config)

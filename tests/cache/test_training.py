@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import logging
+from pathlib import Path
 
 import pytest
 import torch
-from transformers import DynamicCache
+from torch.utils.data import TensorDataset
+from transformers import DynamicCache, Trainer, TrainingArguments
 
 from hf_int8_paged import PagedInt8Cache, once
 from tests.models import random_ids, tiny_model
@@ -47,3 +49,22 @@ def test_gradient_checkpointing_leaves_the_cache_empty():
     assert all(gradient.isfinite().all() for gradient in gradients(model, cache))
     assert cache.get_seq_length() == 0
     assert cache.nbytes_allocated == 0
+
+
+@pytest.mark.parametrize("implementation", ["int8_paged", "sdpa"])
+def test_a_trainer_trains_and_evaluates(implementation: str, tmp_path: Path):
+    """It hands ``num_items_in_batch``, a tensor, to ``forward``, which carries it along to the attention function."""
+    model = tiny_model("llama")
+    model.set_attn_implementation(implementation)
+    ids = random_ids(4, 12)
+    trainer = Trainer(
+        model=model,
+        args=TrainingArguments(tmp_path, max_steps=1, per_device_train_batch_size=2, report_to=[], use_cpu=True),
+        train_dataset=TensorDataset(ids),
+        eval_dataset=TensorDataset(ids),
+        data_collator=lambda rows: {name: torch.stack([ids for (ids,) in rows]) for name in ("input_ids", "labels")},
+    )
+    before = model.model.layers[0].self_attn.k_proj.weight.detach().clone()
+    assert trainer.train().global_step == 1
+    assert not torch.equal(model.model.layers[0].self_attn.k_proj.weight, before)
+    assert trainer.evaluate()["eval_loss"] > 0
