@@ -33,7 +33,7 @@ def test_the_c_kernels_serve_every_decode_step(name, dtype, monkeypatch):
     decode, gather = backend.decode, backend.gather
     monkeypatch.setattr(backend, "decode", lambda *args: calls.append(args[1].shape[2]) or decode(*args))
     monkeypatch.setattr(backend, "gather", lambda *args: dense_reads.append(args[3:5]) or gather(*args))
-    monkeypatch.setattr(PagedView, "_contiguous", lambda self: pytest.fail("an operation read the dense keys"))
+    monkeypatch.setattr(PagedView, "readable", lambda self: pytest.fail("an operation read the dense keys"))
     cache = PagedInt8Cache(model.config)
     generate(model, random_ids(2, 37), cache)
     layers = model.config.num_hidden_layers
