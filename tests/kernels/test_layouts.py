@@ -171,7 +171,7 @@ def test_every_tensor_of_every_record_is_refused_or_read_as_it_is(backend: str, 
                 continue
             assert way not in ("device", "one_more_axis"), (name, way)
             if way in ("dtype", "fewer", "narrower"):
-                assert (name, way) in FINE, (name, way)
+                assert (name, way) in FINE or (function, name, way) in FINE, (name, way)
             want = call(function, backend, alike)
             same = torch.equal if isinstance(got, torch.Tensor) else None
             if same is not None:
@@ -212,7 +212,7 @@ def test_a_tensor_without_memory_is_refused() -> None:
     a = arguments("cpu")
     wrapper = torch.Tensor._make_wrapper_subclass(TwoTensor, a["k_new"].shape, dtype=torch.float32)
     assert wrapper.device == CPU
-    with pytest.raises((ValueError, RuntimeError), match="no memory that a kernel could read|data pointer"):
+    with pytest.raises((ValueError, RuntimeError), match=r"no memory that a kernel could read|data pointer"):
         call("append", "cpu", {**a, "k_new": wrapper})
 
 

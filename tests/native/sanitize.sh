@@ -1,6 +1,7 @@
 #!/bin/bash
 # The kernel tests on a build of the C files with AddressSanitizer and UndefinedBehaviorSanitizer:
 #   tests/native/sanitize.sh PYTHON [pytest arguments]
+# HF_INT8_PAGED_FUZZ chooses how many random calls of each public function are made (tests/kernels/test_fuzz.py).
 # Torch's allocations are ASan's too, so a read or write past the end of a pool, table or mask is seen.
 set -euo pipefail
 cd "$(dirname "$0")/../.."
@@ -16,7 +17,8 @@ runtime=$(${CC:-gcc} -print-file-name=libasan.so):$(${CC:-gcc} -print-file-name=
 for isa in $($python -c 'from hf_int8_paged.kernels import cpu; print(*cpu.isas())'); do
     echo "== $isa"
     LD_PRELOAD=$runtime ASAN_OPTIONS=detect_leaks=0 HF_INT8_PAGED_CPU_LIBRARY=$build/sanitized.so \
-        HF_INT8_PAGED_CPU_ISA=$isa OMP_NUM_THREADS=2 $python -m pytest -q -p no:cacheprovider \
-        tests/kernels/test_append.py tests/kernels/test_decode.py tests/kernels/test_gather_copy.py \
+        HF_INT8_PAGED_CPU_ISA=$isa OMP_NUM_THREADS=2 HF_INT8_PAGED_FUZZ=${HF_INT8_PAGED_FUZZ:-2000} \
+        $python -m pytest -q -p no:cacheprovider tests/kernels/test_append.py tests/kernels/test_decode.py \
+        tests/kernels/test_gather_copy.py tests/kernels/test_layouts.py tests/kernels/test_fuzz.py \
         -k "cpu and not million and not reference" "$@"
 done
