@@ -161,3 +161,34 @@ def test_the_variant_without_int8_products_is_exact(monkeypatch, rotation: str |
     out = int8_paged_decode_attention(*case.arguments).double().cpu().numpy()
     # Two float16 terms carry 21 bits.
     assert (np.linalg.norm(out - want, axis=-1) <= 2e-5 * np.linalg.norm(want, axis=-1)).all()
+
+
+def spread(x: torch.Tensor, axis: int, stride: int) -> torch.Tensor:
+    """``x``, its elements along ``axis`` that many apart, over reserved addresses."""
+    strides = list(x.stride())
+    strides[axis] = stride
+    extent = 1 + sum((size - 1) * stride for size, stride in zip(x.shape, strides))
+    return reserved((extent,), x.dtype).as_strided(x.shape, strides).copy_(x)
+
+
+@pytest.mark.skipif(DEVICE.type != "cpu", reason="takes gigabytes where nothing can be reserved only")
+@pytest.mark.parametrize("axis", [0, 1, 2, 3], ids=["batch", "head", "row", "element"])
+def test_strides_whose_products_pass_2_to_the_31(axis: int) -> None:
+    """A step along one axis, taken two times or more, leaves 32 bits; each step alone does not."""
+    batch, heads, rows = (3 if axis == i else 1 for i in range(3))
+    case = make_case("triton", lens=(20,) * batch, kv_heads=heads, head_dim=4, q_len=rows)
+    stride = 2**30 + 2**20 + 16
+    new = [torch.randn(batch, heads, rows, 4, generator=torch.Generator().manual_seed(i)).half() for i in range(2)]
+    q, cache, table, lens, scale = case.arguments
+    q = q.half()
+    wide_q, *wide_new = (spread(x, axis, stride) for x in (q, *new))
+    int8_kv_append_paged(*new, cache, table, lens - rows)
+    answers = []
+    for queries, keys, values in ((q, *new), (wide_q, *wide_new)):
+        out = torch.empty_like(q)
+        triton_backend.extend(out, queries, keys, values, cache, table, lens, scale, *[None] * 5)
+        int8_kv_append_paged(keys, values, cache, table, lens - rows)
+        decoded = int8_paged_decode_attention(queries, cache, table, lens, scale)
+        answers.append((out, decoded, *gather_dense(cache, table, lens)))
+    for narrow, wide in zip(*answers):
+        assert torch.equal(narrow, wide)

@@ -39,7 +39,7 @@ def device_count(kind: str) -> int:
 def launching_on(device: torch.device) -> contextlib.AbstractContextManager[Any]:
     """A context in which ``device`` is the current one: Triton launches on the current device, in its current stream.
     Nothing happens where it is current already, and with a single device nothing is asked."""
-    if device.type == "cpu" or device_count(device.type) < 2:
+    if device.type not in ("cuda", "xpu") or device_count(device.type) < 2:
         return _NO_CHANGE
     module = torch.get_device_module(device)
     return _NO_CHANGE if device.index == module.current_device() else module.device(device)
