@@ -90,11 +90,13 @@ def names_that_models_use() -> tuple[dict[str, set[str]], int]:
         source = path.read_text(encoding="utf-8")
         if "ALL_ATTENTION_FUNCTIONS" not in source:
             continue
+        lines = source.splitlines()
         for function in functions(ast.parse(source)):
             names: set[str] = set()
+            text = lines[function.lineno - 1 : function.end_lineno]
             if function.name.endswith("eager_attention_forward"):
                 names |= taken_by_eager(function)
-            for call in attention_calls(function):
+            for call in attention_calls(function) if any("ALL_ATTENTION_FUNCTIONS" in line for line in text) else ():
                 calls += 1
                 for keyword in call.keywords:
                     if keyword.arg is None:
