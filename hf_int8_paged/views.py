@@ -129,7 +129,7 @@ class PagedView(ReadOnly):
         )
 
     # torch answers with 0, or with a capsule around it.
-    data_ptr = const_data_ptr = untyped_storage = storage = _typed_storage = __dlpack__ = _no_storage  # type: ignore
+    data_ptr = const_data_ptr = untyped_storage = storage = _typed_storage = __dlpack__ = _no_storage
 
     def __repr__(self, **_: Any) -> str:  # type: ignore[override]
         kind = "values" if self.is_values else "keys"

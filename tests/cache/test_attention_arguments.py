@@ -10,6 +10,7 @@ from collections import defaultdict
 from collections.abc import Iterator
 from functools import cache
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -128,16 +129,21 @@ def tensors(q_len: int = 5, kv_len: int = 5) -> list[torch.Tensor]:
     return [torch.randn(2, heads, n, 16, generator=generator) for heads, n in ((4, q_len), (2, kv_len), (2, kv_len))]
 
 
+def a_row_over_a_past() -> Any:
+    return Module(), *tensors(1, 9), None
+
+
 def test_what_a_caller_carries_along_changes_nothing() -> None:
-    arguments = (Module(), *tensors(), None)
+    arguments: Any = (Module(), *tensors(), None)
     expected, _ = int8_paged_attention(*arguments)
-    carried = {"num_items_in_batch": torch.tensor(7), "labels": torch.ones(2, 5), "use_cache": True}
+    carried: dict[str, Any] = {"num_items_in_batch": torch.tensor(7), "labels": torch.ones(2, 5), "use_cache": True}
     assert torch.equal(int8_paged_attention(*arguments, **carried)[0], expected)
 
 
 def test_continuous_batching_is_refused() -> None:
+    q, k, v = tensors()
     with pytest.raises(NotImplementedError, match=r"continuous batching.*object.*set_attn_implementation"):
-        int8_paged_attention(Module(), *tensors(), None, cache=object())
+        int8_paged_attention(Module(), q, k, v, None, cache=object())
 
 
 @pytest.fixture
@@ -150,7 +156,7 @@ def said(monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture) -> p
 
 def test_asked_for_weights_it_says_once_who_has_them(said: pytest.LogCaptureFixture) -> None:
     for tokens in (5, 1):
-        arguments = (Module(), *tensors(tokens), None)
+        arguments: Any = (Module(), *tensors(tokens), None)
         assert int8_paged_attention(*arguments, output_attentions=True)[1] is None
     assert [record.name for record in said.records] == ["hf_int8_paged"]
     assert 'set_attn_implementation("eager")' in said.messages[0]
@@ -179,7 +185,7 @@ def test_a_wrapped_cache_is_seen(ours: bool, said: pytest.LogCaptureFixture) -> 
     """The hint looks at the variables of the module that calls; here they are this function's."""
     config = tiny_model("llama").config
     past = EncoderDecoderCache(PagedInt8Cache(config) if ours else DynamicCache(config=config), DynamicCache())
-    int8_paged_attention(Module(), *tensors(1, 9), None)
+    int8_paged_attention(*a_row_over_a_past())
     assert past is not None
     assert ("another cache" in said.text) is not ours
 
@@ -194,5 +200,5 @@ def test_no_hint_where_there_is_no_other_cache(said: pytest.LogCaptureFixture) -
     # Dense keys of ours, while something is learned; and keys that are no cache's, as those of an image.
     model(random_ids(2, 20), past_key_values=(ours := PagedInt8Cache(config)))
     model(random_ids(2, 20), past_key_values=ours)
-    int8_paged_attention(Module(), *tensors(1, 9), None)
+    int8_paged_attention(*a_row_over_a_past())
     assert "another cache" not in said.text

@@ -46,7 +46,15 @@ def made_mask(cache: PagedInt8Cache, q_len: int, padding: torch.Tensor, window: 
     pattern = causal_mask_function if window is None else sliding_window_causal_mask_function(window)
     past = cache.get_seq_length()
     return int8_paged_mask(
-        len(padding), q_len, kv_length, past, kv_offset, pattern, padding[:, : past + q_len], window, padding.all()
+        len(padding),
+        q_len,
+        kv_length,
+        past,
+        kv_offset,
+        pattern,
+        padding[:, : past + q_len],
+        window,
+        bool(padding.all()),
     )
 
 

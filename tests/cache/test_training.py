@@ -59,7 +59,7 @@ def test_a_trainer_trains_and_evaluates(implementation: str, tmp_path: Path):
     ids = random_ids(4, 12)
     trainer = Trainer(
         model=model,
-        args=TrainingArguments(tmp_path, max_steps=1, per_device_train_batch_size=2, report_to=[], use_cpu=True),
+        args=TrainingArguments(str(tmp_path), max_steps=1, per_device_train_batch_size=2, report_to=[], use_cpu=True),
         train_dataset=TensorDataset(ids),
         eval_dataset=TensorDataset(ids),
         data_collator=lambda rows: {name: torch.stack([ids for (ids,) in rows]) for name in ("input_ids", "labels")},
