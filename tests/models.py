@@ -19,9 +19,20 @@ from transformers import (
 
 from eval._fake_quantized import FakeQuantizedCache, fake_quantize
 
-__all__ = ["IMPLEMENTATIONS", "TINY", "VOCABULARY", "FakeQuantizedCache", "fake_quantize", "random_ids", "tiny_model"]
+__all__ = [
+    "IMPLEMENTATIONS", "LOGIT_ROUNDING", "TINY", "TIPPED", "VOCABULARY",
+    "FakeQuantizedCache", "fake_quantize", "random_ids", "tiny_model",
+]  # fmt: skip
 
 VOCABULARY = 128
+#: How far apart two ways to compute the same logits of a tiny model in float32 may be: 13 matrix products follow one
+#: another (4 in each of 3 layers, and the head), each a sum of at most 96 terms, and logits are at most 8. Where rows
+#: are quantized on the way, this can tip a rounding, after which logits differ by more: see `TIPPED`.
+LOGIT_ROUNDING = 13 * 96 * 2.0**-24 * 8
+#: The part of quantization's whole effect that tipped roundings may make up. A tip moves one of the about 10,000
+#: numbers stored of a sequence by a whole step; all of them are off by 0.29 steps (the root mean square of a uniform
+#: error). So a tip is 1 / (0.29 * 100) = 3.5 % of the effect, and a quarter of it 50 tips: each may tip others.
+TIPPED = 0.25
 _COMMON = {
     "vocab_size": VOCABULARY,
     "hidden_size": 64,

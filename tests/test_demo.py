@@ -10,8 +10,9 @@ import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer, DynamicCache
 
 from hf_int8_paged import PagedInt8Cache
-from hf_int8_paged.demo import DemoError, common_prefix, compare, default_prompt, kv_bytes, load
+from hf_int8_paged.demo import Comparison, DemoError, _encode, common_prefix, compare, default_prompt, kv_bytes, load
 from tests.conftest import byte_tokenizer
+from tests.models import FakeQuantizedCache
 
 #: The tiny model's bytes per token: layers x KV heads x (K and V).
 DENSE_BYTES, INT8_BYTES = 2 * 2 * 2 * 16 * 4, 2 * 2 * 2 * (16 + 2)
@@ -99,12 +100,38 @@ def test_an_empty_int8_cache_has_no_bytes(tiny):
     assert kv_bytes(PagedInt8Cache(tiny[0].config)) == (0, 0)
 
 
+def assert_almost_equally_likely(model, tokenizer, result: Comparison) -> None:
+    """Where the texts part, the dense model must have been as undecided between both tokens as quantization explains.
+
+    With the int8 cache its own token is at least as likely as the dense one's, so the dense logits of the two are no
+    further apart than the int8 cache changes both of them together. Each change may be up to twice that of another
+    rounding of the same keys and values, the fake-quantized cache's.
+    """
+    inputs = _encode(tokenizer, default_prompt())
+    parting = result.agreement
+    ids = torch.cat([inputs["input_ids"], torch.tensor([result.dynamic.tokens[:parting]])], dim=1)
+    logits = []
+    for kind in (DynamicCache, FakeQuantizedCache):
+        cache = kind(config=model.config)
+        with torch.no_grad():
+            for chunk in ids.split([result.prompt_tokens, *[1] * parting], dim=1):
+                last = model(chunk, past_key_values=cache, logits_to_keep=1).logits[0, -1]
+        logits.append(last)
+    dense, quantized = logits
+    off = float((quantized - dense).abs().max())
+    assert off < 1, "of the order of what the other evaluations see"
+    gap = float(dense[result.dynamic.tokens[parting]] - dense[result.int8.tokens[parting]])
+    assert gap <= 4 * off, (result.dynamic.text, result.int8.text)
+
+
 @pytest.mark.slow
-def test_greedy_texts_of_the_demo_agree_at_a_quarter_of_the_bytes(demo_model):
+def test_greedy_texts_of_the_demo_part_only_at_a_tie_at_a_quarter_of_the_bytes(demo_model):
     model, tokenizer = demo_model
     result = compare(model, tokenizer, default_prompt(), 64)
     assert result.prompt_tokens >= 500
-    assert result.agreement >= 20, (result.dynamic.text, result.int8.text)
+    assert result.agreement >= 1, "the first token comes from a prompt in full precision"
+    if result.agreement < 64:
+        assert_almost_equally_likely(model, tokenizer, result)
     held = result.prompt_tokens + len(result.int8.tokens) - 1
     block_bytes = BLOCK * result.int8.bytes_in_use // (-(-held // BLOCK) * BLOCK)
     assert result.int8.bytes_in_use <= 0.27 * result.dynamic.bytes_in_use + block_bytes

@@ -18,7 +18,7 @@ from transformers import PreTrainedModel
 from hf_int8_paged import PagedInt8Cache
 from hf_int8_paged.demo_model import DemoModelError, load_demo_model
 
-from ..models import random_ids, tiny_model
+from ..models import TIPPED, random_ids, tiny_model
 
 #: How to make a cache of each variant.
 CONDITIONING: dict[str, dict[str, Any]] = {
@@ -145,11 +145,13 @@ def test_divergence_is_what_its_definition_says() -> None:
     p, q = (np.exp(x.double().numpy()) for x in (dense, logits))
     p, q = p / p.sum(-1, keepdims=True), q / q.sum(-1, keepdims=True)
     found = divergence(logits, dense, targets)
-    np.testing.assert_allclose(found.kld, (p * np.log(p / q)).sum(-1), atol=1e-5)
+    # In float32: two logarithms of sums of 50 terms, of logits of at most 20.
+    atol = 2 * 50 * 2.0**-24 * 20
+    np.testing.assert_allclose(found.kld, (p * np.log(p / q)).sum(-1), atol=atol)
     np.testing.assert_array_equal(found.same_top, p.argmax(-1) == q.argmax(-1))
     rows = np.arange(130)
-    np.testing.assert_allclose(found.nll, -np.log(q[rows, targets]), atol=1e-5)
-    np.testing.assert_allclose(found.nll_dense, -np.log(p[rows, targets]), atol=1e-5)
+    np.testing.assert_allclose(found.nll, -np.log(q[rows, targets]), atol=atol)
+    np.testing.assert_allclose(found.nll_dense, -np.log(p[rows, targets]), atol=atol)
     assert divergence(dense, dense, targets).kld.max() == 0
 
 
@@ -174,8 +176,9 @@ def test_writes_table_json_and_picture_and_resumes(model_folder, text_file, tmp_
     assert figures["bytes_of_16_bit_percent"] == 100 * (16 + 2) / 32
     assert 0 < figures["kld_mean"] < figures["kld_p99"] <= figures["kld_max"]
     assert 0 <= figures["greedy_agreement_median"] <= 20
-    # The same quantization of the same rows, but for float32 rounding.
-    assert result["results"]["package"]["kld_mean"] == pytest.approx(figures["kld_mean"], rel=0.5)
+    # The same quantization of the same rows, but for tipped roundings. Divergence goes with the square of the change.
+    ratio = result["results"]["package"]["kld_mean"] / figures["kld_mean"]
+    assert (1 - TIPPED) ** 2 <= ratio <= (1 + TIPPED) ** 2
     table = (tmp_path / "out.md").read_text()
     assert table.count("\n") == 2 + 3
     assert table in capsys.readouterr().out
