@@ -15,12 +15,16 @@ from transformers import (
 _needs_additive: dict[type, bool] = {}
 
 
-@torch.compiler.assume_constant_result
 def needs_additive_masks(config: PreTrainedConfig) -> bool:
     """Whether the model has attention of its own that adds the mask to the scores, so that a boolean mask, or none for
     a causal prompt, would be silently wrong. Those are the models that transformers runs neither under SDPA nor,
     through its attention interface, under flash attention; models unknown to transformers count as modern ones."""
-    kind = type(config)
+    return _class_needs_additive_masks(type(config))
+
+
+# Of the class: to torch 2.11's compiler a configuration is no constant, and so not what a constant can follow from.
+@torch.compiler.assume_constant_result
+def _class_needs_additive_masks(kind: type[PreTrainedConfig]) -> bool:
     if kind not in _needs_additive:
         mappings = (MODEL_MAPPING, MODEL_FOR_CAUSAL_LM_MAPPING, MODEL_FOR_SEQ_TO_SEQ_CAUSAL_LM_MAPPING)
         model: Any = next((mapping[kind] for mapping in mappings if kind in mapping), None)
