@@ -18,6 +18,7 @@ from eval._coverage_overrides import NO_DYNAMIC_CACHE, OVERRIDES, PROMPTS, input
 from eval._fake_quantized import FakeQuantizedCache
 from eval._tiny_configs import tiny_model
 from hf_int8_paged import PagedInt8Cache
+from hf_int8_paged.cache_argument import CACHE_ARGUMENT
 from hf_int8_paged.hybrid import PagedInt8HybridLayer
 from hf_int8_paged.layer_types import layer_types
 from hf_int8_paged.layers import PagedInt8Layer
@@ -191,7 +192,8 @@ def _padding(cache: Cache) -> list[tuple]:
 
 def _logits(model: PreTrainedModel, inputs: dict[str, Any], cache: Cache, tokens: torch.Tensor | None) -> torch.Tensor:
     """Logits at every step, ``[batch, steps, vocabulary]``; greedy, or along ``tokens``."""
-    name = "cache_params" if "mamba" in type(model).__name__.lower() else "past_key_values"
+    older_mamba = CACHE_ARGUMENT != "cache" and "mamba" in type(model).__name__.lower()
+    name = "cache_params" if older_mamba else CACHE_ARGUMENT
     model.generation_config.eos_token_id = None
     model.generation_config.forced_bos_token_id = model.generation_config.forced_eos_token_id = None
     torch.manual_seed(0)

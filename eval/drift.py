@@ -30,6 +30,7 @@ from tqdm.auto import tqdm
 from transformers import DynamicCache, PreTrainedModel
 
 from hf_int8_paged import PagedInt8Cache
+from hf_int8_paged.cache_argument import CACHE_ARGUMENT
 
 #: Rows of a forward pass of the unquantized model.
 CHUNK = 512
@@ -40,7 +41,7 @@ def generate(model: PreTrainedModel, prompt: torch.Tensor, tokens: int) -> tuple
     """Greedy tokens ``[tokens]`` through the quantized cache, and the logits ``[tokens, vocabulary]`` behind them."""
     cache, ids, chosen, logits = PagedInt8Cache(model.config), prompt, [], []
     for _ in tqdm(range(tokens), desc="tokens"):
-        logits.append(model(ids, past_key_values=cache, logits_to_keep=1).logits[0, -1])
+        logits.append(model(ids, **{CACHE_ARGUMENT: cache}, logits_to_keep=1).logits[0, -1])
         chosen.append(logits[-1].argmax())
         ids = chosen[-1].view(1, 1)
     return torch.stack(chosen), torch.stack(logits)
@@ -50,7 +51,7 @@ def generate(model: PreTrainedModel, prompt: torch.Tensor, tokens: int) -> tuple
 def teacher_forced(model: PreTrainedModel, prompt: torch.Tensor, tokens: torch.Tensor) -> torch.Tensor:
     """The unquantized model's logits ``[tokens, vocabulary]`` for the same tokens."""
     ids, cache = torch.cat([prompt, tokens[None, :-1]], dim=1), DynamicCache(config=model.config)
-    rows = [model(chunk, past_key_values=cache).logits[0] for chunk in tqdm(ids.split(CHUNK, dim=1), desc="dense")]
+    rows = [model(chunk, **{CACHE_ARGUMENT: cache}).logits[0] for chunk in tqdm(ids.split(CHUNK, dim=1), desc="dense")]
     return torch.cat(rows)[prompt.shape[1] - 1 :]
 
 

@@ -29,6 +29,7 @@ from transformers import Cache, DynamicCache, PreTrainedModel
 from transformers.utils import is_hqq_available
 
 from hf_int8_paged import PagedInt8Cache
+from hf_int8_paged.cache_argument import CACHE_ARGUMENT
 from hf_int8_paged.kernels import MAX_DECODE_ROWS
 
 PACKAGE = "package"
@@ -53,10 +54,10 @@ def logits_after_prompt(model: PreTrainedModel, cache: Cache, ids: torch.Tensor,
         ids: ``[1, tokens]``.
         prompt: tokens that attend to each other in full precision.
     """
-    model(ids[:, :prompt], past_key_values=cache, logits_to_keep=1)
+    model(ids[:, :prompt], **{CACHE_ARGUMENT: cache}, logits_to_keep=1)
     rest = ids[:, prompt:]
     size = MAX_DECODE_ROWS if isinstance(cache, PagedInt8Cache) else rest.shape[1]
-    return torch.cat([model(chunk, past_key_values=cache).logits[0] for chunk in rest.split(size, dim=1)])
+    return torch.cat([model(chunk, **{CACHE_ARGUMENT: cache}).logits[0] for chunk in rest.split(size, dim=1)])
 
 
 class Attention:
@@ -146,7 +147,7 @@ def continuation(model: PreTrainedModel, prompt: torch.Tensor, cache: Cache, tok
     out = model.generate(  # type: ignore[operator]  # of the mixin that every causal model class has
         prompt,
         attention_mask=torch.ones_like(prompt),
-        past_key_values=cache,
+        **{CACHE_ARGUMENT: cache},
         do_sample=False,
         max_new_tokens=tokens,
         eos_token_id=None,

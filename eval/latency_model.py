@@ -24,6 +24,7 @@ from transformers import Cache, CompileConfig, DynamicCache, PreTrainedModel, Qu
 from transformers.utils import is_hqq_available
 
 from hf_int8_paged import PagedInt8Cache
+from hf_int8_paged.cache_argument import CACHE_ARGUMENT
 
 CONTEXTS = (16, 64, 1024, 2048, 4096, 8000)
 BATCHES = (1, 8)
@@ -89,7 +90,7 @@ def time_steps(
             forward = model.get_compiled_call(compile_config) if name in COMPILED else model
             start = time.perf_counter()
             forward(
-                ids, past_key_values=caches[context, name], position_ids=positions, use_cache=True, logits_to_keep=1
+                ids, **{CACHE_ARGUMENT: caches[context, name]}, position_ids=positions, use_cache=True, logits_to_keep=1
             )
             if model.device.type == "cuda":
                 torch.cuda.synchronize()

@@ -21,6 +21,7 @@ from lm_eval.models.huggingface import HFLM
 from transformers import Cache, DynamicCache
 
 from hf_int8_paged import PagedInt8Cache
+from hf_int8_paged.cache_argument import CACHE_ARGUMENT
 from hf_int8_paged.kernels import MAX_DECODE_ROWS
 
 CACHES = ("int8", "dynamic")
@@ -60,10 +61,10 @@ class PagedInt8LM(HFLM):
         if inps.shape[1] > PROMPT_TOKENS:
             chunks += inps[:, PROMPT_TOKENS:].split(MAX_DECODE_ROWS, dim=1)
         with torch.inference_mode():
-            return torch.cat([self.model(chunk, past_key_values=cache).logits for chunk in chunks], dim=1)
+            return torch.cat([self.model(chunk, **{CACHE_ARGUMENT: cache}).logits for chunk in chunks], dim=1)
 
     def _model_generate(self, context: torch.Tensor, max_length: int, stop: list[str], **options: Any) -> torch.Tensor:
-        return super()._model_generate(context, max_length, stop, past_key_values=self._new_cache(), **options)
+        return super()._model_generate(context, max_length, stop, **{CACHE_ARGUMENT: self._new_cache()}, **options)
 
 
 if __name__ == "__main__":

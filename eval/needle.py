@@ -28,6 +28,7 @@ from tqdm.auto import tqdm
 from transformers import Cache, DynamicCache, PreTrainedModel, PreTrainedTokenizerBase
 
 from hf_int8_paged import PagedInt8Cache
+from hf_int8_paged.cache_argument import CACHE_ARGUMENT
 
 NEEDLE = "\n\nThe pass key is {key}. Remember it: {key} is the pass key.\n\n"
 TASK = "Somewhere in the following text a pass key is hidden. Find it and remember it.\n\n"
@@ -72,12 +73,12 @@ def answer(
     model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, cache: Cache, context: torch.Tensor, question: Any
 ) -> str:
     """The greedy continuation of context and question, which are fed one after the other."""
-    model(context, past_key_values=cache, logits_to_keep=1)
+    model(context, **{CACHE_ARGUMENT: cache}, logits_to_keep=1)
     ids = torch.cat([context, question], dim=1)
     out = model.generate(  # type: ignore[operator]  # of the mixin that every causal model class has
         ids,
         attention_mask=torch.ones_like(ids),
-        past_key_values=cache,
+        **{CACHE_ARGUMENT: cache},
         do_sample=False,
         max_new_tokens=ANSWER_TOKENS,
         eos_token_id=None,

@@ -28,6 +28,7 @@ from tqdm.auto import tqdm
 from transformers import Cache, DynamicCache, PreTrainedModel
 
 from hf_int8_paged import PagedInt8Cache
+from hf_int8_paged.cache_argument import CACHE_ARGUMENT
 from hf_int8_paged.kernels import MAX_DECODE_ROWS
 
 CACHES = ("dynamic", "int8")
@@ -92,12 +93,12 @@ def score(
         chunk: tokens fed per forward pass after that.
         on_tokens: called with the number of tokens of each forward pass after the prompt.
     """
-    model(ids[:, :prompt], past_key_values=cache, logits_to_keep=1)
+    model(ids[:, :prompt], **{CACHE_ARGUMENT: cache}, logits_to_keep=1)
     losses = []
     last = ids.shape[1] - 1
     for start in range(prompt, last, chunk):
         stop = min(start + chunk, last)
-        logits = model(ids[:, start:stop], past_key_values=cache).logits.float()
+        logits = model(ids[:, start:stop], **{CACHE_ARGUMENT: cache}).logits.float()
         targets = ids[:, start + 1 : stop + 1]
         losses.append(torch.nn.functional.cross_entropy(logits.mT, targets, reduction="none").double())
         on_tokens(stop - start)

@@ -1,10 +1,14 @@
-"""Generate with a paged INT8 KV cache: `python examples/generate.py [model]`, any causal language model."""
+"""Generate with a paged INT8 KV cache: `python examples/generate.py [model]`, any causal language model.
+
+Without a model it fetches one; `pip install 'hf-int8-paged[examples]'` brings what that needs.
+"""
 
 import sys
 
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from hf_int8_paged import PagedInt8Cache
+from hf_int8_paged.cache_argument import CACHE_ARGUMENT
 from hf_int8_paged.demo_model import demo_model_folder
 
 # A name on the hub, or a folder; without one SmolLM2-135M-Instruct, which needs no hub.
@@ -16,7 +20,8 @@ prompt = "Light travels faster than sound. That is why you see a flash of lightn
 inputs = tokenizer(prompt, return_tensors="pt")
 
 cache = PagedInt8Cache(model.config)
-output = model.generate(**inputs, past_key_values=cache, max_new_tokens=48, do_sample=False)
+# `cache=cache`, which transformers before 5.24 calls `past_key_values=cache`.
+output = model.generate(**inputs, **{CACHE_ARGUMENT: cache}, max_new_tokens=48, do_sample=False)
 
 print(tokenizer.decode(output[0], skip_special_tokens=True))
 print(

@@ -16,6 +16,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, Cache, DynamicCach
 from transformers.generation.streamers import BaseStreamer
 
 from . import PagedInt8Cache
+from .cache_argument import CACHE_ARGUMENT
 from .demo_model import load_demo_model, quiet_transformers
 
 QUESTION = "What did Augustin-Jean Fresnel show in 1822? Answer with the words of the text."
@@ -228,7 +229,7 @@ def _generate(
     clock = _Clock((lambda: on_token(name)) if on_token else lambda: None)
     options = {"temperature": None, "top_p": None, "top_k": None, "do_sample": False, "num_beams": 1}
     limits = {"max_new_tokens": max_new_tokens, "min_new_tokens": min_new_tokens}
-    out = model.generate(**inputs, past_key_values=cache, streamer=clock, **limits, **options)
+    out = model.generate(**inputs, **{CACHE_ARGUMENT: cache}, streamer=clock, **limits, **options)
     tokens = out[0, inputs["input_ids"].shape[1] :].tolist()
     steps = [1000 * (b - a) for a, b in zip(clock.times, clock.times[1:])]
     allocated, in_use = kv_bytes(cache)
