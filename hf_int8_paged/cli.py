@@ -1,4 +1,4 @@
-"""The command ``hf-int8-paged``: ``demo`` and ``info``."""
+"""The command ``hf-int8-paged``, also ``python -m hf_int8_paged``: ``demo`` and ``info``."""
 
 from __future__ import annotations
 
@@ -7,6 +7,8 @@ import json
 import sys
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
+
+from . import __version__
 
 if TYPE_CHECKING:
     from .demo import Comparison, Run
@@ -23,6 +25,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="hf-int8-paged", description="A paged INT8 KV cache for transformers.")
+    parser.add_argument("--version", action="version", version=f"%(prog)s {__version__}")
     commands = parser.add_subparsers(required=True, metavar="demo|info")
 
     demo = commands.add_parser("demo", help="generate with DynamicCache and with PagedInt8Cache, and compare")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import statistics
+import textwrap
 import time
 import warnings
 from collections.abc import Callable, Iterator, Sequence
@@ -12,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import SafetensorError
 from transformers import AutoModelForCausalLM, AutoTokenizer, Cache, DynamicCache
 from transformers.generation.streamers import BaseStreamer
 
@@ -103,15 +105,16 @@ def load(
         on_step: called with a short description of each step that takes time.
 
     Raises:
-        DemoError: no such model, not a causal language model, or no such device.
+        DemoError: no such model, not a causal language model, damaged files, or no such device.
         DemoModelError: the demo model cannot be had.
     """
     accelerator = torch.accelerator.current_accelerator(check_available=True)
-    device = device or (accelerator.type if accelerator else "cpu")
+    if device is None:
+        device = accelerator.type if accelerator else "cpu"
     try:
-        torch.empty(1, device=device)
+        torch.zeros(1, device=device).item()  # read back, which the device "meta" cannot
     except (RuntimeError, AssertionError, ValueError) as error:
-        raise DemoError(f"device {device!r} cannot be used: {str(error).splitlines()[0]}; try --device cpu") from error
+        raise DemoError(f"device {device!r} cannot be used: {_shortly(error)}; try --device cpu") from error
     torch_dtype = getattr(torch, dtype or ("float32" if torch.device(device).type == "cpu" else "bfloat16"))
     with _quietly():
         if name is None:
@@ -121,11 +124,10 @@ def load(
         try:
             tokenizer = AutoTokenizer.from_pretrained(name)
             model: Any = AutoModelForCausalLM.from_pretrained(name, dtype=torch_dtype, attn_implementation="sdpa")
-        except (OSError, ValueError, ImportError) as error:
-            reason = " ".join(str(error).split())
+        except (OSError, ValueError, ImportError, RuntimeError, SafetensorError) as error:
             raise DemoError(
                 f"cannot load {name!r} as a causal language model. --model takes a name on the hub, which must be "
-                f"reachable, or a folder that save_pretrained wrote. transformers said: {reason}"
+                f"reachable, or a folder that save_pretrained wrote. transformers said: {_shortly(error)}"
             ) from error
         return model.to(device).eval(), tokenizer
 
@@ -255,6 +257,11 @@ def _encode(tokenizer: Any, prompt: str) -> Any:
             messages, add_generation_prompt=True, return_tensors="pt", return_dict=True
         )
     return tokenizer(prompt, return_tensors="pt", return_token_type_ids=False)
+
+
+def _shortly(error: Exception) -> str:
+    """An error's message in a line or three; torch's and transformers' may list all there is."""
+    return textwrap.shorten(str(error), 320, placeholder=" ...")
 
 
 @contextmanager

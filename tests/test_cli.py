@@ -4,12 +4,15 @@ from __future__ import annotations
 
 import json
 import os
+import re
+import shutil
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
 
+import hf_int8_paged
 from hf_int8_paged.cli import main
 from tests.processes import HANGS
 
@@ -23,6 +26,31 @@ def run(*arguments: str, **environment: str) -> subprocess.CompletedProcess[str]
         text=True,
         timeout=HANGS,
     )
+
+
+# -- the command itself ------------------------------------------------------------------------------------------------
+
+
+def test_the_version_is_the_packages(capsys):
+    with pytest.raises(SystemExit) as stop:
+        main(["--version"])
+    assert stop.value.code == 0
+    assert capsys.readouterr().out == f"hf-int8-paged {hf_int8_paged.__version__}\n"
+
+
+def test_python_m_is_the_same_command():
+    command = [sys.executable, "-m", "hf_int8_paged", "--version"]
+    result = subprocess.run(command, capture_output=True, text=True, timeout=300)
+    assert result.returncode == 0, result.stderr
+    assert result.stdout.startswith("hf-int8-paged ")
+
+
+@pytest.mark.parametrize("arguments", [[], ["abacus"]])
+def test_a_missing_or_unknown_command_names_both(arguments, capsys):
+    with pytest.raises(SystemExit) as stop:
+        main(arguments)
+    assert stop.value.code == 2
+    assert re.search("demo.*info", capsys.readouterr().err)
 
 
 # -- demo --------------------------------------------------------------------------------------------------------------
@@ -67,6 +95,8 @@ def test_demo_refuses_wrong_options(arguments, message, capsys):
     [
         (["--model", "/no/such/folder"], "cannot load '/no/such/folder' as a causal language model"),
         (["--device", "cuda:77"], "device 'cuda:77' cannot be used"),
+        (["--device", "meta"], "device 'meta' cannot be used"),
+        (["--device", ""], "device '' cannot be used"),
         (["--prompt", ""], "the prompt is empty"),
         (["--max-new-tokens", "5000"], "exceeds the model's 4096"),
     ],
@@ -78,6 +108,37 @@ def test_demo_says_in_one_line_what_is_wrong(arguments, message, capsys, tiny_mo
     assert message in " ".join(captured.err.split())
     assert "Traceback" not in captured.err
     assert captured.out == ""
+
+
+def damage_weights(folder: Path) -> None:
+    (folder / "model.safetensors").write_bytes(b"half a download")
+
+
+def change_config(folder: Path, **changes) -> None:
+    path = folder / "config.json"
+    path.write_text(json.dumps(json.loads(path.read_text(encoding="utf-8")) | changes), encoding="utf-8")
+
+
+@pytest.mark.parametrize(
+    ("spoil", "message"),
+    [
+        (damage_weights, "header"),
+        (lambda folder: change_config(folder, hidden_size=128), "mismatched"),
+        (lambda folder: change_config(folder, model_type="abacus"), "abacus"),
+        (lambda folder: change_config(folder, model_type="vit"), "AutoModelForCausalLM"),
+    ],
+    ids=["damaged weights", "other sizes", "an unknown architecture", "no language model"],
+)
+def test_demo_says_in_a_few_lines_why_a_folder_cannot_be_loaded(
+    spoil, message, capsys, tmp_path: Path, tiny_model_folder: Path
+):
+    folder = shutil.copytree(tiny_model_folder, tmp_path / "model")
+    spoil(folder)
+    assert main(["demo", "--model", str(folder)]) == 1
+    said = capsys.readouterr().err.strip().splitlines()[-1]
+    assert said.startswith(f"hf-int8-paged: error: cannot load '{folder}'")
+    assert message in said
+    assert len(said) - len(str(folder)) < 600
 
 
 # -- info --------------------------------------------------------------------------------------------------------------

@@ -1,0 +1,7 @@
+"""``python -m hf_int8_paged`` is the command ``hf-int8-paged``."""
+
+import sys
+
+from .cli import main
+
+sys.exit(main())
