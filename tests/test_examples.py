@@ -7,14 +7,26 @@ import re
 import shutil
 import subprocess
 import sys
+import warnings
 from pathlib import Path
 from typing import Any
 
 import nbformat
 import pytest
+import torch
 from nbclient import NotebookClient
+from transformers import (
+    BartConfig,
+    BartForConditionalGeneration,
+    PreTrainedConfig,
+    T5Config,
+    T5ForConditionalGeneration,
+    WhisperConfig,
+    WhisperForConditionalGeneration,
+)
 
-from hf_int8_paged import kernels
+from hf_int8_paged import PagedInt8Cache, kernels
+from hf_int8_paged.cache_argument import CACHE_ARGUMENT
 from tests.processes import HANGS
 
 ROOT = Path(__file__).parent.parent
@@ -46,10 +58,15 @@ def test_the_notebook_is_stored_with_the_outputs_of_a_clean_run():
     assert any("image/png" in output.get("data", {}) for output in stored), "the plot"
 
 
-def test_the_code_in_the_readme_runs(tiny_model_folder: Path):
+def readme_blocks() -> list[str]:
+    """The README's Python blocks, with the cache's argument as the installed transformers calls it."""
     blocks = re.findall(r"```python\n(.*?)```", (ROOT / "README.md").read_text(encoding="utf-8"), re.DOTALL)
-    assert blocks
-    code = blocks[0]
+    assert all(block.count(" cache=cache,") == 1 for block in blocks), "written for the newest transformers"
+    return [block.replace(" cache=cache,", f" {CACHE_ARGUMENT}=cache,") for block in blocks]
+
+
+def test_the_first_code_of_the_readme_runs_without_a_word_of_deprecation(tiny_model_folder: Path):
+    code = readme_blocks()[0]
     name = re.search(r'name = "([^"]+)"', code)
     assert name, "the block names its model"
     code = code.replace(name[1], str(tiny_model_folder))
@@ -59,6 +76,50 @@ def test_the_code_in_the_readme_runs(tiny_model_folder: Path):
     )
     assert result.returncode == 0, result.stderr
     assert result.stdout.strip()
+    assert "deprecated" not in result.stderr
+
+
+_DECODER = {"vocab_size": 64, "d_model": 32, "decoder_layers": 2, "decoder_attention_heads": 2, "decoder_ffn_dim": 32}
+_ENCODER = {"encoder_layers": 1, "encoder_attention_heads": 2, "encoder_ffn_dim": 32}
+_TOKENS = {"pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2, "decoder_start_token_id": 1}
+#: name -> (model class, config)
+ENCODER_DECODERS: dict[str, tuple[Any, PreTrainedConfig]] = {
+    "bart": (BartForConditionalGeneration, BartConfig(**_DECODER, **_ENCODER, **_TOKENS, forced_eos_token_id=None)),
+    "t5": (
+        T5ForConditionalGeneration,
+        T5Config(vocab_size=64, d_model=32, d_kv=16, d_ff=32, num_layers=2, num_heads=2, **_TOKENS),
+    ),
+    "whisper": (
+        WhisperForConditionalGeneration,
+        WhisperConfig(**_DECODER, **_ENCODER, **_TOKENS, num_mel_bins=8, max_source_positions=20),
+    ),
+}
+ENCODER_TOKENS = 20
+
+
+@pytest.mark.parametrize("name", ENCODER_DECODERS)
+def test_the_code_of_the_readme_for_encoder_decoder_models_runs(name: str):
+    model_class, config = ENCODER_DECODERS[name]
+    torch.manual_seed(0)
+    model = model_class(config).eval()
+    model.set_attn_implementation("int8_paged")
+    model.generation_config.eos_token_id = None  # a random model may end at once
+    if name == "whisper":
+        inputs = {"input_features": torch.randn(1, 8, 2 * ENCODER_TOKENS)}
+    else:
+        inputs = {"input_ids": torch.randint(3, 64, (1, ENCODER_TOKENS))}
+    scope: dict[str, Any] = {"model": model, "inputs": inputs, "PagedInt8Cache": PagedInt8Cache}
+    with warnings.catch_warnings():
+        warnings.simplefilter("error", FutureWarning)
+        exec(readme_blocks()[1], scope)
+    cache, output = scope["cache"], scope["output"]
+    generated = 40
+    # Whisper's own `generate` leaves the start token out of its answer.
+    assert output.shape[1] in (generated, generated + 1)
+    assert cache.self_attention_cache.get_seq_length() == generated  # with the start token, without the last one
+    assert cache.cross_attention_cache.get_seq_length() == ENCODER_TOKENS
+    assert cache.self_attention_cache.nbytes_used > 0
+    assert cache.cross_attention_cache.nbytes_used > 0
 
 
 def test_the_code_of_the_kernel_card_runs() -> None:
