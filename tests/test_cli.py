@@ -40,7 +40,7 @@ def test_the_version_is_the_packages(capsys):
 
 def test_python_m_is_the_same_command():
     command = [sys.executable, "-m", "hf_int8_paged", "--version"]
-    result = subprocess.run(command, capture_output=True, text=True, timeout=300)
+    result = subprocess.run(command, capture_output=True, text=True)
     assert result.returncode == 0, result.stderr
     assert result.stdout.startswith("hf-int8-paged ")
 
