@@ -5,6 +5,7 @@ from __future__ import annotations
 import numpy as np
 import torch
 
+from .block_allocator import HOLE
 from .block_table import BlockTable
 from .kernels import MAX_DECODE_ROWS
 from .layer_group import Group
@@ -153,9 +154,13 @@ class Sequences:
             return False
         self._padding_known_to = self.length
         tokens = used.cpu().numpy()
+        needed = tokens.copy()
+        for row, first in enumerate(self.same_as or ()):
+            # The first of equal prompts writes for all: its padding may be tokens of another.
+            needed[first] |= tokens[row]
         with self.pool.access.exclusive():
             for group in self.groups.values():
-                if group.table.drop_unused(tokens):
+                if group.table.drop_unused(needed):
                     group.epoch += 1
                     group.changed()
         # Layers that have stored theirs already would not follow.
@@ -192,6 +197,13 @@ class Sequences:
                     f"{group.table.first_held(length)} are no longer held; call activate_past_recording() before "
                     "generating"
                 )
+            if 0 < length < self.length and length % self.pool.block_size:
+                lost = np.flatnonzero(group.table.ids[:, length // self.pool.block_size] == HOLE)
+                if len(lost):
+                    raise RuntimeError(
+                        f"cannot go back to {length} tokens: of sequence {lost[0]} only padding would be left, in a "
+                        "block that was given back; take fewer tokens back, or all of them"
+                    )
         with self.pool.access.exclusive():
             for group in self.groups.values():
                 group.table.truncate(length)

@@ -47,8 +47,9 @@ class SinkPlaces:
         return SinkPlaces(self._table[:, list(rows)])
 
     def truncate(self, length: int) -> SinkPlaces:
-        """Forget those from position ``length`` on."""
-        return SinkPlaces(np.stack((*self._table[:2], np.minimum(self._table[2], length))))
+        """Forget those from position ``length`` on. Where that is all of them, padding ends there: what is written next
+        are tokens."""
+        return SinkPlaces(np.stack((self._table[0], *np.minimum(self._table[1:], length))))
 
     def on(self, device: torch.device) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
         """Row, first and stop, int32 ``[batch]`` each, on a device; copied there once, without waiting for it."""

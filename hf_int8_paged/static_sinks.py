@@ -50,8 +50,8 @@ class StaticSinks:
         self.places.copy_(self.places[:, rows.to(self.places.device)])
 
     def truncate(self, length: int) -> None:
-        """Forget those from position ``length`` on."""
-        self.places[2].clamp_(max=length)
+        """Forget those from position ``length`` on; see `SinkPlaces.truncate`."""
+        self.places[1:].clamp_(max=length)
 
     def tokens(self) -> SinkTokens:
         keys, values = self.rows

@@ -12,6 +12,8 @@ from transformers import DynamicCache
 from hf_int8_paged import CacheFullError, PagedInt8Cache
 from tests.models import FakeQuantizedCache, fake_quantize, random_ids, tiny_model
 
+from .two_readers import CheckedAttention
+
 PADDING = (0, 9, 30)
 
 
@@ -46,10 +48,10 @@ def exact_tokens(cache, layer: int, rows: torch.Tensor) -> list[list[int]]:
 
 @pytest.mark.parametrize("kind", ["growing", "preallocated"])
 @pytest.mark.parametrize("count", [0, 1, 4, 16])
-def test_the_first_tokens_behind_left_padding_are_exact_and_no_others(kind: str, count: int):
+def test_the_first_tokens_behind_left_padding_are_exact_and_no_others(kind: str, count: int, backend: str):
     model = ready()
     dense: Any = DynamicCache(config=model.config)
-    cache = caches(model, sink_tokens=count)[kind]
+    cache = caches(model, sink_tokens=count, backend=backend)[kind]
     with torch.no_grad():
         model(**padded(), past_key_values=cache)
         model.set_attn_implementation("sdpa")
@@ -107,8 +109,8 @@ def test_padded_batches_decode_as_the_oracle_does(name: str, kind: str):
 
 @pytest.mark.parametrize("kind", ["growing", "preallocated"])
 @pytest.mark.parametrize("tokens", [1, 2, 30])
-def test_prompts_of_any_length_again_after_a_reset(kind: str, tokens: int):
-    cache = caches(ready(), sink_tokens=2)[kind]
+def test_prompts_of_any_length_again_after_a_reset(kind: str, tokens: int, backend: str):
+    cache = caches(ready(), sink_tokens=2, backend=backend)[kind]
     for seed in range(2):
         rows = torch.randn(2, 2, tokens, 16, generator=torch.Generator().manual_seed(seed))
         cache.update(rows, -rows, 0)
@@ -136,8 +138,8 @@ def test_a_refused_first_prompt_leaves_nothing_behind(kind: str):
 
 
 @pytest.mark.parametrize("kind", ["growing", "preallocated"])
-def test_what_is_cropped_and_written_again_is_quantized(kind: str):
-    cache = caches(ready(), sink_tokens=4, rotation=None, center_keys=False)[kind]
+def test_what_is_cropped_and_written_again_is_quantized(kind: str, backend: str):
+    cache = caches(ready(), sink_tokens=4, rotation=None, center_keys=False, backend=backend)[kind]
     old, new = (torch.randn(2, 2, n, 16, generator=torch.Generator().manual_seed(n)) for n in (9, 12))
     for rows, remove in ((old, 7), (new, 0)):
         for layer in range(3):
@@ -149,8 +151,38 @@ def test_what_is_cropped_and_written_again_is_quantized(kind: str):
 
 
 @pytest.mark.parametrize("kind", ["growing", "preallocated"])
-def test_they_follow_their_sequence(kind: str):
-    cache = caches(ready())[kind]
+def test_what_follows_a_prompt_that_was_cropped_to_padding_is_seen(kind: str, backend: str, checked: CheckedAttention):
+    """Sequence 1 has lost all its tokens then: its first token comes next, where padding was."""
+    model = ready()
+    cache = caches(model, backend=backend)[kind]
+    mask = torch.arange(30) >= torch.tensor([0, 12])[:, None]
+    with torch.no_grad():
+        model(random_ids(2, 30), attention_mask=mask.long(), past_key_values=cache)
+        cache.crop(-25)
+        mask = torch.nn.functional.pad(mask[:, :5], (0, 1), value=True)
+        positions = torch.full((2, 1), 5)
+        model(random_ids(2, 1, seed=1), attention_mask=mask.long(), position_ids=positions, past_key_values=cache)
+    assert checked.compared == [30] * 3 + [1] * 3
+
+
+def test_padding_whose_block_was_given_back_is_not_gone_back_to(backend: str):
+    cache = PagedInt8Cache(ready().config, backend=backend)
+    rows = torch.randn(2, 2, 40, 16, generator=torch.Generator().manual_seed(0))
+    for layer in cache.layers:
+        keys, _ = cache.update(rows, rows, layer.index)
+        layer.note_padding(torch.arange(40) >= torch.tensor([0, 20])[:, None], (rows, rows))
+    with pytest.raises(RuntimeError, match="cannot go back to 10 tokens: of sequence 1 only padding would be left"):
+        cache.crop(-30)
+    assert cache.get_seq_length() == 40
+    assert keys.content.epoch == cache.layers[2].epoch
+    cache.crop(-24)  # between two blocks
+    assert cache.get_seq_length() == 16
+
+
+@pytest.mark.parametrize("kind", ["growing", "preallocated"])
+def test_they_follow_their_sequence(kind: str, backend: str, checked: CheckedAttention):
+    model = ready()
+    cache = caches(model, backend=backend)[kind]
     rows = torch.randn(4, 2, 20, 16, generator=torch.Generator().manual_seed(0))
     for layer in range(3):
         cache.update(rows, rows, layer)
@@ -158,6 +190,10 @@ def test_they_follow_their_sequence(kind: str):
         cache.reorder_cache(torch.tensor(order))
         rows = rows[order]
         assert exact_tokens(cache, 2, rows) == [[0]] * 4
+        with torch.no_grad():
+            model(random_ids(4, 1), past_key_values=cache)
+        rows = torch.nn.functional.pad(rows, (0, 0, 0, 1))
+    assert checked.compared == [1] * 3 * 2
 
 
 @pytest.mark.parametrize("steps", [(5, 10, 1, 7), (1,) * 20, (15, 40), (3, 13, 3), (9, 30, 2)], ids=str)
