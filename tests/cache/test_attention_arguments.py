@@ -157,7 +157,8 @@ def said(monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture) -> p
 def test_asked_for_weights_it_says_once_who_has_them(said: pytest.LogCaptureFixture) -> None:
     for tokens in (5, 1):
         arguments: Any = (Module(), *tensors(tokens), None)
-        assert int8_paged_attention(*arguments, output_attentions=True)[1] is None
+        asked: Any = {"output_attentions": True}
+        assert int8_paged_attention(*arguments, **asked)[1] is None
     assert [record.name for record in said.records] == ["hf_int8_paged"]
     assert 'set_attn_implementation("eager")' in said.messages[0]
     assert "sdpa" not in said.text
