@@ -2,38 +2,45 @@
 
 from __future__ import annotations
 
-import copy
-from collections.abc import Callable
+from collections.abc import Iterable, Iterator
 from typing import Any
 
 import torch
 from transformers import PreTrainedConfig
-from transformers.cache_utils import (
-    DYNAMIC_LAYER_TYPE_MAPPING,
-    STATIC_LAYER_TYPE_MAPPING,
-    Cache,
-    DynamicCache,
-    LinearAttentionCacheLayerMixin,
-)
+from transformers.cache_utils import Cache, LinearAttentionCacheLayerMixin
 
-from .hybrid import PagedInt8HybridLayer
-from .kernels import MAX_SINK_TOKENS, ROTATIONS, resolve_backend, why_unavailable
-from .layer_types import layer_types
+from .absent_names import ABSENT, WRAP_IT, NotFlattened
+from .cache_operations import CacheOperations
+from .layer_types import growing_layers, is_layer_data, layers_of_data, preallocated_layers
 from .layers import PagedInt8Layer
+from .options import PoolOptions, check_cache_options, check_device, decoder_config
 from .pool import PagedInt8Pool
 from .sequences import Sequences
 from .static_layers import PagedInt8StaticLayer
+from .views import PagedView
+
+_THE_CLASS = "a model got the class PagedInt8Cache instead of a cache; give it PagedInt8Cache(model.config)"
 
 
-class PagedInt8Cache(DynamicCache):
+class _OfACache(property):
+    """A property that says so where it is read from the class, which `generate` does first with what it is given."""
+
+    def __iter__(self) -> Iterator:
+        raise TypeError(_THE_CLASS)
+
+
+class PagedInt8Cache(CacheOperations):
     """A KV cache of int8 blocks with one float16 scale per token and KV head.
 
-    Pass it to ``model.generate(past_key_values=...)`` or to a model's forward. With
-    ``attn_implementation="int8_paged"`` decode attention reads the blocks directly; any other attention implementation
-    works through a dequantized copy.
+    Pass it to ``model.generate(cache=...)`` or to a model's forward; transformers before 5.24 calls the argument
+    ``past_key_values``. With ``attn_implementation="int8_paged"`` decode attention reads the blocks directly; any other
+    attention implementation works through a dequantized copy. What it has in common with transformers' own caches, name
+    by name, stands in docs/cache_api.md.
 
     Args:
-        config: the model's config: how many layers there are, and which of them have a sliding window.
+        config: the model's config: how many layers there are, and which of them have a sliding window. Or, as
+            `DynamicCache` takes it, an iterable with ``(keys, values)`` or ``(keys, values, window)`` of each layer,
+            ``[batch, num_kv_heads, tokens, head_dim]``, which are stored anew.
         block_size: tokens per block, a multiple of 16.
         backend: ``"reference"``, ``"cpu"`` or ``"triton"``; ``None`` takes the best one for the device of
             each layer's keys. A backend asked for by name never falls back to another.
@@ -41,7 +48,8 @@ class PagedInt8Cache(DynamicCache):
             tensors, and `generate` compiles the decoding step by itself where it compiles (on CUDA, for one).
         max_cache_len: most tokens per sequence, or ``None`` for no limit. Beyond it `CacheFullError` is raised,
             and the cache stays valid at its old length.
-        max_tokens: most tokens of all sequences together, rounded down to blocks, or ``None``.
+        max_tokens: most tokens of all sequences together, rounded down to blocks, or ``None``. Not for a preallocated
+            cache.
         rotation: ``"hadamard"`` rotates keys and values before quantization, which spreads outliers over the row;
             ``None`` does not. Exact: queries and outputs are rotated too.
         center_keys: subtract the mean of the first prompt's keys from all keys before quantization. Exact: it lowers
@@ -55,11 +63,17 @@ class PagedInt8Cache(DynamicCache):
             (``"int8_paged"`` does).
         pool: take blocks from this pool, which other caches of the same model may use too. ``block_size``,
             ``backend``, ``max_tokens``, ``rotation`` and ``center_keys`` are then the pool's.
-        device: where the model will run. A backend that cannot serve it is refused now; without ``device``, one that
-            can serve no device of this machine.
+        device: where the model will run, to be checked now: that the machine has it, and that the backend serves it.
+            Without ``device``, a backend that can serve no device of this machine is refused.
         offloading: must be False. Models that make a cross-attention cache of the same class pass it.
 
-    Example:
+    A preallocated cache whose first tokens came under ``torch.inference_mode`` can be used there only, as its tensors
+    are inference tensors; one that grows does not mind.
+
+    Raises:
+        TypeError, ValueError: an option is of the wrong kind or out of range, or this mode cannot honour it.
+
+    Example, for transformers 5.24 or newer (before, it is ``past_key_values=cache``):
 
     ```python
     >>> import torch
@@ -70,19 +84,19 @@ class PagedInt8Cache(DynamicCache):
     ...                      num_attention_heads=2, attn_implementation="int8_paged")
     >>> model = LlamaForCausalLM(config).eval()
     >>> cache = PagedInt8Cache(model.config)
-    >>> out = model.generate(torch.tensor([[1, 2, 3]]), past_key_values=cache, max_new_tokens=5, do_sample=False)
+    >>> out = model.generate(torch.tensor([[1, 2, 3]]), cache=cache, max_new_tokens=5, do_sample=False)
     >>> cache.get_seq_length()
     7
 
     ```
     """
 
-    #: `PagedInt8Layer` where keys and values are held, transformers' own classes elsewhere.
-    layers: list
+    #: Where the blocks of a cache that grows are; a preallocated one has none.
+    pool: PagedInt8Pool
 
     def __init__(
         self,
-        config: PreTrainedConfig,
+        config: PreTrainedConfig | Iterable[tuple[torch.Tensor | None, ...]] | None = None,
         *,
         block_size: int = 16,
         backend: str | None = None,
@@ -96,45 +110,58 @@ class PagedInt8Cache(DynamicCache):
         device: torch.device | str | None = None,
         offloading: bool = False,
     ):
-        if offloading:
-            raise ValueError("PagedInt8Cache does not offload layers: the blocks stay on their device")
-        if block_size <= 0 or block_size % 16:
-            raise ValueError(f"block_size must be a positive multiple of 16, got {block_size}")
-        limits = {"max_batch_size": max_batch_size, "max_cache_len": max_cache_len, "max_tokens": max_tokens}
-        for name, limit in limits.items():
-            if limit is not None and limit < 1:
-                raise ValueError(f"{name} must be at least 1, got {limit}")
-        if not 0 <= sink_tokens <= MAX_SINK_TOKENS:
-            raise ValueError(f"sink_tokens must be between 0 and {MAX_SINK_TOKENS}, got {sink_tokens}")
-        own = (block_size, backend, max_tokens, rotation, center_keys)
-        if pool is not None and own != (16, None, None, "hadamard", True):
-            raise ValueError(
-                "block_size, backend, max_tokens, rotation and center_keys belong to the pool; "
-                "give them to PagedInt8Pool"
-            )
-        if rotation is not None and rotation not in ROTATIONS:
-            raise ValueError(f"unknown rotation {rotation!r}; choose one of {', '.join(ROTATIONS)}, or None")
-        _check_backend(backend if pool is None else pool.backend, device, block_size)
-        self.pool = PagedInt8Pool(*own) if pool is None else pool
-        self._sequences = Sequences(self.pool, max_cache_len, sink_tokens)
-        text_config = config.get_text_config(decoder=True)
-        if max_batch_size is None:
-            layers = _layers_for(text_config, self._sequences)
-        elif max_cache_len is None or pool is not None:
-            raise ValueError("max_batch_size goes with max_cache_len, and without a pool: it preallocates everything")
+        own = PoolOptions(block_size, backend, max_tokens, rotation, center_keys).checked()
+        if pool is not None and not isinstance(pool, PagedInt8Pool):
+            raise TypeError(f"pool must be a PagedInt8Pool or None, got {pool!r}")
+        options = check_cache_options(
+            own,
+            max_batch_size=max_batch_size,
+            max_cache_len=max_cache_len,
+            sink_tokens=sink_tokens,
+            pool_given=pool is not None,
+            offloading=offloading,
+        )
+        check_device(device, own.backend if pool is None else pool.backend, own.block_size)
+        data = list(config) if is_layer_data(config) else None  # type: ignore[arg-type]
+        text_config = decoder_config(config) if data is None else None
+        if options.max_batch_size is None:
+            self._not_flattened = NotFlattened()
+            self.pool = PagedInt8Pool(*own) if pool is None else pool
+            self._sequences = Sequences(self.pool, options.max_cache_len, options.sink_tokens)
+            if text_config is None:
+                layers = layers_of_data(data or [], self._sequences)
+            else:
+                layers = growing_layers(text_config, self._sequences)
+        elif text_config is None:
+            raise ValueError("a cache made of keys and values grows; leave out max_batch_size, or give a config")
         else:
-            sizes = (max_batch_size, max_cache_len)
-            layers = _static_layers_for(text_config, *sizes, block_size, backend, rotation, center_keys, sink_tokens)
-        self._preallocated = max_batch_size is not None
+            layers = preallocated_layers(text_config, options, own)
+        #: Whether a layer that is updated twice in a row shows that the cache should have been wrapped.
+        paged = sum(isinstance(layer, (PagedInt8Layer, PagedInt8StaticLayer)) for layer in layers)
+        self._needs_wrapping = bool(getattr(config, "is_encoder_decoder", False)) and paged > 1
         # A `DynamicCache`, as transformers lets only those be cropped within an `EncoderDecoderCache`.
         Cache.__init__(self, layers=layers)
+        for index, (keys, values, *_) in enumerate(data or []):
+            if keys is not None:
+                self.update(keys, values, index)
+
+    def __getattr__(self, name: str) -> Any:
+        what = ABSENT.get(name)
+        raise AttributeError(f"{type(self).__name__} has no {name!r}" + (f": {what}" if what else ""))
+
+    def __iter__(self) -> Iterator[tuple[torch.Tensor | None, torch.Tensor | None, torch.Tensor | None]]:
+        """Keys, values and window of each layer, as `DynamicCache` gives and takes them."""
+        for layer in self.layers:
+            window = getattr(layer, "sliding_window", None)
+            yield layer.keys, layer.values, None if window is None else torch.tensor(window)
 
     def update(
         self, key_states: torch.Tensor, value_states: torch.Tensor, layer_idx: int, *args, **kwargs
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """Append a layer's new keys and values, and return lazy views of all that attention may see.
 
-        If it raises, every layer is back at the length it had before this forward pass.
+        If it raises, every layer is back at the length it had before this forward pass. No sequences or no tokens are
+        no update: they change nothing.
 
         Args:
             key_states: ``[batch, num_kv_heads, new_tokens, head_dim]``.
@@ -145,9 +172,22 @@ class PagedInt8Cache(DynamicCache):
             ValueError: shapes, dtype, device or number of layers are not those of this cache.
             CacheFullError: a limit is reached.
         """
-        if self._preallocated:
-            return self.layers[layer_idx].update(key_states, value_states, *args, **kwargs)
         layer = self.layers[layer_idx] if layer_idx < len(self.layers) else None
+        if key_states.numel() == 0 and isinstance(layer, (PagedInt8Layer, PagedInt8StaticLayer)):
+            batch, _, new_tokens, _ = key_states.shape
+            if not int(layer.get_seq_length()) and not (batch and new_tokens):
+                return key_states, value_states
+            if batch == layer.batch_size and not new_tokens:
+                return layer.keys, layer.values  # type: ignore[return-value]
+        # Views of another cache have no memory of their own, and kernels read addresses.
+        if isinstance(key_states, PagedView):
+            key_states = key_states.dense()
+        if isinstance(value_states, PagedView):
+            value_states = value_states.dense()
+        if self._needs_wrapping:
+            self._refuse_cross_attention(layer_idx, key_states.shape[2])
+        if self._sequences is None:
+            return self.layers[layer_idx].update(key_states, value_states, *args, **kwargs)
         try:
             if layer is None:
                 raise ValueError(
@@ -161,84 +201,33 @@ class PagedInt8Cache(DynamicCache):
                 self._sequences.truncate(self._sequences.step_start)
             raise
 
+    def get_seq_length(self=None, layer_idx: int = 0) -> int:  # type: ignore[assignment]
+        """Tokens per sequence that a layer holds; preallocated layers answer with a tensor on their device."""
+        if self is None:
+            raise TypeError(_THE_CLASS)
+        return super().get_seq_length(layer_idx)
+
     @property
     def nbytes_allocated(self) -> int:
         """Bytes of keys, values and scales allocated, all layers, and of first tokens in full precision."""
         static = sum(layer.storage.nbytes for layer in self._static_layers())
-        return self.pool.nbytes_allocated + static + self._sink_nbytes
+        return static + self._sink_nbytes + (0 if self._sequences is None else self.pool.nbytes_allocated)
 
     @property
     def nbytes_used(self) -> int:
         """Bytes of the blocks that hold tokens, all layers, and of first tokens in full precision; at most one block
         per sequence and layer more than the tokens themselves take."""
         static = sum(layer.nbytes_used for layer in self._static_layers())
-        return self.pool.nbytes_used + static + (self._sink_nbytes if int(self.get_seq_length()) else 0)
+        sinks = self._sink_nbytes if int(self.get_seq_length()) else 0
+        return static + sinks + (0 if self._sequences is None else self.pool.nbytes_used)
 
-    def reset(self) -> None:
-        """Forget all tokens. The memory stays allocated."""
-        self._sequences.truncate(0)
-        for layer in self._own_layers():
-            layer.reset()
+    def prefetch(self, layer_idx: int, only_non_sliding: bool = True) -> None:
+        raise NotImplementedError("prefetch is not supported by PagedInt8Cache: the blocks stay on their device")
 
-    def crop(self, tokens_to_remove: int) -> None:
-        """Take the newest tokens back.
+    def offload(self, layer_idx: int, only_non_sliding: bool = True) -> None:
+        raise NotImplementedError("offload is not supported by PagedInt8Cache: the blocks stay on their device")
 
-        Args:
-            tokens_to_remove: minus the number of tokens; 0 only lets windows shrink to what they need.
-
-        Raises:
-            ValueError: a positive number.
-            RuntimeError: tokens have fallen out of a sliding window that would be visible again; see
-                `activate_past_recording`.
-        """
-        if tokens_to_remove > 0:
-            raise ValueError(f"crop takes minus the number of tokens to remove, got {tokens_to_remove}")
-        self._sequences.truncate(max(self._sequences.length + tokens_to_remove, 0))
-        for layer in self._own_layers():
-            layer.crop(tokens_to_remove)
-
-    def activate_past_recording(self) -> None:
-        """Keep what falls out of sliding windows until the next `crop`, so that it can be taken back."""
-        self._sequences.record_past = True
-        for layer in self._own_layers():
-            if hasattr(layer, "activate_past_recording"):
-                layer.activate_past_recording()
-
-    def reorder_cache(self, beam_idx: torch.Tensor) -> None:
-        """Make sequence i what sequence ``beam_idx[i]`` is. Only block tables change; blocks are shared."""
-        self._sequences.select(beam_idx.tolist())
-        for layer in self._own_layers():
-            layer.reorder_cache(beam_idx)
-
-    def batch_repeat_interleave(self, repeats: int) -> None:
-        """Repeat every sequence ``repeats`` times in place. The copies share all blocks."""
-        batch = self._sequences.batch_size or 0
-        self._sequences.select(torch.arange(batch).repeat_interleave(repeats).tolist())
-        for layer in self._own_layers():
-            _require(layer, "batch_repeat_interleave")(repeats)
-
-    def batch_select_indices(self, indices: torch.Tensor) -> None:
-        """Keep the sequences at ``indices``, or those where a boolean ``indices`` is True, in this order."""
-        rows = indices.nonzero()[:, 0] if indices.dtype == torch.bool else indices
-        self._sequences.select(rows.tolist())
-        for layer in self._own_layers():
-            _require(layer, "batch_select_indices")(indices)
-
-    def fork(self) -> PagedInt8Cache:
-        """A cache with the same tokens that goes on independently. All blocks are shared until one of them
-        writes to a partly filled last block. ``copy.deepcopy`` does the same."""
-        twin = copy.copy(self)
-        twin._sequences = self._sequences.fork()
-        twin.layers = [
-            layer.fork(twin._sequences) if isinstance(layer, PagedInt8Layer) else copy.deepcopy(layer)
-            for layer in self.layers
-        ]
-        return twin
-
-    def __deepcopy__(self, memo: dict) -> PagedInt8Cache:
-        return self.fork()
-
-    @property
+    @_OfACache
     def is_linear(self) -> list[bool]:
         """For each layer whether it has linear attention only."""
         return [
@@ -250,67 +239,13 @@ class PagedInt8Cache(DynamicCache):
     def _sink_nbytes(self) -> int:
         return sum(layer.sink_nbytes for layer in self.layers if hasattr(layer, "sink_nbytes"))
 
-    def _static_layers(self) -> list[PagedInt8StaticLayer]:
-        return [x for x in self.layers if isinstance(x, PagedInt8StaticLayer) and x.is_initialized]
-
-    def _own_layers(self) -> list:
-        """Layers with state outside the pool: transformers' own, and the linear part of hybrid ones."""
-        return [
-            layer.linear_part if isinstance(layer, PagedInt8HybridLayer) else layer
-            for layer in self.layers
-            if not isinstance(layer, PagedInt8Layer) or isinstance(layer, PagedInt8HybridLayer)
-        ]
-
-
-def _require(layer: Any, operation: str) -> Callable:
-    if not hasattr(layer, operation):
-        raise NotImplementedError(f"transformers' {type(layer).__name__} has no {operation}")
-    return getattr(layer, operation)
-
-
-def _check_backend(backend: str | None, device: torch.device | str | None, block_size: int) -> None:
-    """Raise ``ValueError`` for a backend that cannot serve ``device``, or any device of this machine."""
-    if device is not None:
-        resolve_backend(backend, torch.device(device), block_size)
-    elif backend is not None:
-        accelerator = torch.accelerator.current_accelerator(check_available=True)
-        devices = [torch.device("cpu")] + ([accelerator] if accelerator is not None else [])
-        if all(why_unavailable(backend, d, block_size) is not None for d in devices):
-            resolve_backend(backend, devices[-1], block_size)
-
-
-def _layers_for(config: PreTrainedConfig, sequences: Sequences) -> list:
-    """One layer per model layer: paged where keys and values are held per token, transformers' own class elsewhere."""
-    layers: list = []
-    # Layers that attend to another sequence, an image say, hold its keys: as many as that has, or none without one.
-    elsewhere = getattr(config, "cross_attention_layers", None) or ()
-    for index, (layer_type, kwargs) in enumerate(layer_types(config)):
-        if index in elsewhere:
-            layers.append(DYNAMIC_LAYER_TYPE_MAPPING[layer_type](**kwargs))
-        elif layer_type in ("full_attention", "sliding_attention", "chunked_attention"):
-            # Chunks are windows that the mask narrows further.
-            layers.append(PagedInt8Layer(index, sequences, kwargs.get("sliding_window")))
-        elif layer_type in ("hybrid", "hybrid_sliding"):
-            layers.append(PagedInt8HybridLayer(index, sequences, **kwargs))
-        elif layer_type in DYNAMIC_LAYER_TYPE_MAPPING:
-            layers.append(DYNAMIC_LAYER_TYPE_MAPPING[layer_type](**kwargs))
+    def _refuse_cross_attention(self, layer_idx: int, new_tokens: int) -> None:
+        before, self._newest = self._newest, (layer_idx, new_tokens)
+        if before is None or before[0] != layer_idx:
+            return
+        self._newest = None
+        if self._sequences is None:
+            self.layers[layer_idx].crop(-before[1])
         else:
-            raise NotImplementedError(
-                f"layer {index} of this {config.model_type} model is of type {layer_type!r}, which neither "
-                "PagedInt8Cache nor transformers' DynamicCache knows"
-            )
-    return layers
-
-
-def _static_layers_for(config: PreTrainedConfig, max_batch_size: int, max_cache_len: int, *options: Any) -> list:
-    """One preallocated layer per model layer; transformers' own class where nothing is held per token."""
-    layers: list = []
-    for index, (layer_type, kwargs) in enumerate(layer_types(config)):
-        if layer_type in ("full_attention", "sliding_attention", "chunked_attention"):
-            window = kwargs.get("sliding_window")
-            layers.append(PagedInt8StaticLayer(index, max_batch_size, max_cache_len, window, *options))
-        elif layer_type in STATIC_LAYER_TYPE_MAPPING:
-            layers.append(STATIC_LAYER_TYPE_MAPPING[layer_type](max_cache_len=max_cache_len, **kwargs))
-        else:
-            raise NotImplementedError(f"layer {index} is of type {layer_type!r}, which cannot be preallocated")
-    return layers
+            self._sequences.truncate(self._sequences.step_start)
+        raise ValueError(f"layer {layer_idx} was updated twice in one forward pass: {WRAP_IT}")

@@ -1,8 +1,11 @@
-"""What both kinds of cache layer check of new keys and values, before anything changes."""
+"""What both kinds of cache layer check of new keys and values, before anything changes, and which dtypes they take."""
 
 from __future__ import annotations
 
+import functools
+
 import torch
+from transformers.cache_utils import DynamicLayer
 
 from .kernels import FLOAT_DTYPES
 
@@ -75,3 +78,14 @@ def check_states(
 def of_one_dtype(keys: torch.Tensor, values: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     """Keys and values of one dtype, as the kernels take them: theirs, or float32, which holds all others exactly."""
     return (keys, values) if keys.dtype == values.dtype else (keys.float(), values.float())
+
+
+@functools.cache
+def dense_dtypes(keys: torch.dtype, values: torch.dtype) -> tuple[torch.dtype, torch.dtype]:
+    """dtypes that a `DynamicCache` begins to hold keys and values of these dtypes in. Before transformers 5.24 values
+    begin with the keys' dtype."""
+    layer = DynamicLayer()
+    layer.lazy_initialization(torch.empty(1, 1, 0, 1, dtype=keys), torch.empty(1, 1, 0, 1, dtype=values))
+    assert layer.keys is not None
+    assert layer.values is not None
+    return torch.promote_types(layer.keys.dtype, keys), torch.promote_types(layer.values.dtype, values)

@@ -1,13 +1,25 @@
-"""Kinds of a model's layers, as transformers' own caches see them, in all versions of transformers that we support."""
+"""Kinds of a model's layers, as transformers' own caches see them, in all versions of transformers that we support,
+and the cache's layers for them."""
 
 from __future__ import annotations
 
-import functools
+from collections.abc import Iterable
 from typing import Any
 
 import torch
 from transformers import PreTrainedConfig
-from transformers.cache_utils import DynamicLayer, get_layer_types_and_kwargs
+from transformers.cache_utils import (
+    DYNAMIC_LAYER_TYPE_MAPPING,
+    STATIC_LAYER_TYPE_MAPPING,
+    DynamicLayer,
+    get_layer_types_and_kwargs,
+)
+
+from .hybrid import PagedInt8HybridLayer
+from .layers import PagedInt8Layer
+from .options import CacheOptions, PoolOptions
+from .sequences import Sequences
+from .static_layers import PagedInt8StaticLayer
 
 _WINDOWED = ("sliding_attention", "chunked_attention", "hybrid_sliding")
 
@@ -25,12 +37,89 @@ def layer_types(config: PreTrainedConfig) -> list[tuple[str, dict[str, Any]]]:
     return list(zip(kinds, kwargs, strict=True))
 
 
-@functools.cache
-def dense_dtypes(keys: torch.dtype, values: torch.dtype) -> tuple[torch.dtype, torch.dtype]:
-    """dtypes that a `DynamicCache` begins to hold keys and values of these dtypes in. Before transformers 5.24 values
-    begin with the keys' dtype."""
-    layer = DynamicLayer()
-    layer.lazy_initialization(torch.empty(1, 1, 0, 1, dtype=keys), torch.empty(1, 1, 0, 1, dtype=values))
-    assert layer.keys is not None
-    assert layer.values is not None
-    return torch.promote_types(layer.keys.dtype, keys), torch.promote_types(layer.values.dtype, values)
+def growing_layers(config: PreTrainedConfig, sequences: Sequences) -> list:
+    """One layer per model layer: paged where keys and values are held per token, transformers' own class elsewhere."""
+    layers: list = []
+    # Layers that attend to another sequence, an image say, hold its keys: as many as that has, or none without one.
+    elsewhere = getattr(config, "cross_attention_layers", None) or ()
+    for index, (layer_type, kwargs) in enumerate(layer_types(config)):
+        if index in elsewhere:
+            layers.append(DYNAMIC_LAYER_TYPE_MAPPING[layer_type](**kwargs))
+        elif layer_type in ("full_attention", "sliding_attention", "chunked_attention"):
+            # Chunks are windows that the mask narrows further.
+            layers.append(PagedInt8Layer(index, sequences, kwargs.get("sliding_window")))
+        elif layer_type in ("hybrid", "hybrid_sliding"):
+            layers.append(PagedInt8HybridLayer(index, sequences, **kwargs))
+        elif layer_type in DYNAMIC_LAYER_TYPE_MAPPING:
+            layers.append(DYNAMIC_LAYER_TYPE_MAPPING[layer_type](**kwargs))
+        else:
+            raise NotImplementedError(
+                f"layer {index} of this {config.model_type} model is of type {layer_type!r}, which neither "
+                "PagedInt8Cache nor transformers' DynamicCache knows"
+            )
+    return layers
+
+
+def preallocated_layers(config: PreTrainedConfig, options: CacheOptions, blocks: PoolOptions) -> list:
+    """One preallocated layer per model layer; transformers' own class where nothing is held per token."""
+    assert options.max_batch_size is not None
+    assert options.max_cache_len is not None
+    layers: list = []
+    for index, (layer_type, kwargs) in enumerate(layer_types(config)):
+        if layer_type in ("full_attention", "sliding_attention", "chunked_attention"):
+            layers.append(
+                PagedInt8StaticLayer(
+                    index,
+                    options.max_batch_size,
+                    options.max_cache_len,
+                    kwargs.get("sliding_window"),
+                    blocks.block_size,
+                    blocks.backend,
+                    blocks.rotation,
+                    blocks.center_keys,
+                    options.sink_tokens,
+                )
+            )
+        elif layer_type in STATIC_LAYER_TYPE_MAPPING:
+            layers.append(STATIC_LAYER_TYPE_MAPPING[layer_type](max_cache_len=options.max_cache_len, **kwargs))
+        else:
+            raise NotImplementedError(f"layer {index} is of type {layer_type!r}, which cannot be preallocated")
+    return layers
+
+
+def is_layer_data(config: Any) -> bool:
+    """Whether this, given as a cache's first argument, is an iterable of keys and values instead of a config."""
+    others = (PreTrainedConfig, str, dict, type, torch.Tensor, torch.nn.Module)
+    return isinstance(config, Iterable) and not isinstance(config, others)
+
+
+def layers_of_data(data: list, sequences: Sequences) -> list:
+    """One empty layer for each ``(keys, values)`` or ``(keys, values, window)``.
+
+    Where others have tokens, a layer without them is none that holds any: transformers' own then, as in `DynamicCache`.
+
+    Raises:
+        TypeError: not such tuples.
+        ValueError: the layers hold different numbers of tokens.
+    """
+    for entry in data:
+        if not isinstance(entry, (tuple, list)) or len(entry) not in (2, 3) or (entry[0] is None) != (entry[1] is None):
+            raise TypeError(
+                "PagedInt8Cache takes the model's config, or (keys, values) or (keys, values, window) of each layer, "
+                f"but among them is a {type(entry).__name__}"
+            )
+    lengths = {entry[0].shape[2] for entry in data if entry[0] is not None}
+    if len(lengths) > 1:
+        raise ValueError(
+            f"the layers' keys have {' and '.join(map(str, sorted(lengths)))} tokens: sliding windows have dropped "
+            "some, and where the others stood is not known; feed the tokens to the model once more"
+        )
+    layers: list = []
+    for index, (keys, _, *window) in enumerate(data):
+        if keys is None and lengths:
+            layers.append(DynamicLayer())
+        else:
+            layers.append(
+                PagedInt8Layer(index, sequences, int(window[0]) if window and window[0] is not None else None)
+            )
+    return layers

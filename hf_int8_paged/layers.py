@@ -10,10 +10,9 @@ from transformers.cache_utils import CacheLayerMixin
 
 from .assignment import assign
 from .kernels import load_backend
-from .layer_checks import check_first_states, check_states, of_one_dtype
+from .layer_checks import check_first_states, check_states, dense_dtypes, of_one_dtype
 from .layer_group import StepTensors
 from .layer_reader import LayerReader
-from .layer_types import dense_dtypes
 from .once import say_once
 from .pool import MIN_CENTER_TOKENS
 from .prompts import is_same, same_prompts
@@ -49,6 +48,30 @@ class PagedInt8Layer(LayerReader, CacheLayerMixin):
     @property
     def is_sliding(self) -> bool:
         return self.group.window is not None
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """Of the keys; unknown before the first ones."""
+        return self._dtype
+
+    @property
+    def device(self) -> torch.device:
+        """Where the blocks are; unknown before the first keys."""
+        return self._device
+
+    @property
+    def sliding_window(self) -> int:
+        """The window in tokens; layers without one have no such attribute, as in transformers."""
+        if self.group.window is None:
+            raise AttributeError("sliding_window")
+        return self.group.window
+
+    @property
+    def cumulative_length(self) -> int:  # type: ignore[override]
+        """Tokens per sequence that a layer with a window has seen; others have no such attribute."""
+        if self.group.window is None:
+            raise AttributeError("cumulative_length")
+        return self.length
 
     @property
     def length(self) -> int:
@@ -185,6 +208,15 @@ class PagedInt8Layer(LayerReader, CacheLayerMixin):
 
     def crop(self, tokens_to_remove: int) -> None:
         raise NotImplementedError("layers share their block table; call crop() of the cache")
+
+    def batch_repeat_interleave(self, repeats: int) -> None:
+        raise NotImplementedError("layers share their block table; call batch_repeat_interleave() of the cache")
+
+    def batch_select_indices(self, indices: torch.Tensor) -> None:
+        raise NotImplementedError("layers share their block table; call batch_select_indices() of the cache")
+
+    def activate_past_recording(self) -> None:
+        raise NotImplementedError("layers share their block table; call activate_past_recording() of the cache")
 
     def prefetch(self) -> None:
         raise NotImplementedError("prefetch is not supported by PagedInt8Cache: the blocks stay on their device")

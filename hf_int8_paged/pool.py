@@ -9,6 +9,7 @@ import torch
 
 from .block_allocator import RUN_LENGTH, BlockAllocator
 from .kernels import KvCacheQuant, alloc_paged_int8_layer, copy_blocks, mean_key
+from .options import PoolOptions
 from .pool_access import PoolAccess
 
 #: A pool that has to grow grows by at least this fraction, so that copying stays rare.
@@ -36,6 +37,9 @@ class PagedInt8Pool:
         max_tokens: slots that any group may have at most (a hard limit), or ``None``.
         rotation: ``"hadamard"`` rotates rows before quantization, ``None`` does not.
         center_keys: whether the mean of a layer's first tokens is subtracted from its keys before quantization.
+
+    Raises:
+        TypeError, ValueError: an option is of the wrong kind or out of range.
     """
 
     def __init__(
@@ -46,11 +50,8 @@ class PagedInt8Pool:
         rotation: str | None = "hadamard",
         center_keys: bool = True,
     ):
-        self.block_size = block_size
-        self.backend = backend
-        self.max_tokens = max_tokens
-        self.rotation = rotation
-        self.center_keys = center_keys
+        options = PoolOptions(block_size, backend, max_tokens, rotation, center_keys).checked()
+        self.block_size, self.backend, self.max_tokens, self.rotation, self.center_keys = options
         self.access = PoolAccess()
         self._centered: set[int] = set()
         self.allocators: dict[str, BlockAllocator] = {}
@@ -63,6 +64,7 @@ class PagedInt8Pool:
             self._members.setdefault(group, [])
             return self.allocators.setdefault(group, BlockAllocator())
 
+    @torch.inference_mode(False)  # blocks may be written to outside it later, which inference tensors refuse
     def add_layer(
         self,
         layer: int,
@@ -221,6 +223,7 @@ class PagedInt8Pool:
         )
 
 
+@torch.inference_mode(False)
 def _grown(old: KvCacheQuant, num_blocks: int) -> KvCacheQuant:
     """A larger storage with the old blocks in front. The caller drops ``old`` before the next layer grows."""
     new = alloc_paged_int8_layer(

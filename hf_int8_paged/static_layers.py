@@ -198,14 +198,58 @@ class PagedInt8StaticLayer(CacheLayerMixin):
         if self.is_initialized:
             self._set_length(0)
 
-    def crop(self, tokens_to_remove: int) -> None:
+    def check_crop(self, tokens_to_remove: int) -> None:
+        """Raise what `crop` would raise. The cache asks all layers before it crops the first."""
         if tokens_to_remove > 0:
             raise ValueError(f"crop takes minus the number of tokens to remove, got {tokens_to_remove}")
-        if not tokens_to_remove:
+        if not self.is_initialized or not tokens_to_remove:
             return
         if self.window is not None and int(self.cumulative_length) > self._blocks * self.block_size:
             raise RuntimeError("a preallocated sliding window cannot go back: what fell out is overwritten")
-        self._set_length(max(int(self.cumulative_length) + tokens_to_remove, 0))
+
+    def crop(self, tokens_to_remove: int) -> None:
+        self.check_crop(tokens_to_remove)
+        if self.is_initialized and tokens_to_remove:
+            self._set_length(max(int(self.cumulative_length) + tokens_to_remove, 0))
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """Of the keys; unknown before the first ones."""
+        return self._dtype
+
+    @property
+    def device(self) -> torch.device:
+        """Where the blocks are; unknown before the first keys."""
+        return self.storage.device
+
+    @property
+    def sliding_window(self) -> int:
+        """The window in tokens; layers without one have no such attribute."""
+        if self.window is None:
+            raise AttributeError("sliding_window")
+        return self.window
+
+    @property
+    def cumulative_length_int(self) -> int:
+        """``cumulative_length`` on the host, which waits for the device; layers without a window do not have it."""
+        if self.window is None:
+            raise AttributeError("cumulative_length_int")
+        return int(self.cumulative_length) if self.is_initialized else 0
+
+    @property
+    def num_heads(self) -> int:
+        """KV heads; unknown before the first keys."""
+        return self.storage.num_kv_heads
+
+    @property
+    def k_head_dim(self) -> int:
+        """Width of a key; unknown before the first ones."""
+        return self.storage.head_dim
+
+    @property
+    def v_head_dim(self) -> int:
+        """Width of a value; unknown before the first ones."""
+        return self.storage.v_head_dim
 
     def reorder_cache(self, beam_idx: torch.Tensor) -> None:
         """Copy blocks so that sequence i is what sequence ``beam_idx[i]`` was."""

@@ -26,6 +26,7 @@ ORDER = (
     "block_allocator",
     "block_table",
     "pool_access",
+    "options",
     "pool",
     "sink_places",
     "layer_group",
@@ -37,6 +38,10 @@ ORDER = (
     "static_sinks",
     "static_layers",
     "hybrid",
+    "layer_types",
+    "batch_rows",
+    "cache_operations",
+    "absent_names",
     "cache",
 )
 #: What the attention function may know of the core.

@@ -1,0 +1,198 @@
+"""Every option of `PagedInt8Cache` and `PagedInt8Pool`: its type and range, checked here and nowhere else.
+
+`TypeError` says that an option is of the wrong kind, `ValueError` that it is out of range or that a mode cannot honour
+it. The message names the value and what would work.
+"""
+
+from __future__ import annotations
+
+import operator
+from typing import Any, NamedTuple
+
+import torch
+from transformers import PreTrainedConfig
+
+from .kernels import MAX_SINK_TOKENS, ROTATIONS, resolve_backend, why_unavailable
+
+
+class PoolOptions(NamedTuple):
+    """What blocks are like, and how many there may be. The defaults are those of `PagedInt8Pool`."""
+
+    block_size: int = 16
+    backend: str | None = None
+    max_tokens: int | None = None
+    rotation: str | None = "hadamard"
+    center_keys: bool = True
+
+    def checked(self) -> PoolOptions:
+        """The same options as Python's own types.
+
+        Raises:
+            TypeError, ValueError: one of them is of the wrong kind or out of range.
+        """
+        block_size = _integer("block_size", self.block_size)
+        if block_size <= 0 or block_size % 16:
+            raise ValueError(f"block_size must be a positive multiple of 16, got {block_size}")
+        max_tokens = _limit("max_tokens", self.max_tokens)
+        if max_tokens is not None and max_tokens < block_size:
+            raise ValueError(
+                f"max_tokens={max_tokens} is less than one block, and a block has block_size={block_size} tokens: the "
+                f"cache could hold nothing; give at least {block_size}"
+            )
+        if self.backend is not None:
+            if not isinstance(self.backend, str):
+                raise TypeError(
+                    f"backend must be a backend's name or None, got {_shown(self.backend)}; None takes the best one"
+                )
+            why_unavailable(self.backend, torch.device("cpu"))  # refuses unknown names
+        if self.rotation is not None and (not isinstance(self.rotation, str) or self.rotation not in ROTATIONS):
+            raise ValueError(f"unknown rotation {self.rotation!r}; choose one of {', '.join(ROTATIONS)}, or None")
+        return PoolOptions(
+            block_size, self.backend, max_tokens, self.rotation, _switch("center_keys", self.center_keys)
+        )
+
+
+class CacheOptions(NamedTuple):
+    """What a cache decides by itself, beside its pool's options."""
+
+    max_batch_size: int | None
+    max_cache_len: int | None
+    sink_tokens: int
+
+
+def check_cache_options(
+    pool_options: PoolOptions,
+    *,
+    max_batch_size: Any,
+    max_cache_len: Any,
+    sink_tokens: Any,
+    pool_given: bool,
+    offloading: Any,
+) -> CacheOptions:
+    """Check the options of a cache, and whether they go together.
+
+    Args:
+        pool_options: checked ones; with ``pool_given`` those that the caller gave beside the pool.
+        pool_given: whether the caller gave a pool.
+
+    Raises:
+        TypeError, ValueError: an option is of the wrong kind, out of range, or not honoured in this mode.
+    """
+    if offloading:
+        raise ValueError(
+            f"offloading={offloading!r}: PagedInt8Cache does not offload layers, the blocks stay on their device; "
+            "leave it False"
+        )
+    options = CacheOptions(
+        _limit("max_batch_size", max_batch_size),
+        _limit("max_cache_len", max_cache_len),
+        _integer("sink_tokens", sink_tokens),
+    )
+    if not 0 <= options.sink_tokens <= MAX_SINK_TOKENS:
+        raise ValueError(f"sink_tokens must be between 0 and {MAX_SINK_TOKENS}, got {sink_tokens}")
+    given = [name for name, value, default in zip(PoolOptions._fields, pool_options, PoolOptions()) if value != default]
+    if pool_given and given:
+        raise ValueError(
+            f"{', '.join(given)}: block_size, backend, max_tokens, rotation and center_keys belong to the pool; "
+            "give them to PagedInt8Pool"
+        )
+    if options.max_batch_size is None:
+        return options
+    if options.max_cache_len is None:
+        raise ValueError(
+            f"max_batch_size={options.max_batch_size} preallocates everything, which needs max_cache_len too; a cache "
+            "that grows takes any batch size without being told"
+        )
+    if pool_given:
+        raise ValueError("max_batch_size preallocates everything, which needs no pool; leave out one of the two")
+    if pool_options.max_tokens is not None:
+        raise ValueError(
+            f"max_tokens={pool_options.max_tokens} limits a cache that grows; with max_batch_size all is allocated at "
+            "once, and max_batch_size and max_cache_len are the limits"
+        )
+    return options
+
+
+def check_device(device: Any, backend: str | None, block_size: int) -> None:
+    """Raise ``ValueError`` for a device that this machine lacks, and for a backend that cannot serve ``device`` or, if
+    that is ``None``, any device of this machine."""
+    accelerator = torch.accelerator.current_accelerator(check_available=True)
+    if device is not None:
+        resolve_backend(backend, _device(device, accelerator), block_size)
+    elif backend is not None:
+        devices = [torch.device("cpu")] + ([accelerator] if accelerator is not None else [])
+        if all(why_unavailable(backend, d, block_size) is not None for d in devices):
+            resolve_backend(backend, devices[-1], block_size)
+
+
+def decoder_config(config: Any) -> PreTrainedConfig:
+    """The part of a model's config that describes the layers which hold keys: a multimodal model's text part, an
+    encoder-decoder model's decoder.
+
+    Raises:
+        TypeError: this is no config. The message says how to get one.
+    """
+    if isinstance(config, PreTrainedConfig):
+        return config.get_text_config(decoder=True)
+    if config is None:
+        what = "it got none"
+    elif isinstance(config, type):
+        what = f"it got the class {config.__name__} instead of an object"
+    elif isinstance(config, str):
+        what = f"it got the name {config!r}; without a model, AutoConfig.from_pretrained({config!r}) has its config"
+    elif isinstance(config, dict):
+        what = "it got a dict; AutoConfig.for_model(**values) makes a config of one with a model_type"
+    elif isinstance(getattr(config, "config", None), PreTrainedConfig):
+        what = f"it got the {type(config).__name__} itself"
+    else:
+        what = f"it got {_shown(config)}"
+    raise TypeError(
+        "PagedInt8Cache needs the model's config, which says how many layers there are and which have a window, and "
+        f"{what}. Make it with PagedInt8Cache(model.config)"
+    )
+
+
+def _device(device: Any, accelerator: torch.device | None) -> torch.device:
+    kinds = ["cpu"] + ([accelerator.type] if accelerator is not None else [])
+    have = f"this machine has {' and '.join(kinds)}"
+    try:
+        asked = torch.device(device)
+    except TypeError as error:
+        raise TypeError(f"device must be a torch.device or its name, got {_shown(device)}; {have}") from error
+    except RuntimeError as error:
+        raise ValueError(f"unknown device {device!r}; {have}") from error
+    count = 1 if accelerator is None else torch.accelerator.device_count()
+    if asked.type not in (*kinds, "meta") or (asked.type == kinds[-1] and (asked.index or 0) >= count):
+        raise ValueError(f"there is no device {str(asked)!r} here; {have}" + (f", {count} of it" if count > 1 else ""))
+    return asked
+
+
+def _integer(name: str, value: Any) -> int:
+    try:
+        if isinstance(value, bool):
+            raise TypeError
+        return operator.index(value)
+    except TypeError:
+        would_do = f"; {name}={int(value)} would do" if isinstance(value, float) and value.is_integer() else ""
+        raise TypeError(f"{name} must be an integer, got {_shown(value)}{would_do}") from None
+
+
+def _limit(name: str, value: Any) -> int | None:
+    if value is None:
+        return None
+    limit = _integer(name, value)
+    if limit < 1:
+        raise ValueError(f"{name} must be at least 1, got {limit}; None sets no limit")
+    return limit
+
+
+def _switch(name: str, value: Any) -> bool:
+    # NumPy's own boolean is no subclass of Python's.
+    if isinstance(value, bool) or type(value).__name__ in ("bool_", "bool"):
+        return bool(value)
+    raise TypeError(f"{name} must be True or False, got {_shown(value)}")
+
+
+def _shown(value: Any) -> str:
+    text = repr(value)
+    return f"{text if len(text) <= 60 else text[:57] + '...'} ({type(value).__name__})"

@@ -1,0 +1,140 @@
+"""Options that cannot be: refused when the cache is made, with the value and what would work."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+import torch
+from packaging.version import Version
+from transformers import LlamaConfig, LlavaConfig, __version__
+
+from hf_int8_paged import PagedInt8Cache, PagedInt8Pool
+from tests.models import tiny_model
+
+#: What `generate` and `forward` call the cache.
+CACHE = "cache" if Version(__version__) >= Version("5.24.0.dev0") else "past_key_values"
+CONFIG = LlamaConfig(vocab_size=64, hidden_size=32, intermediate_size=32, num_hidden_layers=2, num_attention_heads=2)
+PREALLOCATED = {"max_batch_size": 2, "max_cache_len": 64}
+#: Options of a pool, of a cache too when it makes its own pool.
+OF_THE_POOL = [
+    ({"block_size": 16.0}, TypeError, r"block_size must be an integer, got 16.0 \(float\); block_size=16 would do"),
+    ({"block_size": "16"}, TypeError, r"block_size must be an integer, got '16' \(str\)"),
+    ({"block_size": True}, TypeError, r"block_size must be an integer, got True \(bool\)"),
+    ({"block_size": None}, TypeError, "block_size must be an integer, got None"),
+    ({"block_size": 24}, ValueError, "block_size must be a positive multiple of 16, got 24"),
+    ({"max_tokens": 1.5}, TypeError, r"max_tokens must be an integer, got 1.5 \(float\)$"),
+    ({"max_tokens": True}, TypeError, "max_tokens must be an integer, got True"),
+    ({"max_tokens": -3}, ValueError, "max_tokens must be at least 1, got -3"),
+    ({"max_tokens": 15}, ValueError, "max_tokens=15 is less than one block.*give at least 16"),
+    ({"center_keys": "no"}, TypeError, r"center_keys must be True or False, got 'no' \(str\)"),
+    ({"center_keys": 1}, TypeError, "center_keys must be True or False, got 1"),
+    ({"center_keys": None}, TypeError, "center_keys must be True or False, got None"),
+    ({"rotation": True}, ValueError, "unknown rotation True; choose one of hadamard, or None"),
+    ({"rotation": ["hadamard"]}, ValueError, "unknown rotation .*; choose one of hadamard, or None"),
+    ({"rotation": "walsh"}, ValueError, "unknown rotation 'walsh'; choose one of hadamard, or None"),
+    ({"backend": 3}, TypeError, r"backend must be a backend's name or None, got 3 \(int\)"),
+    ({"backend": "cuda"}, ValueError, "unknown backend 'cuda'; choose one of reference, cpu, triton"),
+]
+OF_THE_CACHE = [
+    ({"max_cache_len": 64.0}, TypeError, r"max_cache_len must be an integer, got 64.0 \(float\); max_cache_len=64"),
+    ({"max_cache_len": True}, TypeError, "max_cache_len must be an integer, got True"),
+    ({"max_cache_len": 0}, ValueError, "max_cache_len must be at least 1, got 0"),
+    ({"max_batch_size": "2", "max_cache_len": 64}, TypeError, "max_batch_size must be an integer, got '2'"),
+    ({"sink_tokens": True}, TypeError, "sink_tokens must be an integer, got True"),
+    ({"sink_tokens": None}, TypeError, "sink_tokens must be an integer, got None"),
+    ({"sink_tokens": 17}, ValueError, "sink_tokens must be between 0 and 16, got 17"),
+    ({"pool": 3}, TypeError, "pool must be a PagedInt8Pool or None, got 3"),
+    ({"pool": PagedInt8Pool}, TypeError, "pool must be a PagedInt8Pool or None, got <class"),
+    ({"device": 1.5}, TypeError, r"device must be a torch.device or its name, got 1.5 \(float\); this machine has cpu"),
+    ({"device": "tpu"}, ValueError, "unknown device 'tpu'; this machine has cpu"),
+    ({"device": "hpu:3"}, ValueError, "there is no device 'hpu:3' here; this machine has cpu"),
+]
+TOGETHER = [
+    ({"offloading": True}, "does not offload layers"),
+    ({"max_batch_size": 2}, "max_batch_size=2 preallocates everything, which needs max_cache_len too"),
+    (PREALLOCATED | {"max_tokens": 64}, "max_tokens=64 limits a cache that grows"),
+    (PREALLOCATED | {"pool": PagedInt8Pool()}, "needs no pool; leave out one of the two"),
+    ({"pool": PagedInt8Pool(), "max_tokens": 64}, "^max_tokens: .* belong to the pool"),
+    ({"pool": PagedInt8Pool(), "rotation": None, "center_keys": False}, "^rotation, center_keys: .*the pool"),
+]
+
+
+@pytest.mark.parametrize(("options", "error", "message"), OF_THE_POOL, ids=str)
+def test_an_option_of_the_pool_is_of_the_wrong_kind_or_out_of_range(options, error, message):
+    for make in (PagedInt8Pool, lambda **given: PagedInt8Cache(CONFIG, **given)):
+        with pytest.raises(error, match=message):
+            make(**options)
+
+
+@pytest.mark.parametrize(("options", "error", "message"), OF_THE_CACHE, ids=str)
+def test_an_option_of_the_cache_is_of_the_wrong_kind_or_out_of_range(options, error, message):
+    with pytest.raises(error, match=message):
+        PagedInt8Cache(CONFIG, **options)
+
+
+@pytest.mark.parametrize(("options", "message"), TOGETHER, ids=str)
+def test_an_option_that_a_mode_cannot_honour_is_refused(options, message):
+    with pytest.raises(ValueError, match=message):
+        PagedInt8Cache(CONFIG, **options)
+
+
+def test_a_device_that_this_machine_lacks():
+    count = torch.accelerator.device_count() if torch.accelerator.is_available() else 0
+    kind = torch.accelerator.current_accelerator().type if count else "cuda"
+    for backend in (None, "reference"):
+        with pytest.raises(ValueError, match=f"no device '{kind}:{count}' here; this machine has cpu"):
+            PagedInt8Cache(CONFIG, device=f"{kind}:{count}", backend=backend)
+
+
+@pytest.mark.parametrize(
+    ("config", "message"),
+    [
+        (None, "it got none"),
+        (LlamaConfig, "it got the class LlamaConfig instead of an object"),
+        ("gpt2", r"it got the name 'gpt2'; .*AutoConfig.from_pretrained\('gpt2'\)"),
+        ({"num_hidden_layers": 2}, "it got a dict; AutoConfig.for_model"),
+        (tiny_model("llama", num_hidden_layers=1), "it got the LlamaForCausalLM itself"),
+        (3, r"it got 3 \(int\)"),
+    ],
+    ids=["none", "class", "name", "dict", "model", "number"],
+)
+@pytest.mark.parametrize("options", [{}, PREALLOCATED], ids=["growing", "preallocated"])
+def test_something_else_than_a_config(config, message, options):
+    with pytest.raises(TypeError, match=f"needs the model's config.*{message}.*PagedInt8Cache\\(model.config\\)"):
+        PagedInt8Cache(config, **options)
+    if config is None:
+        with pytest.raises(TypeError, match=message):
+            PagedInt8Cache(**options)
+
+
+def test_the_class_instead_of_a_cache():
+    model = tiny_model("llama")
+    ids = torch.tensor([[1, 2, 3]])
+    for call in (lambda: model(ids, **{CACHE: PagedInt8Cache}), lambda: generate(model, ids)):
+        with pytest.raises(TypeError, match=r"got the class PagedInt8Cache.*give it PagedInt8Cache\(model.config\)"):
+            call()
+
+
+def generate(model, ids):
+    try:
+        model.generate(ids, **{CACHE: PagedInt8Cache}, max_new_tokens=2, do_sample=False)
+    finally:
+        if "_is_user_defined" in vars(PagedInt8Cache):  # `generate` sets it on whatever it is given
+            del PagedInt8Cache._is_user_defined
+
+
+def test_the_text_part_of_a_multimodal_config_is_found():
+    config = LlavaConfig(text_config=CONFIG)
+    assert len(PagedInt8Cache(config)) == len(PagedInt8Cache(config, **PREALLOCATED)) == 2
+
+
+def test_numpy_integers_and_booleans_are_taken_as_python_s():
+    cache = PagedInt8Cache(
+        CONFIG, block_size=np.int64(32), max_tokens=np.int32(64), center_keys=np.bool_(False), sink_tokens=np.uint8(2)
+    )
+    assert (cache.pool.block_size, cache.pool.max_tokens, cache.pool.center_keys) == (32, 64, False)
+    assert type(cache.pool.block_size) is type(cache.pool.max_tokens) is int
+    keys = torch.randn(1, 2, 20, 16)
+    for layer in range(2):
+        cache.update(keys, keys, layer)
+    assert cache.get_seq_length() == 20
