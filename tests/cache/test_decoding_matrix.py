@@ -1,7 +1,8 @@
 """Decoding modes of `generate` times kinds of models: the fake-quantized dense cache's tokens, one for one, in float32.
 
 Under eager attention both compute the same numbers. Under ``int8_paged`` the reference kernels do: the native ones
-round otherwise, which may tip a choice between two tokens of almost equal probability.
+round otherwise, which may tip a choice between two tokens of almost equal probability. So with those not tokens are
+compared but, in every step and layer, what they come from: stored keys and values, and attention over them.
 """
 
 from __future__ import annotations
@@ -32,6 +33,10 @@ from transformers import (
 
 from hf_int8_paged import PagedInt8Cache
 from tests.models import VOCABULARY, FakeQuantizedCache, random_ids
+
+from .conftest import BACKENDS
+from .shadowed_cache import ShadowedCache
+from .two_readers import CheckedAttention
 
 SIZES = {
     "vocab_size": VOCABULARY,
@@ -185,3 +190,25 @@ def test_tokens_are_those_of_the_fake_quantized_dense_cache(name: str, mode: str
         expected = decode(model, mode, lambda: cache_of(FakeQuantizedCache, model, padding=PADDING))
     model.set_attn_implementation("int8_paged")
     assert torch.equal(decode(model, mode, lambda: cache_of(PagedInt8Cache, model, backend="reference")), expected)
+
+
+#: The interpreter needs seconds for each.
+OF_TRITON = [("llama", "beams"), ("gemma3", "left_padded"), ("gpt_oss", "prompt_lookup")]
+STEP_CASES = [
+    (backend, *case)
+    for backend in BACKENDS
+    for case in (OF_TRITON if backend == "triton" else CASES)
+    if backend != "reference" and case not in NOT_WITH_DYNAMIC_CACHE
+]
+
+
+@pytest.mark.parametrize(("backend", "name", "mode"), STEP_CASES, ids=["-".join(case) for case in STEP_CASES])
+def test_every_step_is_right_before_a_rounding_can_tip(
+    backend: str, name: str, mode: str, checked: CheckedAttention
+) -> None:
+    """In each layer and step both readers see the same, and what is stored is what the oracle stores of these rows."""
+    model = model_of(name)
+    model.set_attn_implementation("int8_paged")
+    padding = PADDING if mode == "left_padded" and not model.config.is_encoder_decoder else ()
+    decode(model, mode, lambda: cache_of(ShadowedCache, model, backend=backend, padding=padding))
+    assert len(checked.compared) >= 20

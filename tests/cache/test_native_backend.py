@@ -12,6 +12,9 @@ from hf_int8_paged.kernels import load_backend, why_unavailable
 from hf_int8_paged.views import PagedView
 from tests.models import TINY, random_ids, tiny_model
 
+from .shadowed_cache import ShadowedCache
+from .two_readers import CheckedAttention
+
 if why_unavailable("cpu", torch.device("cpu")) is not None:
     pytest.skip("no C compiler, so no C kernels", allow_module_level=True)
 
@@ -41,6 +44,19 @@ def test_the_c_kernels_serve_every_decode_step(name, dtype, monkeypatch):
     assert calls == [1] * layers * (NEW_TOKENS - 1)
     assert not dense_reads
     assert {layer.storage.backend for layer in cache.layers} == {"cpu"}
+
+
+@pytest.mark.parametrize("seed", range(12))
+def test_beams_of_several_prompts_read_their_own_first_tokens(seed: int, checked: CheckedAttention) -> None:
+    """Four prompts, four beams, which are reordered at every step: every layer of every step by two readers."""
+    model = tiny_model("llama")
+    model.set_attn_implementation("int8_paged")
+    cache = ShadowedCache(model.config, backend="cpu")
+    options = {"num_beams": 4, "num_return_sequences": 1 + seed % 4, "max_new_tokens": 12, "do_sample": False}
+    model.generate(random_ids(4, 20, seed=seed), past_key_values=cache, **options)
+    # The prompt's own pass is one, too.
+    assert checked.compared == [20] * 3 + [1] * 3 * 11
+    assert cache.comparisons == 2 * 3 * 12  # keys and values
 
 
 def test_two_threads_generate_what_they_generate_alone():

@@ -11,6 +11,8 @@ from transformers import Cache
 from hf_int8_paged import PagedInt8Cache, PagedInt8Pool
 from tests.models import TINY, FakeQuantizedCache, fake_quantize, random_ids, tiny_model
 
+from .shadowed_cache import ShadowedCache
+
 #: Rows stored as they come: what a sequence stores then depends on nothing but itself.
 PLAIN = {"rotation": None, "center_keys": False}
 GREEDY = {"do_sample": False, "pad_token_id": 0, "max_new_tokens": 30}
@@ -51,8 +53,8 @@ def append(cache: PagedInt8Cache, twin: DenseTwin, batch: int, tokens: int, seed
 
 
 @pytest.mark.parametrize("tokens", [3, 16, 21, 64], ids=lambda n: f"{n}_tokens")
-def test_table_operations_amount_to_tensor_operations(tokens):
-    cache, twin = PagedInt8Cache(ready("llama").config, **PLAIN), DenseTwin(3)
+def test_table_operations_amount_to_tensor_operations(tokens, backend):
+    cache, twin = PagedInt8Cache(ready("llama").config, backend=backend, **PLAIN), DenseTwin(3)
     append(cache, twin, 3, tokens, seed=0)
     cache.reorder_cache(torch.tensor([2, 0, 2]))
     twin.keys = twin.keys[[2, 0, 2]]
@@ -105,6 +107,17 @@ def test_decoding_modes_give_the_oracle_s_tokens(name, mode):
     assert torch.equal(generate(model, ids, exact_kernels, **MODES[mode]), expected)
 
 
+@pytest.mark.parametrize("mode", MODES)
+@pytest.mark.parametrize("name", sorted(set(TINY) - {"llama"}))
+def test_decoding_modes_read_what_the_oracle_stores(name, mode, checked):
+    """By the native kernels: before a rounding can tip, layer by layer."""
+    model, ids = ready(name), random_ids(2, 45, seed=6)
+    if mode == "prompt_lookup":
+        ids = torch.cat([ids[:1, :20]] * 3, dim=1)
+    generate(model, ids, ShadowedCache(model.config), **MODES[mode])
+    assert len(checked.compared) >= 30
+
+
 @pytest.mark.parametrize("name", ["llama", "mistral"])
 def test_a_draft_model_assists_with_both_caches_paged(name):
     model, draft, ids = ready(name), ready(name, num_hidden_layers=1), random_ids(1, 40, seed=2)
@@ -124,7 +137,7 @@ def test_eight_beams_hold_a_long_prompt_once():
     assert allocator.num_blocks <= 1.25 * (tokens // 16 + 8 * (-(-new // 16) + 1)) + 8
 
 
-def test_equal_prompts_with_different_padding_do_not_share():
+def test_equal_prompts_with_different_padding_do_not_share(backend):
     """The first layer's keys are equal; the later layers show that the sequences are not."""
     model, ids = ready("llama"), random_ids(1, 40).repeat(2, 1)
     mask = torch.ones(2, 40, dtype=torch.long)
@@ -134,7 +147,7 @@ def test_equal_prompts_with_different_padding_do_not_share():
     logits = []
     with torch.no_grad():
         for rows in (slice(0, 2), slice(0, 1), slice(1, 2)):
-            cache = PagedInt8Cache(model.config, **PLAIN)
+            cache = PagedInt8Cache(model.config, backend=backend, **PLAIN)
             model(ids[rows], attention_mask=mask[rows], position_ids=positions[rows], past_key_values=cache)
             one = {"attention_mask": step["attention_mask"][rows], "position_ids": torch.full((len(ids[rows]), 1), 40)}
             logits.append(model(ids[rows, :1], past_key_values=cache, **one).logits)
