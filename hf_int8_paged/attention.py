@@ -27,7 +27,7 @@ from .dense_attention import dense_attention
 from .kernels import MAX_DECODE_ROWS
 from .masks import causal_rows, needs_additive_masks, with_bias, with_selected_keys
 from .once import hint_at_another_cache, no_weights
-from .views import Content, PagedView, reading_views, take_over
+from .views import Content, PagedView, layer_of, reading_views
 
 #: The name under which both functions are registered: ``attn_implementation="int8_paged"``.
 NAME = "int8_paged"
@@ -80,25 +80,32 @@ def int8_paged_mask(
     """
     # A position on the device is not read: that would wait for it. The mask of a single row does without.
     on_device = isinstance(q_offset, torch.Tensor)
-    plain = not (on_device and q_length == 1) and _only_causal(mask_function, local_size, q_offset, kv_offset)
+    unread = on_device and (q_length == 1 or torch.compiler.is_compiling())
+    plain = not unread and _only_causal(mask_function, local_size, q_offset, kv_offset)
     if attention_mask is not None and attention_mask.shape[1] < kv_offset + kv_length:
         attention_mask = torch.nn.functional.pad(attention_mask, (0, kv_offset + kv_length - attention_mask.shape[1]))
     additive = needs_additive_masks(kwargs["config"]) if "config" in kwargs else False
     may_skip = not additive and (allow_is_causal_skip or attention_mask is not None)
     if plain and may_skip and q_length == 1 and q_offset > 0:
         return None if attention_mask is None else attention_mask[:, None, None, kv_offset : kv_offset + kv_length]
+    # Where a preallocated cache is empty, the mask of its first prompt is that of any first prompt.
+    columns = q_length if plain and on_device and int(q_offset) == 0 and not additive else kv_length
     mask = (eager_mask if additive else sdpa_mask)(
         batch_size=batch_size,
         q_length=q_length,
-        kv_length=kv_length,
+        kv_length=columns,
         q_offset=q_offset,
         kv_offset=kv_offset,
         mask_function=mask_function,
-        attention_mask=attention_mask,
+        attention_mask=attention_mask
+        if columns == kv_length or attention_mask is None
+        else attention_mask[:, :columns],
         local_size=local_size,
         allow_is_causal_skip=allow_is_causal_skip,
         **kwargs,
     )
+    if mask is not None and columns < kv_length:
+        mask = torch.nn.functional.pad(mask, (0, kv_length - columns))
     if plain and mask is not None:
         window = None if mask_function is causal_mask_function else local_size
         setattr(mask, _PATTERN, _Pattern(attention_mask, window, _version(mask)))
@@ -177,11 +184,19 @@ def int8_paged_attention(
         attention_mask = build_block_mask(block_indices, attention_mask, *size, position_ids.expand(len(query), -1))
     window = None
     if torch.compiler.is_compiling():
-        layer = take_over(key, value)
-        if layer is not None and position_bias is None and not dropout and query.shape[2] == 1:
+        if isinstance(key, PagedView):
+            # A cache that grows: what reads its block tables is no part of a graph.
+            return _attention_outside_graphs(
+                module, query, key, value, attention_mask, dropout, scaling, is_causal, softcap, s_aux, position_bias,
+                sinks,
+            )  # fmt: skip
+        layer = layer_of(key, value)
+        if layer is not None and query.shape[2] > 1 and attention_mask is None:
+            attention_mask = layer.rows_that_see(query.shape[2])
+        if layer is not None and position_bias is None and not dropout and query.shape[2] == 1 and sinks is None:
             mask = None if attention_mask is None else attention_mask[:, 0, 0].expand(query.shape[0], -1)
             scale = query.shape[-1] ** -0.5 if scaling is None else scaling
-            if mask is None or mask.dtype == torch.bool:
+            if mask is None or (mask.dtype == torch.bool and attention_mask.shape[1] == 1):
                 return layer.decode(query, scale, 0, mask, 0, softcap, s_aux), None
     elif isinstance(key, PagedView) and isinstance(value, PagedView):
         content = key.content
@@ -201,7 +216,10 @@ def int8_paged_attention(
                 fresh = [x.to(query.dtype) for x in content.fresh]
                 extended = content.layer.extend(query, *fresh, scale, content.stop, key_mask[0], softcap, s_aux)
         if extended is None:
-            key, value = key.dense(), value.dense()
+            columns, (key, value) = key.shape[2], (key.tokens(), value.tokens())
+            if attention_mask is not None and attention_mask.shape[-1] == columns:
+                # The mask of a preallocated cache goes on behind the newest token.
+                attention_mask = attention_mask[..., : key.shape[2]]
         if pattern is not None and pattern.padding is not None:
             content.layer.note_padding(pattern.padding, content.fresh)
         if extended is not None:
@@ -230,6 +248,10 @@ def int8_paged_attention(
         attention_mask = with_bias(attention_mask, position_bias)
     sinks = s_aux if sinks is None else sinks
     return dense_attention(query, key, value, attention_mask, dropout, scaling, causal, softcap, sinks), None
+
+
+#: The same for keys and values of a cache that grows, within a compiled forward pass: the graph breaks here.
+_attention_outside_graphs = torch.compiler.disable(int8_paged_attention)
 
 
 def _version(mask: torch.Tensor) -> int:

@@ -10,14 +10,15 @@ from transformers import PreTrainedConfig
 from transformers.cache_utils import Cache, LinearAttentionCacheLayerMixin
 
 from .absent_names import ABSENT, WRAP_IT, NotFlattened
-from .cache_operations import CacheOperations
+from .cache_operations import PAGED_LAYERS, CacheOperations
+from .generate_limits import UserDefinedMark
 from .layer_types import growing_layers, is_layer_data, layers_of_data, preallocated_layers
 from .layers import PagedInt8Layer
 from .options import PoolOptions, check_cache_options, check_device, decoder_config
 from .pool import PagedInt8Pool
+from .read_only import ReadOnly
 from .sequences import Sequences
-from .static_layers import PagedInt8StaticLayer
-from .views import PagedView
+from .static_sequences import StaticSequences
 
 _THE_CLASS = "a model got the class PagedInt8Cache instead of a cache; give it PagedInt8Cache(model.config)"
 
@@ -67,9 +68,6 @@ class PagedInt8Cache(CacheOperations):
             Without ``device``, a backend that can serve no device of this machine is refused.
         offloading: must be False. Models that make a cross-attention cache of the same class pass it.
 
-    A preallocated cache whose first tokens came under ``torch.inference_mode`` can be used there only, as its tensors
-    are inference tensors; one that grows does not mind.
-
     Raises:
         TypeError, ValueError: an option is of the wrong kind or out of range, or this mode cannot honour it.
 
@@ -93,6 +91,7 @@ class PagedInt8Cache(CacheOperations):
 
     #: Where the blocks of a cache that grows are; a preallocated one has none.
     pool: PagedInt8Pool
+    _is_user_defined = UserDefinedMark()
 
     def __init__(
         self,
@@ -135,9 +134,11 @@ class PagedInt8Cache(CacheOperations):
         elif text_config is None:
             raise ValueError("a cache made of keys and values grows; leave out max_batch_size, or give a config")
         else:
-            layers = preallocated_layers(text_config, options, own)
+            assert options.max_cache_len is not None
+            self._sequences = StaticSequences(options.max_batch_size, options.max_cache_len)
+            layers = preallocated_layers(text_config, self._sequences, own, options.sink_tokens)
         #: Whether a layer that is updated twice in a row shows that the cache should have been wrapped.
-        paged = sum(isinstance(layer, (PagedInt8Layer, PagedInt8StaticLayer)) for layer in layers)
+        paged = sum(isinstance(layer, PAGED_LAYERS) for layer in layers)
         self._needs_wrapping = bool(getattr(config, "is_encoder_decoder", False)) and paged > 1
         # A `DynamicCache`, as transformers lets only those be cropped within an `EncoderDecoderCache`.
         Cache.__init__(self, layers=layers)
@@ -172,22 +173,32 @@ class PagedInt8Cache(CacheOperations):
             ValueError: shapes, dtype, device or number of layers are not those of this cache.
             CacheFullError: a limit is reached.
         """
+        if torch.compiler.is_compiling():
+            layer = self.layers[layer_idx]
+            if isinstance(layer, PagedInt8Layer):
+                # Block tables are the host's: no graph can hold what happens here.
+                return _update_outside_graphs(self, key_states, value_states, layer_idx)
+            return layer.update(key_states, value_states, *args, **kwargs)
+        with self._sequences.guard:
+            return self._update(key_states, value_states, layer_idx, *args, **kwargs)
+
+    def _update(
+        self, key_states: torch.Tensor, value_states: torch.Tensor, layer_idx: int, *args, **kwargs
+    ) -> tuple[torch.Tensor, torch.Tensor]:
         layer = self.layers[layer_idx] if layer_idx < len(self.layers) else None
-        if key_states.numel() == 0 and isinstance(layer, (PagedInt8Layer, PagedInt8StaticLayer)):
-            batch, _, new_tokens, _ = key_states.shape
+        if isinstance(layer, PAGED_LAYERS) and isinstance(key_states, torch.Tensor) and not key_states.numel():
+            batch, new_tokens = key_states.shape[0], key_states.shape[-2]
             if not int(layer.get_seq_length()) and not (batch and new_tokens):
                 return key_states, value_states
             if batch == layer.batch_size and not new_tokens:
                 return layer.keys, layer.values  # type: ignore[return-value]
         # Views of another cache have no memory of their own, and kernels read addresses.
-        if isinstance(key_states, PagedView):
-            key_states = key_states.dense()
-        if isinstance(value_states, PagedView):
-            value_states = value_states.dense()
+        if isinstance(key_states, ReadOnly):
+            key_states = key_states.readable()
+        if isinstance(value_states, ReadOnly):
+            value_states = value_states.readable()
         if self._needs_wrapping:
             self._refuse_cross_attention(layer_idx, key_states.shape[2])
-        if self._sequences is None:
-            return self.layers[layer_idx].update(key_states, value_states, *args, **kwargs)
         try:
             if layer is None:
                 raise ValueError(
@@ -197,8 +208,8 @@ class PagedInt8Cache(CacheOperations):
             return layer.update(key_states, value_states, *args, **kwargs)
         except Exception:
             # A layer that is behind is the one that ended this forward pass; one that is not has changed nothing.
-            if layer is None or (isinstance(layer, PagedInt8Layer) and layer.length < self._sequences.length):
-                self._sequences.truncate(self._sequences.step_start)
+            if layer is None or (isinstance(layer, PAGED_LAYERS) and layer.length < self._sequences.length):
+                self._sequences.take_back()
             raise
 
     def get_seq_length(self=None, layer_idx: int = 0) -> int:  # type: ignore[assignment]
@@ -211,7 +222,7 @@ class PagedInt8Cache(CacheOperations):
     def nbytes_allocated(self) -> int:
         """Bytes of keys, values and scales allocated, all layers, and of first tokens in full precision."""
         static = sum(layer.storage.nbytes for layer in self._static_layers())
-        return static + self._sink_nbytes + (0 if self._sequences is None else self.pool.nbytes_allocated)
+        return static + self._sink_nbytes + (self.pool.nbytes_allocated if "pool" in vars(self) else 0)
 
     @property
     def nbytes_used(self) -> int:
@@ -219,7 +230,7 @@ class PagedInt8Cache(CacheOperations):
         per sequence and layer more than the tokens themselves take."""
         static = sum(layer.nbytes_used for layer in self._static_layers())
         sinks = self._sink_nbytes if int(self.get_seq_length()) else 0
-        return static + sinks + (0 if self._sequences is None else self.pool.nbytes_used)
+        return static + sinks + (self.pool.nbytes_used if "pool" in vars(self) else 0)
 
     def prefetch(self, layer_idx: int, only_non_sliding: bool = True) -> None:
         raise NotImplementedError("prefetch is not supported by PagedInt8Cache: the blocks stay on their device")
@@ -244,8 +255,12 @@ class PagedInt8Cache(CacheOperations):
         if before is None or before[0] != layer_idx:
             return
         self._newest = None
-        if self._sequences is None:
-            self.layers[layer_idx].crop(-before[1])
-        else:
-            self._sequences.truncate(self._sequences.step_start)
+        self._sequences.take_back()
         raise ValueError(f"layer {layer_idx} was updated twice in one forward pass: {WRAP_IT}")
+
+
+@torch.compiler.disable
+def _update_outside_graphs(
+    cache: PagedInt8Cache, key_states: torch.Tensor, value_states: torch.Tensor, layer_idx: int
+) -> tuple[torch.Tensor, torch.Tensor]:
+    return cache.update(key_states, value_states, layer_idx)

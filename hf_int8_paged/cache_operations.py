@@ -11,10 +11,16 @@ from transformers.cache_utils import DynamicCache, LinearAttentionCacheLayerMixi
 from .batch_rows import reordered_rows, selected_rows
 from .hybrid import PagedInt8HybridLayer
 from .layers import PagedInt8Layer
+from .one_thread import one_thread
+from .sequences import Sequences
 from .static_layers import PagedInt8StaticLayer
+from .static_sequences import StaticSequences
 
 if TYPE_CHECKING:
     from typing_extensions import Self
+
+#: Layers whose lengths and rows their cache's `Sequences` or `StaticSequences` changes.
+PAGED_LAYERS = (PagedInt8Layer, PagedInt8StaticLayer)
 
 
 class CacheOperations(DynamicCache):
@@ -25,22 +31,19 @@ class CacheOperations(DynamicCache):
 
     #: `PagedInt8Layer` where keys and values are held, transformers' own classes elsewhere.
     layers: list
-    #: `Sequences` of a cache that grows; ``None`` where everything is preallocated.
-    _sequences: Any = None
+    _sequences: Sequences | StaticSequences
     #: For encoder-decoder models: index of the layer updated last, and with how many tokens.
     _newest: tuple[int, int] | None = None
 
+    @one_thread
     def reset(self) -> None:
         """Forget all tokens. The memory stays allocated."""
         self._newest = None
-        if self._sequences is not None:
-            self._sequences.truncate(0)
-        for layer in self.layers:
-            if isinstance(layer, PagedInt8Layer):
-                layer.is_initialized = False  # other heads and dtypes may come
+        self._sequences.truncate(0)
         for layer in self._own_layers():
             layer.reset()
 
+    @one_thread
     def crop(self, tokens_to_remove: int) -> None:
         """Take the newest tokens back.
 
@@ -58,26 +61,24 @@ class CacheOperations(DynamicCache):
             raise ValueError(f"crop takes minus the number of tokens to remove, got {tokens_to_remove}")
         others = self._require("crop")
         for layer in others:
-            if hasattr(layer, "check_crop"):
-                layer.check_crop(tokens_to_remove)
-            elif isinstance(layer, LinearAttentionCacheLayerMixin) and not layer.record_past:
+            if isinstance(layer, LinearAttentionCacheLayerMixin) and not layer.record_past:
                 raise RuntimeError(
                     "a layer has not recorded its past; call activate_past_recording() before generating"
                 )
         self._newest = None
-        if self._sequences is not None:
-            self._sequences.truncate(max(self._sequences.length + tokens_to_remove, 0))
+        self._sequences.truncate(max(self._sequences.length + tokens_to_remove, 0))
         for layer in others:
             layer.crop(tokens_to_remove)
 
+    @one_thread
     def activate_past_recording(self) -> None:
         """Keep what falls out of sliding windows until the next `crop`, so that it can be taken back."""
-        if self._sequences is not None:
-            self._sequences.record_past = True
+        self._sequences.record_past = True
         for layer in self._own_layers():
             if hasattr(layer, "activate_past_recording"):
                 layer.activate_past_recording()
 
+    @one_thread
     def reorder_cache(self, beam_idx: torch.Tensor) -> None:
         """Make sequence i what sequence ``beam_idx[i]`` is. Only block tables change; blocks are shared.
 
@@ -91,12 +92,11 @@ class CacheOperations(DynamicCache):
         if self._batch is not None:
             rows = reordered_rows(beam_idx, self._batch)
             beam_idx = torch.tensor(rows, dtype=torch.long)
-            if self._sequences is None and len(rows) != self._batch:
-                raise ValueError(f"a preallocated cache keeps its {self._batch} sequences, but {len(rows)} were named")
             self._select(rows)
         for layer in others:
             layer.reorder_cache(beam_idx)
 
+    @one_thread
     def batch_repeat_interleave(self, repeats: int) -> None:
         """Repeat every sequence ``repeats`` times in place. The copies share all blocks."""
         rows = torch.arange(self._batch or 0).repeat_interleave(repeats).tolist()
@@ -105,6 +105,7 @@ class CacheOperations(DynamicCache):
         for layer in others:
             layer.batch_repeat_interleave(repeats)
 
+    @one_thread
     def batch_select_indices(self, indices: Any) -> None:
         """Keep the sequences at ``indices``, or those where a boolean ``indices`` is True, in this order.
 
@@ -121,12 +122,15 @@ class CacheOperations(DynamicCache):
         for layer in others:
             layer.batch_select_indices(indices)
 
+    @one_thread
     def fork(self) -> Self:
         """A cache with the same tokens that goes on independently. All blocks are shared until one of them
         writes to a partly filled last block. ``copy.deepcopy`` does the same."""
         twin = copy.copy(self)
-        if self._sequences is not None:
-            twin._sequences = self._sequences.fork()
+        if isinstance(self._sequences, StaticSequences):
+            twin._sequences, twin.layers = copy.deepcopy((self._sequences, self.layers))
+            return twin
+        twin._sequences = self._sequences.fork()
         twin.layers = [
             layer.fork(twin._sequences) if isinstance(layer, PagedInt8Layer) else copy.deepcopy(layer)
             for layer in self.layers
@@ -139,35 +143,29 @@ class CacheOperations(DynamicCache):
     @property
     def _batch(self) -> int | None:
         """Sequences that hold tokens, or ``None`` while there are none."""
-        if self._sequences is not None:
-            return self._sequences.batch_size
-        held = [layer.batch_size for layer in self._static_layers() if int(layer.cumulative_length)]
-        return held[0] if held else None
+        return self._sequences.batch_size
 
     def _select(self, rows: list[int]) -> None:
-        if self._sequences is not None and self._batch is not None:
+        if self._batch is not None:
             if rows:
                 self._sequences.select(rows)
             else:
                 self._sequences.truncate(0)  # no sequences, no tokens
 
     def _static_layers(self) -> list[PagedInt8StaticLayer]:
-        return [x for x in self.layers if isinstance(x, PagedInt8StaticLayer) and x.is_initialized]
+        return [x for x in self.layers if isinstance(x, PagedInt8StaticLayer) and x.memory is not None]
 
     def _own_layers(self) -> list:
         """Layers with state outside the pool: transformers' own, and the linear part of hybrid ones."""
         return [
             layer.linear_part if isinstance(layer, PagedInt8HybridLayer) else layer
             for layer in self.layers
-            if not isinstance(layer, PagedInt8Layer) or isinstance(layer, PagedInt8HybridLayer)
+            if not isinstance(layer, PAGED_LAYERS) or isinstance(layer, PagedInt8HybridLayer)
         ]
 
     def _require(self, operation: str) -> list:
-        """The layers with state of their own, all of which can do ``operation``; preallocated ones that hold nothing
-        have nothing to do."""
+        """The layers with state of their own, all of which can do ``operation``."""
         layers = self._own_layers()
-        if self._batch is None:
-            layers = [layer for layer in layers if not isinstance(layer, PagedInt8StaticLayer)]
         for layer in layers:
             if not hasattr(layer, operation):
                 raise NotImplementedError(f"a {type(layer).__name__} of this cache has no {operation}")

@@ -17,9 +17,10 @@ from transformers.cache_utils import (
 
 from .hybrid import PagedInt8HybridLayer
 from .layers import PagedInt8Layer
-from .options import CacheOptions, PoolOptions
+from .options import PoolOptions
 from .sequences import Sequences
 from .static_layers import PagedInt8StaticLayer
+from .static_sequences import StaticSequences
 
 _WINDOWED = ("sliding_attention", "chunked_attention", "hybrid_sliding")
 
@@ -60,28 +61,17 @@ def growing_layers(config: PreTrainedConfig, sequences: Sequences) -> list:
     return layers
 
 
-def preallocated_layers(config: PreTrainedConfig, options: CacheOptions, blocks: PoolOptions) -> list:
+def preallocated_layers(
+    config: PreTrainedConfig, sequences: StaticSequences, blocks: PoolOptions, sink_tokens: int
+) -> list:
     """One preallocated layer per model layer; transformers' own class where nothing is held per token."""
-    assert options.max_batch_size is not None
-    assert options.max_cache_len is not None
     layers: list = []
+    options = (blocks.block_size, blocks.backend, blocks.rotation, blocks.center_keys, sink_tokens)
     for index, (layer_type, kwargs) in enumerate(layer_types(config)):
         if layer_type in ("full_attention", "sliding_attention", "chunked_attention"):
-            layers.append(
-                PagedInt8StaticLayer(
-                    index,
-                    options.max_batch_size,
-                    options.max_cache_len,
-                    kwargs.get("sliding_window"),
-                    blocks.block_size,
-                    blocks.backend,
-                    blocks.rotation,
-                    blocks.center_keys,
-                    options.sink_tokens,
-                )
-            )
+            layers.append(PagedInt8StaticLayer(index, sequences, kwargs.get("sliding_window"), *options))
         elif layer_type in STATIC_LAYER_TYPE_MAPPING:
-            layers.append(STATIC_LAYER_TYPE_MAPPING[layer_type](max_cache_len=options.max_cache_len, **kwargs))
+            layers.append(STATIC_LAYER_TYPE_MAPPING[layer_type](max_cache_len=sequences.max_cache_len, **kwargs))
         else:
             raise NotImplementedError(f"layer {index} is of type {layer_type!r}, which cannot be preallocated")
     return layers

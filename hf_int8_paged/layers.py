@@ -52,7 +52,7 @@ class PagedInt8Layer(LayerReader, CacheLayerMixin):
     @property
     def dtype(self) -> torch.dtype:
         """Of the keys; unknown before the first ones."""
-        return self._dtype
+        return self._dtypes[0]
 
     @property
     def device(self) -> torch.device:

@@ -2,7 +2,12 @@
 
 from __future__ import annotations
 
+import functools
 import threading
+from collections.abc import Callable
+from typing import Any, TypeVar
+
+_F = TypeVar("_F", bound=Callable)
 
 
 class OneThread:
@@ -20,3 +25,18 @@ class OneThread:
 
     def __exit__(self, *_: object) -> None:
         self._lock.release()
+
+    def __reduce__(self) -> tuple:
+        # A copy of a cache is another cache.
+        return OneThread, ()
+
+
+def one_thread(method: _F) -> _F:
+    """A method of a cache that refuses a thread while another one is inside the cache's ``_sequences.guard``."""
+
+    @functools.wraps(method)
+    def guarded(self: Any, *args: Any, **kwargs: Any) -> Any:
+        with self._sequences.guard:
+            return method(self, *args, **kwargs)
+
+    return guarded  # type: ignore[return-value]

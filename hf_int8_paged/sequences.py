@@ -9,6 +9,7 @@ from .block_allocator import HOLE
 from .block_table import BlockTable
 from .kernels import MAX_DECODE_ROWS
 from .layer_group import Group
+from .one_thread import OneThread
 from .pool import CacheFullError, PagedInt8Pool
 from .sink_places import SinkPlaces
 
@@ -29,6 +30,7 @@ class Sequences:
         self.pool = pool
         self.writer = pool.access.join()
         self.max_cache_len = max_cache_len
+        self.guard = OneThread()
         self.sink_tokens = sink_tokens
         #: Where those are; None if there are none.
         self.sinks: SinkPlaces | None = None
@@ -217,6 +219,10 @@ class Sequences:
             self.sinks = self.sinks.truncate(length)
         if length == 0:
             self.clear()
+
+    def take_back(self) -> None:
+        """Take back what some layers have stored of a step that the others refused."""
+        self.truncate(self.step_start)
 
     def clear(self) -> None:
         """Forget all sequences and give their blocks back to the pool."""

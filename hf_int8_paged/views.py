@@ -31,31 +31,22 @@ class BackedLayer(Protocol):
     def note_dense_read(self) -> None: ...
 
 
-class HandOver:
-    """The way from ``update`` to the attention function in a compiled graph, where no view can be made.
-
-    It holds the very tensors that ``update`` returned, and their layer. Whoever takes them empties it, or they would
-    become outputs of the graph.
-    """
-
-    layer: Any = None
-    keys: torch.Tensor | None = None
-    values: torch.Tensor | None = None
+#: Attribute of dense keys and values in a compiled graph, where no view can be made: the layer that they stand for. It
+#: is the tensor's own, so that it comes and goes with it.
+_LAYER = "_int8_paged_layer"
 
 
-_handed_over = HandOver()
+def stands_for(layer: Any, keys: torch.Tensor, values: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """Note on dense keys and values that they stand for this layer's blocks, and return them."""
+    setattr(keys, _LAYER, layer)
+    setattr(values, _LAYER, layer)
+    return keys, values
 
 
-def hand_over(layer: Any, keys: torch.Tensor, values: torch.Tensor) -> None:
-    """Note that these dense keys and values stand for this layer's blocks."""
-    _handed_over.layer, _handed_over.keys, _handed_over.values = layer, keys, values
-
-
-def take_over(keys: torch.Tensor, values: torch.Tensor) -> Any:
-    """The layer that these keys and values were noted for, or None; forgets them."""
-    layer = _handed_over.layer if _handed_over.keys is keys and _handed_over.values is values else None
-    _handed_over.layer = _handed_over.keys = _handed_over.values = None
-    return layer
+def layer_of(keys: torch.Tensor, values: torch.Tensor) -> Any:
+    """The layer that dense keys and values stand for, or None."""
+    layer = getattr(keys, _LAYER, None)
+    return layer if layer is not None and getattr(values, _LAYER, None) is layer else None
 
 
 class Content(NamedTuple):
@@ -106,7 +97,7 @@ class PagedView(ReadOnly):
         view.is_values = is_values
         return view
 
-    def dense(self) -> torch.Tensor:
+    def tokens(self) -> torch.Tensor:
         """The dense tensor: dequantized past, and the newest tokens in full precision where ``fresh`` has them.
 
         Raises:
@@ -121,6 +112,12 @@ class PagedView(ReadOnly):
             parts = [x for x in (past, recent) if x is not None]
             self._dense = parts[0] if len(parts) == 1 else torch.cat(parts, dim=2)
         return self._dense
+
+    def dense(self) -> torch.Tensor:
+        """`tokens`, and zeros for the positions of a preallocated cache that come after them."""
+        dense = self.tokens()
+        missing = self.shape[2] - dense.shape[2]
+        return torch.nn.functional.pad(dense, (0, 0, 0, missing)) if missing else dense
 
     def _no_storage(self, *_: Any, **__: Any) -> NoReturn:
         raise RuntimeError(
@@ -141,8 +138,8 @@ class PagedView(ReadOnly):
     def readable(self) -> torch.Tensor:
         """The dense tensor with the strides that this view claims to have: ``view`` relies on them."""
         self.content.layer.note_dense_read()
-        self._dense = self.dense().contiguous()
-        return self._dense
+        self._dense = self.tokens().contiguous()
+        return self.dense()
 
 
 def reading_views(function: Callable[_P, _R]) -> Callable[_P, _R]:

@@ -20,7 +20,9 @@ KERNELS = ROOT / "kernels" / "torch-ext" / "int8_paged_attention"
 #: The core, lowest first: each module may import those before it, and modules that import nothing of the package.
 ORDER = (
     "kernels",
+    "layer_checks",
     "compiled_ops",
+    "one_thread",
     "read_only",
     "views",
     "block_allocator",
@@ -31,17 +33,21 @@ ORDER = (
     "sink_places",
     "layer_group",
     "sequences",
-    "layer_checks",
     "layer_reader",
     "assignment",
     "layers",
     "static_sinks",
+    "static_memory",
+    "static_sequences",
+    "static_step",
+    "static_reader",
     "static_layers",
     "hybrid",
     "layer_types",
     "batch_rows",
     "cache_operations",
     "absent_names",
+    "generate_limits",
     "cache",
 )
 #: What the attention function may know of the core.

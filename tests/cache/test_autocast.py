@@ -56,9 +56,9 @@ def logits_of_steps(model: PreTrainedModel, cache) -> torch.Tensor:
 @pytest.mark.parametrize("kind", ["growing", "preallocated"])
 @pytest.mark.parametrize("name", MODELS)
 def test_logits_are_those_of_a_dynamic_cache_up_to_bfloat16(name: str, kind: str, attention: str) -> None:
-    """bfloat16 rounds each product to 2**-9 of itself; int8 adds 2**-8 of a row's largest element, once. A run in float32
-    measures what bfloat16 costs: the two runs in bfloat16 may be no further apart than four times that, or they did not
-    compute the same."""
+    """bfloat16 rounds each product to 2**-9 of itself; int8 adds 2**-8 of a row's largest element, once. What bfloat16
+    costs is measured against float32. The two runs in bfloat16 may differ by four times that, or they did not compute
+    the same."""
     model = model_of(name)
     model.set_attn_implementation("eager" if attention == "int8_paged" else attention)
     exact = logits_of_steps(model, DynamicCache(config=model.config))
