@@ -132,8 +132,9 @@ GROWING_CACHE = _CACHE | {
     "batch_size": Row(read("batch_size"), DIFFERS, _REAL_BATCH, holds=lambda ours, _: ours == BATCH),
     "max_batch_size": Row(read("max_batch_size"), DIFFERS, _REAL_BATCH, holds=lambda ours, _: ours == BATCH),
 }
-_MASKS = "all positions for one token, those in use for several; a layer with a window counts from position 0"
-_BATCH_FIXED = "PagedInt8StaticLayer of this cache has no {}"
+_MASKS = "always all positions, also of a layer with a window: what was compiled for one step serves all"
+_COPIES = "copies blocks, for up to max_batch_size sequences; StaticCache has none"
+_LENGTHS = "layers share their lengths; call {}() of the cache"
 PREALLOCATED_CACHE = (
     _CACHE
     | _attributes("batch_size", "max_batch_size")
@@ -149,7 +150,7 @@ PREALLOCATED_CACHE = (
             lambda c: [c.get_mask_sizes(q, layer) for q in (1, 3) for layer in range(2)],
             DIFFERS,
             _MASKS,
-            holds=lambda ours, _: ours == [(MAX_CACHE_LEN, 0)] * 2 + [(TOKENS + 3, 0)] * 2,
+            holds=lambda ours, _: ours == [(MAX_CACHE_LEN, 0)] * 4,
         ),
         "is_croppable": Row(
             read("is_croppable"), DIFFERS, "StaticCache says False", holds=lambda ours, _: isinstance(ours, bool)
@@ -161,10 +162,10 @@ PREALLOCATED_CACHE = (
             holds=lambda ours, _: ours == [TOKENS - 3] * 2,
         ),
         "batch_repeat_interleave": Row(
-            after("batch_repeat_interleave", 2), REFUSED, _BATCH_FIXED.format("batch_repeat_interleave")
+            after("batch_repeat_interleave", 1), DIFFERS, _COPIES, holds=lambda ours, _: len(ours[0]) == BATCH
         ),
         "batch_select_indices": Row(
-            after("batch_select_indices", CHOICE), REFUSED, _BATCH_FIXED.format("batch_select_indices")
+            after("batch_select_indices", CHOICE), DIFFERS, _COPIES, holds=lambda ours, _: len(ours[0]) == 1
         ),
     }
 )
@@ -206,9 +207,9 @@ PREALLOCATED_LAYER = (
     | _attributes("batch_size", "cumulative_length_int", "k_head_dim", "num_heads", "v_head_dim")
     | {
         "is_croppable": PREALLOCATED_CACHE["is_croppable"],
-        "crop": Row(after("crop", -3, then=lambda x: int(x.get_seq_length())), note="transformers 5.24 or newer"),
-        "reorder_cache": Row(after("reorder_cache", ORDER)),
-        "reset": Row(after("reset", then=lambda x: int(x.get_seq_length()))),
+        "crop": Row(after("crop", -3), REFUSED, _LENGTHS.format("crop")),
+        "reorder_cache": Row(after("reorder_cache", ORDER), REFUSED, _LENGTHS.format("reorder_cache")),
+        "reset": Row(after("reset"), REFUSED, _LENGTHS.format("reset")),
         "max_cache_len": Row(read("max_cache_len"), DIFFERS, _RING, holds=lambda ours, _: ours == MAX_CACHE_LEN),
         "get_max_length": Row(
             lambda x: x.get_max_length(), DIFFERS, _RING, holds=lambda ours, _: ours == MAX_CACHE_LEN
@@ -220,7 +221,7 @@ PREALLOCATED_LAYER = (
             lambda x: [x.get_mask_sizes(q) for q in (1, 3)],
             DIFFERS,
             _MASKS,
-            holds=lambda ours, _: ours == [(MAX_CACHE_LEN, 0), (TOKENS + 3, 0)],
+            holds=lambda ours, _: ours == [(MAX_CACHE_LEN, 0)] * 2,
         ),
     }
 )

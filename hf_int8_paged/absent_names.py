@@ -25,16 +25,16 @@ ABSENT = {
     "value_cache": "the values of layer i are cache.layers[i].values",
 }
 _NOT_FLATTENED = (
-    "a PagedInt8Cache that grows cannot be flattened, exported or pickled: its layers share block tables and a pool. "
-    "Export with a preallocated one (max_batch_size and max_cache_len); to keep its tokens, make "
-    "DynamicCache(tuple(cache)) of it"
+    "a PagedInt8Cache cannot be flattened, exported or pickled: its layers share tables, lengths and memory, and each "
+    "would get its own back. copy.deepcopy(cache) makes another one in this process; to export a model, leave the "
+    "cache out of its inputs"
 )
 
 
 class NotFlattened:
     """Refuses, with a sentence, to be taken apart into tensors and plain values: for `torch.export` and for pickle.
 
-    Kept as the first attribute of a cache whose layers share block tables. Each layer would get a table of its own
+    Kept as the first attribute of a cache, whose layers share block tables or lengths. Each layer would get its own
     back, and those would not be the cache's.
     """
 

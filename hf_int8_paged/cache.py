@@ -123,8 +123,8 @@ class PagedInt8Cache(CacheOperations):
         check_device(device, own.backend if pool is None else pool.backend, own.block_size)
         data = list(config) if is_layer_data(config) else None  # type: ignore[arg-type]
         text_config = decoder_config(config) if data is None else None
+        self._not_flattened = NotFlattened()
         if options.max_batch_size is None:
-            self._not_flattened = NotFlattened()
             self.pool = PagedInt8Pool(*own) if pool is None else pool
             self._sequences = Sequences(self.pool, options.max_cache_len, options.sink_tokens)
             if text_config is None:

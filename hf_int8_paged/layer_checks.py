@@ -19,8 +19,9 @@ def check_first_states(index: int, keys: torch.Tensor, values: torch.Tensor) -> 
         values: ``[batch, num_kv_heads, new_tokens, v_head_dim]``.
 
     Raises:
-        TypeError: not tensors, or of another dtype than float32, float16 and bfloat16.
-        ValueError: values with other sequences, heads or tokens than the keys, or on another device.
+        TypeError: not tensors.
+        ValueError: another dtype than float32, float16 and bfloat16; values with other sequences, heads or tokens than
+            the keys, or on another device.
     """
     for name, states in (("keys", keys), ("values", values)):
         if not isinstance(states, torch.Tensor):
@@ -31,7 +32,7 @@ def check_first_states(index: int, keys: torch.Tensor, values: torch.Tensor) -> 
                 f"element, got {list(states.shape)}"
             )
         if states.dtype not in FLOAT_DTYPES:
-            raise TypeError(f"layer {index}: {name} must be float32, float16 or bfloat16, got {states.dtype}")
+            raise ValueError(f"layer {index}: {name} must be float32, float16 or bfloat16, got {states.dtype}")
     if keys.shape[:3] != values.shape[:3]:
         raise ValueError(
             f"layer {index}: keys {list(keys.shape)} and values {list(values.shape)} must have the same sequences, "
@@ -60,8 +61,9 @@ def check_states(
         device: where the layer is.
 
     Raises:
-        TypeError: not tensors, or of another dtype than float32, float16 and bfloat16.
-        ValueError: other heads, widths or device than the layer's, or values that do not fit the keys.
+        TypeError: not tensors.
+        ValueError: another dtype than float32, float16 and bfloat16; other heads, widths or device than the layer's, or
+            values that do not fit the keys.
     """
     check_first_states(index, keys, values)
     if (keys.shape[1], keys.shape[3]) != key_shape or (values.shape[1], values.shape[3]) != value_shape:
@@ -72,6 +74,35 @@ def check_states(
     if keys.device != device:
         raise ValueError(
             f"layer {index} is on {device}, but keys came on {keys.device}; reset() the cache, or use one per device"
+        )
+
+
+def way_back(kept: int, held: int) -> str:
+    """What to do about a forward pass that was interrupted, for messages.
+
+    Args:
+        kept: tokens per sequence before it.
+        held: tokens per sequence with it.
+    """
+    if not kept:
+        return "reset() forgets its tokens"
+    return f"crop({kept - held}) goes back to the {kept} tokens before it, reset() to none"
+
+
+def check_none_left_out(layers: int, left_out: list[int], kept: int, held: int) -> None:
+    """Raise ``ValueError`` if the last forward pass left layers out.
+
+    Args:
+        layers: attention layers of the cache.
+        left_out: indices of those that the last forward pass has not updated.
+        kept: tokens per sequence before it.
+        held: tokens per sequence with it.
+    """
+    if left_out:
+        raise ValueError(
+            f"the last forward pass updated only {layers - len(left_out)} of the cache's {layers} attention layers (not "
+            f"layer {left_out[0]}). If it was interrupted, {way_back(kept, held)}. If this is another model's cache, "
+            "make one from this model's config"
         )
 
 

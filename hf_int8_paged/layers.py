@@ -10,7 +10,7 @@ from transformers.cache_utils import CacheLayerMixin
 
 from .assignment import assign
 from .kernels import load_backend
-from .layer_checks import check_first_states, check_states, dense_dtypes, of_one_dtype
+from .layer_checks import check_first_states, check_states, dense_dtypes, of_one_dtype, way_back
 from .layer_group import StepTensors
 from .layer_reader import LayerReader
 from .once import say_once
@@ -127,7 +127,7 @@ class PagedInt8Layer(LayerReader, CacheLayerMixin):
             raise ValueError(
                 f"layer {self.index} holds {start} tokens and got {new_tokens} more for {batch} sequences, while the "
                 f"layers before it hold {sequences.length} for {sequences.batch_size}; if a forward pass was "
-                f"interrupted, {sequences.way_back}"
+                f"interrupted, {way_back(sequences.step_start, sequences.length)}"
             )
         elif sequences.same_as is not None and not all(
             is_same(states, sequences.same_as) for states in (key_states, value_states)

@@ -8,6 +8,7 @@ import torch
 from .block_allocator import HOLE
 from .block_table import BlockTable
 from .kernels import MAX_DECODE_ROWS
+from .layer_checks import check_none_left_out
 from .layer_group import Group
 from .one_thread import OneThread
 from .pool import CacheFullError, PagedInt8Pool
@@ -69,14 +70,6 @@ class Sequences:
         """Tokens of padding that stand in front of every sequence, as far as it is known."""
         return 0 if self.sinks is None else self.sinks.earliest
 
-    @property
-    def way_back(self) -> str:
-        """What to do about a forward pass that was interrupted, for messages."""
-        if not self.step_start:
-            return "reset() forgets its tokens"
-        kept = self.step_start
-        return f"crop({kept - self.length}) goes back to the {kept} tokens before it, reset() to none"
-
     def advance(self, batch: int, new_tokens: int, same_as: list[int] | None = None) -> None:
         """Find blocks for ``new_tokens`` more tokens per sequence, in every group.
 
@@ -95,13 +88,7 @@ class Sequences:
                 "use one cache per batch, or reset() it first"
             )
         left_out = [index for index, length in self.layer_lengths.items() if length != self.length]
-        if left_out:
-            layers = len(self.layer_lengths)
-            raise ValueError(
-                f"the last forward pass updated only {layers - len(left_out)} of the cache's {layers} attention layers "
-                f"(not layer {left_out[0]}). If it was interrupted, {self.way_back}. If this is another model's cache, "
-                "make one from this model's config"
-            )
+        check_none_left_out(len(self.layer_lengths), left_out, self.step_start, self.length)
         start, stop = self.length, self.length + new_tokens
         if self.max_cache_len is not None and stop > self.max_cache_len:
             raise CacheFullError(

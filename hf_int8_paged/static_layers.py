@@ -105,7 +105,7 @@ class PagedInt8StaticLayer(StaticReader, CacheLayerMixin):
                 _prepare_all(self.sequences.layers, self, key_states, value_states)
             past = append_on_device(self, key_states, value_states)
             return dense_on_device(self, key_states, value_states, past)
-        if key_states.is_cuda and torch.cuda.is_current_stream_capturing():
+        if getattr(key_states, "is_cuda", False) and torch.cuda.is_current_stream_capturing():
             self.sequences.captured = True
             past = append_on_device(self, key_states, value_states)
             if key_states.shape[2] > 1:

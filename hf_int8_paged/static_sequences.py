@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
+from .layer_checks import check_none_left_out, way_back
 from .one_thread import OneThread
 from .pool import CacheFullError
 
@@ -74,19 +75,14 @@ class StaticSequences:
             if start != self.step_start or stop != self._length or batch != self.batch_size:
                 raise ValueError(
                     f"layer {layer.index} holds {start} tokens and got {new_tokens} more for {batch} sequences, while "
-                    f"the layers before it hold {self._length} for {self.batch_size}; was a forward pass interrupted? "
-                    f"crop({start - self._length}) takes it back, or reset() the cache"
+                    f"the layers before it hold {self._length} for {self.batch_size}; if a forward pass was "
+                    f"interrupted, {way_back(self.step_start, self._length)}"
                 )
             return start
         self.check_batch(batch)
         behind = [other for other in self.layers if other.length != start]
-        if behind:
-            back = min(other.length for other in behind) - start
-            raise ValueError(
-                f"the cache was made for {len(self.layers)} attention layers, but the model updated only "
-                f"{len(self.layers) - len(behind)} of them (not layer {behind[0].index}): another model's cache, or a "
-                f"forward pass that was interrupted; crop({back}) takes that one back, or reset() the cache"
-            )
+        kept = min((other.length for other in behind), default=start)
+        check_none_left_out(len(self.layers), [other.index for other in behind], kept, start)
         if stop > self.max_cache_len:
             raise CacheFullError(
                 f"{stop} tokens per sequence asked for, but max_cache_len is {self.max_cache_len}; the cache still "

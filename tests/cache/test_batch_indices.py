@@ -122,14 +122,13 @@ def test_no_such_order(beam_idx, options):
     assert_same(ours, theirs)
 
 
-def test_a_growing_cache_takes_an_order_of_another_length_and_a_preallocated_one_does_not():
-    ours, theirs = pair()
-    ours.reorder_cache(torch.tensor([1, 2]))
-    theirs.reorder_cache(torch.tensor([1, 2]))
-    assert_same(ours, theirs)
-    ours, theirs = pair(max_batch_size=BATCH, max_cache_len=32)
-    with pytest.raises(ValueError, match="keeps its 3 sequences, but 2 were named"):
-        ours.reorder_cache(torch.tensor([1, 2]))
+@pytest.mark.parametrize(
+    "options", [{}, {"max_batch_size": BATCH, "max_cache_len": 32}], ids=["growing", "preallocated"]
+)
+def test_an_order_of_another_length(options):
+    ours, theirs = pair(**options)
+    for cache in (ours, theirs):
+        cache.reorder_cache(torch.tensor([1, 2]))
     assert_same(ours, theirs)
 
 
@@ -177,11 +176,17 @@ def test_operations_on_a_cache_without_tokens(operation, argument, emptied, opti
     assert_same(ours, theirs)
 
 
-@pytest.mark.parametrize("operation", ["batch_repeat_interleave", "batch_select_indices"])
-def test_a_preallocated_cache_keeps_its_batch(operation):
-    ours, theirs = pair(max_batch_size=BATCH, max_cache_len=32)
-    with pytest.raises(NotImplementedError, match=f"PagedInt8StaticLayer of this cache has no {operation}"):
-        getattr(ours, operation)(torch.tensor([0]) if operation == "batch_select_indices" else 2)
+def test_a_preallocated_cache_repeats_and_selects_up_to_its_batch_size():
+    ours, theirs = pair(max_batch_size=2 * BATCH, max_cache_len=32)
+    for cache in (ours, theirs):
+        cache.batch_repeat_interleave(2)
+    assert_same(ours, theirs)
+    with pytest.raises(ValueError, match="12 sequences asked for, but max_batch_size is 6"):
+        ours.batch_repeat_interleave(2)
+    assert_same(ours, theirs)
+    for cache in (ours, theirs):
+        cache.batch_select_indices(torch.tensor([5, 1]))
+        append(cache, states(2, 4))
     assert_same(ours, theirs)
 
 

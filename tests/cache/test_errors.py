@@ -117,12 +117,6 @@ def test_a_mistake_in_a_later_layer_takes_the_whole_step_back():
     assert_unchanged(cache, before)
 
 
-def test_another_dtype_than_the_first_keys():
-    cache = filled(llama())
-    with pytest.raises(ValueError, match=r"holds torch.float32 on cpu, but keys came as torch.bfloat16"):
-        cache.update(rows(2, 2, 1, 16, dtype=torch.bfloat16), rows(2, 2, 1, 16, dtype=torch.bfloat16), 0)
-
-
 def test_a_model_with_more_layers_than_the_cache():
     cache = PagedInt8Cache(llama(num_hidden_layers=2).config)
     with (
@@ -138,7 +132,7 @@ def test_a_model_with_fewer_layers_than_the_cache():
     cache, model = PagedInt8Cache(llama().config), llama(num_hidden_layers=2)
     with torch.no_grad():
         model(random_ids(1, 5), past_key_values=cache)
-        with pytest.raises(ValueError, match="made for 3 attention layers, but the model updated only 2"):
+        with pytest.raises(ValueError, match="updated only 2 of the cache's 3 attention layers"):
             model(random_ids(1, 1), past_key_values=cache)
     assert cache.get_seq_length() == 5
 
@@ -167,7 +161,7 @@ def test_an_interrupted_forward_pass_is_noticed():
     cache = filled(llama())
     one = rows(2, 2, 1, 16)
     cache.update(one, one, 0)
-    with pytest.raises(ValueError, match=r"updated only 1 of them \(not layer 1\).*forward pass that was interrupted"):
+    with pytest.raises(ValueError, match=r"updated only 1 of .* \(not layer 1\).*interrupted, crop\(-1\)"):
         cache.update(one, one, 0)
     cache.update(one, one, 1)
     with pytest.raises(ValueError, match="was a forward pass interrupted"):
