@@ -167,7 +167,7 @@ def test_operators_declare_what_they_do():
 
 def test_limits():
     model = ready("llama")
-    with pytest.raises(ValueError, match="max_batch_size goes with max_cache_len"):
+    with pytest.raises(ValueError, match="needs max_cache_len too"):
         PagedInt8Cache(model.config, max_batch_size=2)
     cache = static(model, batch=1, length=20)
     with torch.no_grad(), pytest.raises(ValueError, match="keys of 2 sequences came, but max_batch_size is 1"):

@@ -106,7 +106,10 @@ def test_a_compiled_step_that_does_not_fit_is_nan_and_writes_nothing(name: str, 
             logits = step(ids, past_key_values=cache, position_ids=positions, use_cache=True).logits
             assert int(cache.get_seq_length()) == 45
             cache.crop(-tokens)
-            torch.testing.assert_close(logits, model(ids, past_key_values=cache).logits, rtol=0, atol=1e-4)
+            # Of several rows the compiled step reads dense keys, the eager one the blocks. The C kernels' arithmetic is
+            # up to 6.7e-5 of the logits' spread off per layer (against float64); the model has one.
+            eager = model(ids, past_key_values=cache).logits
+            torch.testing.assert_close(logits, eager, rtol=0, atol=6.7e-5 * float(eager.max() - eager.min()))
 
 
 def test_the_host_counts_again_after_compiled_steps():
@@ -143,7 +146,7 @@ def test_states_of_another_model_are_refused_and_the_step_taken_back(keys, value
     before = contents(cache)
     if layer == 1:
         if "sequences, but" in message:
-            message = "was a forward pass interrupted"
+            message = r"interrupted, crop\(-1\) goes back to the 20 tokens"
         cache.update(rows(2, 2, 1, 16), rows(2, 2, 1, 16), 0)
     with pytest.raises(ValueError, match=message):
         cache.update(rows(*keys), rows(*values), layer)
@@ -178,7 +181,7 @@ def test_a_forward_pass_that_leaves_layers_out():
     cache, model = static(ready()), ready(num_hidden_layers=2)
     with torch.no_grad():
         model(random_ids(1, 5), past_key_values=cache)
-        with pytest.raises(ValueError, match="made for 3 attention layers, but the model updated only 2"):
+        with pytest.raises(ValueError, match="updated only 2 of the cache's 3 attention layers"):
             model(random_ids(1, 1), past_key_values=cache)
 
 
@@ -197,7 +200,7 @@ def test_an_interrupted_step_is_refused_until_it_is_taken_back(name: str, tokens
                 with pytest.raises(ZeroDivisionError):
                     model(ids, past_key_values=cache)
                 hook.remove()
-                with pytest.raises(ValueError, match=rf"updated only 1 of them.*crop\(-{tokens}\).*or reset\(\)"):
+                with pytest.raises(ValueError, match=rf"updated only 1 of .*crop\(-{tokens}\) .* 46 tokens.*reset\(\)"):
                     model(ids, past_key_values=cache)
                 cache.crop(-tokens)
                 assert [int(layer.get_seq_length()) for layer in cache.layers] == [46] * 3
