@@ -1,4 +1,4 @@
-"""The ``int8_paged`` attention and mask functions: routing only.
+"""The ``int8_paged`` attention function: routing only.
 
 =====================================  =================================================================
 keys and values                        route
@@ -14,102 +14,22 @@ unusual mask, or not our cache         SDPA on dense keys and values: same answe
 from __future__ import annotations
 
 import sys
-from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from transformers import AttentionInterface, AttentionMaskInterface, Cache
 from transformers.integrations.flex_attention import flex_attention_forward
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
-from transformers.masking_utils import causal_mask_function, eager_mask, sdpa_mask
 
 from .dense_attention import dense_attention
 from .kernels import MAX_DECODE_ROWS
-from .masks import causal_rows, needs_additive_masks, with_bias, with_selected_keys
+from .mask_function import Pattern, int8_paged_mask, pattern_of
+from .masks import causal_rows, with_bias, with_selected_keys
 from .once import hint_at_another_cache, no_weights
 from .views import Content, PagedView, layer_of, reading_views
 
 #: The name under which both functions are registered: ``attn_implementation="int8_paged"``.
 NAME = "int8_paged"
-#: Attribute of a mask that is causal, with the layer's window and padding, and nothing else: a `_Pattern`.
-_PATTERN = "_int8_paged_pattern"
-
-
-class _Pattern(NamedTuple):
-    """What a mask of several rows consists of.
-
-    Attributes:
-        padding: the padding mask, bool ``[batch, tokens]``, or None.
-        window: sliding window in tokens, or None.
-        version: the mask's version counter when it was made: whoever writes into the mask afterwards changes it.
-    """
-
-    padding: torch.Tensor | None
-    window: int | None
-    version: int
-
-
-def int8_paged_mask(
-    batch_size: int,
-    q_length: int,
-    kv_length: int,
-    q_offset: int = 0,
-    kv_offset: int = 0,
-    mask_function: Callable = causal_mask_function,
-    attention_mask: torch.Tensor | None = None,
-    local_size: int | None = None,
-    allow_is_causal_skip: bool = True,
-    **kwargs: Any,
-) -> torch.Tensor | None:
-    """The mask for `int8_paged_attention`: transformers' SDPA mask, except where decode attention needs less.
-
-    Args:
-        batch_size: sequences.
-        q_length: query rows per sequence.
-        kv_length: keys that the mask covers.
-        q_offset: position of the first query row.
-        kv_offset: position of the first key.
-        mask_function: transformers' pattern, called with index tensors.
-        attention_mask: bool ``[batch_size, seen tokens]``, True for tokens, or ``None`` without padding.
-        local_size: window or chunk size of the pattern, if it has one.
-        allow_is_causal_skip: whether ``None`` may stand for a causal mask.
-
-    Returns:
-        ``None`` where nothing but causality and the layer's window restricts attention; a view of the padding
-        mask, ``[batch_size, 1, 1, kv_length]``, for a single row; else bool ``[batch_size, 1, q_length, kv_length]``.
-    """
-    # A position on the device is not read: that would wait for it. The mask of a single row does without.
-    on_device = isinstance(q_offset, torch.Tensor)
-    unread = on_device and (q_length == 1 or torch.compiler.is_compiling())
-    plain = not unread and _only_causal(mask_function, local_size, q_offset, kv_offset)
-    if attention_mask is not None and attention_mask.shape[1] < kv_offset + kv_length:
-        attention_mask = torch.nn.functional.pad(attention_mask, (0, kv_offset + kv_length - attention_mask.shape[1]))
-    additive = needs_additive_masks(kwargs["config"]) if "config" in kwargs else False
-    may_skip = not additive and (allow_is_causal_skip or attention_mask is not None)
-    if plain and may_skip and q_length == 1 and q_offset > 0:
-        return None if attention_mask is None else attention_mask[:, None, None, kv_offset : kv_offset + kv_length]
-    # Where a preallocated cache is empty, the mask of its first prompt is that of any first prompt.
-    columns = q_length if plain and on_device and int(q_offset) == 0 and not additive else kv_length
-    mask = (eager_mask if additive else sdpa_mask)(
-        batch_size=batch_size,
-        q_length=q_length,
-        kv_length=columns,
-        q_offset=q_offset,
-        kv_offset=kv_offset,
-        mask_function=mask_function,
-        attention_mask=attention_mask
-        if columns == kv_length or attention_mask is None
-        else attention_mask[:, :columns],
-        local_size=local_size,
-        allow_is_causal_skip=allow_is_causal_skip,
-        **kwargs,
-    )
-    if mask is not None and columns < kv_length:
-        mask = torch.nn.functional.pad(mask, (0, kv_length - columns))
-    if plain and mask is not None:
-        window = None if mask_function is causal_mask_function else local_size
-        setattr(mask, _PATTERN, _Pattern(attention_mask, window, _version(mask)))
-    return mask
 
 
 def int8_paged_attention(
@@ -183,6 +103,7 @@ def int8_paged_attention(
         build_block_mask: Any = module.indexer.build_block_mask  # type: ignore[union-attr]
         attention_mask = build_block_mask(block_indices, attention_mask, *size, position_ids.expand(len(query), -1))
     window = None
+    rows_are_newest = isinstance(key, PagedView)
     if torch.compiler.is_compiling():
         if isinstance(key, PagedView):
             # A cache that grows: what reads its block tables is no part of a graph.
@@ -202,7 +123,7 @@ def int8_paged_attention(
         content = key.content
         window = content.layer.window
         paired = value.content == content and value.is_values > key.is_values
-        pattern = _pattern(attention_mask)
+        pattern = pattern_of(attention_mask)
         extended = None
         if paired and position_bias is None and sinks is None and not dropout:
             causal = is_causal if is_causal is not None else getattr(module, "is_causal", True)
@@ -229,7 +150,10 @@ def int8_paged_attention(
     causal = is_causal if is_causal is not None else getattr(module, "is_causal", True)
     q_len, kv_len = query.shape[2], key.shape[2]
     if attention_mask is None and causal and q_len > 1 and (q_len < kv_len or (window or kv_len) < kv_len):
-        attention_mask = causal_rows(q_len, kv_len, query.device, window)
+        # A preallocated cache of transformers shows all positions, and its first prompt without a mask: the rows are
+        # the first of them.
+        seen = kv_len if rows_are_newest else q_len
+        attention_mask = torch.nn.functional.pad(causal_rows(q_len, seen, query.device, window), (0, kv_len - seen))
     if softcap is None and s_aux is None and sinks is None:
         return sdpa_attention_forward(
             module,
@@ -254,19 +178,8 @@ def int8_paged_attention(
 _attention_outside_graphs = torch.compiler.disable(int8_paged_attention)
 
 
-def _version(mask: torch.Tensor) -> int:
-    """The mask's version counter. Tensors made in inference mode have none, and the compiler knows of none."""
-    return 0 if torch.compiler.is_compiling() or mask.is_inference() else mask._version
-
-
-def _pattern(mask: torch.Tensor | None) -> _Pattern | None:
-    """What `int8_paged_mask` noted of the mask, unless somebody has written into it since."""
-    pattern: _Pattern | None = getattr(mask, _PATTERN, None)
-    return pattern if pattern is None or mask is None or pattern.version == _version(mask) else None
-
-
 def _as_key_mask(
-    mask: torch.Tensor | None, pattern: _Pattern | None, query: torch.Tensor, key: PagedView, causal: bool
+    mask: torch.Tensor | None, pattern: Pattern | None, query: torch.Tensor, key: PagedView, causal: bool
 ) -> tuple[torch.Tensor | None, int] | None:
     """The mask over keys, bool ``[batch, columns]`` or None, and the position of its first column, that make the
     kernels obey ``mask``. None if nothing can."""
@@ -293,18 +206,6 @@ def _may_extend(content: Content, query: torch.Tensor) -> bool:
     if torch.is_grad_enabled() and query.requires_grad:
         return False
     return torch.is_autocast_enabled(query.device.type) or all(x.dtype == query.dtype for x in content.fresh)
-
-
-def _only_causal(mask_function: Callable, local_size: int | None, q_offset: int, kv_offset: int) -> bool:
-    """Whether the pattern is causal, or causal with exactly the window that the keys' offset shows, no more."""
-    if mask_function is causal_mask_function:
-        return True
-    window_names = ["sliding_window_overlay.<locals>.inner_mask", causal_mask_function.__qualname__]
-    parts = [cell.cell_contents for cell in getattr(mask_function, "__closure__", None) or ()]
-    if mask_function.__qualname__ != "and_masks.<locals>.and_mask" or len(parts) != 1:
-        return False
-    names = [getattr(part, "__qualname__", "") for part in parts[0]]
-    return names == window_names and local_size is not None and kv_offset == max(int(q_offset) - local_size + 1, 0)
 
 
 def register() -> None:

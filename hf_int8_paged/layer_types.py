@@ -12,6 +12,7 @@ from transformers.cache_utils import (
     DYNAMIC_LAYER_TYPE_MAPPING,
     STATIC_LAYER_TYPE_MAPPING,
     DynamicLayer,
+    StaticLayer,
     get_layer_types_and_kwargs,
 )
 
@@ -70,10 +71,13 @@ def preallocated_layers(
     for index, (layer_type, kwargs) in enumerate(layer_types(config)):
         if layer_type in ("full_attention", "sliding_attention", "chunked_attention"):
             layers.append(PagedInt8StaticLayer(index, sequences, kwargs.get("sliding_window"), *options))
-        elif layer_type in STATIC_LAYER_TYPE_MAPPING:
+        elif not issubclass(STATIC_LAYER_TYPE_MAPPING.get(layer_type, StaticLayer), StaticLayer):
             layers.append(STATIC_LAYER_TYPE_MAPPING[layer_type](max_cache_len=sequences.max_cache_len, **kwargs))
         else:
-            raise NotImplementedError(f"layer {index} is of type {layer_type!r}, which cannot be preallocated")
+            raise NotImplementedError(
+                f"layer {index} is of type {layer_type!r}, which PagedInt8Cache cannot preallocate; a cache that grows "
+                "serves it: leave out max_batch_size"
+            )
     return layers
 
 

@@ -51,7 +51,7 @@ ORDER = (
     "cache",
 )
 #: What the attention function may know of the core.
-SEEN_BY_ATTENTION = {"kernels", "compiled_ops", "views"}
+SEEN_BY_ATTENTION = {"kernels", "compiled_ops", "views", "mask_function"}
 
 
 def imports(path: Path) -> Iterator[tuple[int, str]]:

@@ -14,8 +14,9 @@ from transformers import Gemma2Config
 from transformers.masking_utils import causal_mask_function, sliding_window_causal_mask_function
 
 from hf_int8_paged import CacheFullError, PagedInt8Pool
-from hf_int8_paged.attention import int8_paged_attention, int8_paged_mask
+from hf_int8_paged.attention import int8_paged_attention
 from hf_int8_paged.layers import PagedInt8Layer
+from hf_int8_paged.mask_function import int8_paged_mask
 from tests.kernels.helpers import device_of
 
 from .shadowed_cache import ShadowedCache
