@@ -40,8 +40,8 @@ endef
 export RUN_NOTEBOOKS
 
 .DEFAULT_GOAL := help
-.PHONY: help demo info test test-all test-versions test-matrix test-sanitize test-neon test-gpu bench bench-gpu gpu-audit \
-	lint types format notebooks coverage clean
+.PHONY: help demo info test test-all test-versions test-matrix test-sanitize test-neon test-upstream test-gpu bench bench-gpu \
+	gpu-audit lint types format notebooks coverage cache-api clean
 
 help:  ## Show this list
 	@sed -n 's/^\([a-z-]*\):.*## /\1|/p' $(MAKEFILE_LIST) | while IFS='|' read -r name text; do printf '  make %-13s %s\n' "$$name" "$$text"; done
@@ -69,6 +69,9 @@ test-sanitize: $(DEV)  ## Run the CPU kernels' tests under AddressSanitizer and 
 
 test-neon:  ## Check the CPU kernels for Arm (Debian: gcc-aarch64-linux-gnu, qemu-user)
 	tests/native/neon.sh
+
+test-upstream: $(DEV)  ## Compare every way to generate, over 16 architectures, with transformers' own cache
+	HF_HUB_OFFLINE=1 $(PARALLEL) --dist loadgroup tests/upstream/generation_modes.py
 
 test-gpu: $(DEV)  ## Run the kernels' tests on a GPU, with fresh inputs
 	HF_INT8_PAGED_TEST_SEED=$$(date +%s) HF_HUB_OFFLINE=1 $(PYTEST) -m gpu tests/gpu tests/kernels $(TRITON_TESTS)
@@ -99,6 +102,9 @@ notebooks: $(DEV)  ## Run the notebooks on the demo model and store their output
 
 coverage: $(DEV)  ## Compare every architecture of transformers with its oracle; writes docs/coverage.md
 	OMP_NUM_THREADS=1 HF_HUB_OFFLINE=1 $(BIN)/python -m eval.coverage --workers $(WORKERS) --markdown docs/coverage.md
+
+cache-api: $(DEV)  ## Check every name of transformers' caches; writes docs/cache_api.md
+	HF_HUB_OFFLINE=1 $(BIN)/python -m eval.cache_api --markdown docs/cache_api.md
 
 clean:  ## Remove the environment, builds and caches of tools
 	rm -rf $(VENV) .matrix build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis

@@ -101,8 +101,8 @@ def check_none_left_out(layers: int, left_out: list[int], kept: int, held: int) 
     if left_out:
         raise ValueError(
             f"the last forward pass updated only {layers - len(left_out)} of the cache's {layers} attention layers "
-            f"(not layer {left_out[0]}). If it was interrupted, {way_back(kept, held)}. If this is another model's cache, "
-            "make one from this model's config"
+            f"(not layer {left_out[0]}). If it was interrupted, {way_back(kept, held)}. If this is another model's "
+            "cache, make one from this model's config"
         )
 
 
