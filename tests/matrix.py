@@ -54,7 +54,6 @@ class Row:
     #: Python's minor version and what is installed, the project's development packages besides; `None`: this Python.
     python: str | None = None
     requirements: tuple[str, ...] = ()
-    upgrade: bool = False
     environment: dict[str, str] = field(default_factory=dict)
     workers: int = 2
     threads: int = 1
@@ -64,14 +63,16 @@ class Row:
 
 ROWS = {
     "oldest": Row("3.10", ("torch==2.11.0", "transformers==5.18.0", "accelerate==1.10.*", "triton==3.6.*"), workers=1),
-    "newest": Row("3.13", ("torch", "transformers", "accelerate", "triton"), upgrade=True, workers=1, threads=2),
+    "newest": Row("3.13", ("torch", "transformers", "accelerate", "triton"), workers=1, threads=2),
     "avx2": Row(environment={"HF_INT8_PAGED_CPU_ISA": "avx2"}),
     "portable-busy": Row(environment={"HF_INT8_PAGED_CPU_ISA": "portable"}, load=2),
 }
 
 
 def interpreter(version: str) -> str | None:
-    """Path of a Python of this minor version."""
+    """Path of a Python of this minor version, or ``None``."""
+    if version == f"{sys.version_info[0]}.{sys.version_info[1]}":
+        return sys.executable
     found = shutil.which(f"python{version}")
     # pyenv's shims are on the path for versions that are not activated, and fail.
     if found and subprocess.run([found, "-c", ""], capture_output=True).returncode == 0:
@@ -81,8 +82,8 @@ def interpreter(version: str) -> str | None:
     return str(candidates[-1]) if candidates else None
 
 
-def prepare(row: Row, folder: Path) -> str:
-    """The row's Python, with this project installed in place.
+def prepare(row: Row, folder: Path, upgrade: bool) -> str:
+    """The row's Python, with this project installed in place; ``upgrade`` fetches newer releases where there are any.
 
     Raises:
         LookupError: there is no Python of that version.
@@ -98,10 +99,9 @@ def prepare(row: Row, folder: Path) -> str:
             raise LookupError(f"no Python {row.python} was found")
         subprocess.run([base, "-m", "venv", str(folder)], check=True)
     marker = folder / ".installed"
-    if not marker.exists() or row.upgrade:
+    if not marker.exists() or upgrade:
         # torch first: resolved with the rest, several of its releases might be fetched.
-        upgrade = ["--upgrade"] if row.upgrade else []
-        subprocess.run([*pip, *upgrade, *row.requirements], check=True)
+        subprocess.run([*pip, *["--upgrade"] * upgrade, *row.requirements], check=True)
         subprocess.run([*pip, *row.requirements, "setuptools>=77", "-e", f"{ROOT}[dev]"], check=True)
         marker.touch()
     else:
@@ -110,11 +110,11 @@ def prepare(row: Row, folder: Path) -> str:
 
 
 @contextlib.contextmanager
-def busy(processes: int) -> Iterator[None]:
+def busy(processes: int) -> Iterator[list[subprocess.Popen]]:
     """So many processes that compute nothing, until the block ends."""
     loops = [subprocess.Popen([sys.executable, "-c", BUSY]) for _ in range(processes)]
     try:
-        yield
+        yield loops
     finally:
         for loop in loops:
             loop.kill()
@@ -134,11 +134,11 @@ def counts(junit: Path) -> dict[str, Any]:
     return outcomes
 
 
-def run(name: str, folder: Path, arguments: list[str]) -> dict[str, Any]:
+def run(name: str, folder: Path, arguments: list[str], upgrade: bool) -> dict[str, Any]:
     """Run the suite, or what pytest's arguments say of it, in a row's environment. The record for the table."""
     row = ROWS[name]
     try:
-        python = prepare(row, folder / f"py{row.python}-{name}".replace("3.", "3"))
+        python = prepare(row, folder / f"py{row.python}-{name}".replace("3.", "3"), upgrade)
     except (LookupError, subprocess.CalledProcessError) as error:
         return {"problem": str(error)}
     environment = {**os.environ, "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": str(row.threads), **row.environment}
@@ -214,6 +214,7 @@ def main(arguments: Iterable[str] | None = None) -> int:
     parser.add_argument("--rows", nargs="*", choices=ROWS, help="which ones (default: all)")
     parser.add_argument("--environments", type=Path, default=ROOT / ".matrix", help="folder (default: %(default)s)")
     parser.add_argument("--again", action="store_true", help="also rows with a result of the same sources")
+    parser.add_argument("--upgrade", action="store_true", help="fetch newer releases into environments that are there")
     parser.add_argument("--json", type=Path, default=JSON, help="results (default: %(default)s)")
     parser.add_argument("--markdown", type=Path, default=MARKDOWN, help="table (default: %(default)s)")
     parser.add_argument(
@@ -229,7 +230,7 @@ def main(arguments: Iterable[str] | None = None) -> int:
         else:
             print(f"{name}: running", flush=True)
             date = datetime.datetime.now(datetime.timezone.utc).date().isoformat()
-            done = run(name, options.environments, shlex.split(options.pytest)) | what | {"date": date}
+            done = run(name, options.environments, shlex.split(options.pytest), options.upgrade) | what | {"date": date}
             record_row(name, done, options.json, options.markdown)
         if "problem" in done or done["failed"] or not done["passed"]:
             wrong.append(name)
