@@ -6,7 +6,6 @@ import pickle
 
 import pytest
 import torch
-from packaging.version import Version
 from torch.utils import _pytree as pytree
 from transformers import (
     BartConfig,
@@ -15,16 +14,14 @@ from transformers import (
     EncoderDecoderCache,
     T5Config,
     T5ForConditionalGeneration,
-    __version__,
 )
 
 from eval import cache_api
 from hf_int8_paged import PagedInt8Cache
+from hf_int8_paged.cache_argument import CACHE_ARGUMENT
 from tests.models import random_ids, tiny_model
 
 PREALLOCATED = {"max_batch_size": 2, "max_cache_len": 64}
-#: What `generate` and `forward` call the cache.
-CACHE = "cache" if Version(__version__) >= Version("5.24.0.dev0") else "past_key_values"
 IDS = random_ids(2, 21, seed=3)
 
 
@@ -33,13 +30,13 @@ def filled(name: str = "llama", ids: torch.Tensor = IDS, **options):
     model.set_attn_implementation("int8_paged")
     cache = PagedInt8Cache(model.config, **options)
     with torch.no_grad():
-        model(ids, **{CACHE: cache})
+        model(ids, **{CACHE_ARGUMENT: cache})
     return model, cache
 
 
 @torch.no_grad()
 def next_logits(model, cache) -> torch.Tensor:
-    return model(random_ids(len(IDS), 1, seed=9), **{CACHE: cache}).logits
+    return model(random_ids(len(IDS), 1, seed=9), **{CACHE_ARGUMENT: cache}).logits
 
 
 # -- made of keys and values -------------------------------------------------------------------------------------------
@@ -64,7 +61,7 @@ def test_a_cache_made_of_another_s_layers_goes_on_as_it_does(name):
     # Made of dense rows, the cache stores what it stores when a model hands it those rows.
     dense = DynamicCache(config=model.config)
     with torch.no_grad():
-        model(IDS[:, :15], **{CACHE: dense})
+        model(IDS[:, :15], **{CACHE_ARGUMENT: dense})
     made, fed = type(cache)(map(tuple, dense)), filled(name, IDS[:, :15])[1]
     assert torch.equal(next_logits(model, made), next_logits(model, fed))
 
@@ -144,12 +141,12 @@ def test_a_growing_cache_filled_under_inference_mode_goes_on_outside(tokens, bac
     for mode in (torch.inference_mode, torch.no_grad):
         cache = PagedInt8Cache(model.config, backend=backend)
         with mode():
-            model(IDS[:, :tokens], **{CACHE: cache})
+            model(IDS[:, :tokens], **{CACHE_ARGUMENT: cache})
         with torch.no_grad():
-            steps = [model(random_ids(2, n, seed=n), **{CACHE: cache}).logits for n in (1, 20, 1)]
+            steps = [model(random_ids(2, n, seed=n), **{CACHE_ARGUMENT: cache}).logits for n in (1, 20, 1)]
             cache.reorder_cache(torch.tensor([1, 1]))
             cache.crop(-3)
-            steps.append(model(random_ids(2, 1), **{CACHE: cache}).logits)
+            steps.append(model(random_ids(2, 1), **{CACHE_ARGUMENT: cache}).logits)
         results.append(torch.cat(steps, dim=1))
     assert torch.equal(*results)
 
@@ -185,18 +182,18 @@ def test_an_unwrapped_cache_of_an_encoder_decoder_model(make, options):
     model = make()
     cache = PagedInt8Cache(model.config, **options)
     for call in (
-        lambda: model(IDS, decoder_input_ids=IDS[:, :3], **{CACHE: cache}),
-        lambda: model.generate(IDS, **{CACHE: cache}, max_new_tokens=3, do_sample=False),
+        lambda: model(IDS, decoder_input_ids=IDS[:, :3], **{CACHE_ARGUMENT: cache}),
+        lambda: model.generate(IDS, **{CACHE_ARGUMENT: cache}, max_new_tokens=3, do_sample=False),
     ):
         with pytest.raises(ValueError, match=r"wrap it: EncoderDecoderCache\(PagedInt8Cache\(model.config\), "):
             call()
         assert int(cache.get_seq_length()) == 0
     wrapped = EncoderDecoderCache(cache, PagedInt8Cache(model.config))
-    tokens = model.generate(IDS, **{CACHE: wrapped}, max_new_tokens=6, do_sample=False)
+    tokens = model.generate(IDS, **{CACHE_ARGUMENT: wrapped}, max_new_tokens=6, do_sample=False)
     again = EncoderDecoderCache(PagedInt8Cache(model.config), PagedInt8Cache(model.config))
-    assert torch.equal(model.generate(IDS, **{CACHE: again}, max_new_tokens=6, do_sample=False), tokens)
+    assert torch.equal(model.generate(IDS, **{CACHE_ARGUMENT: again}, max_new_tokens=6, do_sample=False), tokens)
     wrapped.reset()
-    assert torch.equal(model.generate(IDS, **{CACHE: wrapped}, max_new_tokens=6, do_sample=False), tokens)
+    assert torch.equal(model.generate(IDS, **{CACHE_ARGUMENT: wrapped}, max_new_tokens=6, do_sample=False), tokens)
 
 
 @pytest.mark.parametrize("name", ["self_attention_cache", "cross_attention_cache", "is_updated", "check_dynamic_cache"])
@@ -233,7 +230,7 @@ def test_the_example_of_the_docstring():
     assert "past_key_values=cache" in text.split("```python")[0]
     lines = [line.strip() for line in code.splitlines() if line.strip()]
     script = "\n".join(line[4:] for line in lines if line[:3] in (">>>", "..."))
-    script = script.replace(" cache=cache", f" {CACHE}=cache")
+    script = script.replace(" cache=cache", f" {CACHE_ARGUMENT}=cache")
     source, _, last = script.rpartition("\n")
     space: dict = {}
     exec(source, space)

@@ -38,9 +38,10 @@ from eval._fake_quantized import FakeQuantizedCache
 from eval._tiny_configs import tiny_model
 from eval.coverage import architectures
 from hf_int8_paged import PagedInt8Cache
+from hf_int8_paged.cache_argument import CACHE_ARGUMENT
 
 from .comparison import Result, largest_difference, mean_log_probabilities, structure
-from .injection import CACHE, generating_with
+from .injection import generating_with
 from .modes import MODES, PADDING, Mode, attentions, generate
 
 #: One of each kind of attention and of position, of each kind of layer beside it, and both kinds of model.
@@ -115,7 +116,7 @@ def _run(architecture: str, mode: Mode, attention: str, make: Callable[..., Cach
         given: dict[str, Any] = {}
         if mode.preallocated:
             made.append(make(model.config))
-            given = {CACHE: made[0]}
+            given = {CACHE_ARGUMENT: made[0]}
         return mode.run(model, _inputs(architecture, mode), **given), made
 
 

@@ -7,10 +7,6 @@ from contextlib import contextmanager
 from typing import Any
 
 from transformers import Cache, DynamicCache, EncoderDecoderCache, GenerationMixin, PreTrainedConfig
-from transformers.generation.utils import GenerateDecoderOnlyOutput
-
-#: What the cache is called among the arguments of `generate` and in its result: ``cache`` from transformers 5.24 on.
-CACHE = "cache" if "cache" in GenerateDecoderOnlyOutput.__dataclass_fields__ else "past_key_values"
 
 
 @contextmanager

@@ -11,8 +11,9 @@ import torch
 from transformers import PreTrainedModel
 from transformers.generation.streamers import BaseStreamer
 
+from hf_int8_paged.cache_argument import CACHE_ARGUMENT
+
 from .comparison import NEW_TOKENS, Result
-from .injection import CACHE
 
 #: Tokens of padding in front of the second sequence.
 PADDING = 16
@@ -187,7 +188,7 @@ def prompt_lookup(model: PreTrainedModel, inputs: dict[str, Any], **kwargs: Any)
 def continued(model: PreTrainedModel, inputs: dict[str, Any], **kwargs: Any) -> Result:
     """`generate` goes on from the cache that a first call returned."""
     first = generate(model, inputs, **kwargs | {"max_new_tokens": 3})
-    result = _go_on(model, inputs, torch.arange(3), first.output.sequences, first.output[CACHE])
+    result = _go_on(model, inputs, torch.arange(3), first.output.sequences, first.output[CACHE_ARGUMENT])
     at_once = generate(model, inputs, max_new_tokens=3 + NEW_TOKENS)
     at_once.output.logits = at_once.output.logits[3:]
     result.relation = at_once
@@ -197,7 +198,7 @@ def continued(model: PreTrainedModel, inputs: dict[str, Any], **kwargs: Any) -> 
 def continued_after_reorder(model: PreTrainedModel, inputs: dict[str, Any], **kwargs: Any) -> Result:
     """As `continued`, with the sequences in another order afterwards."""
     first = generate(model, inputs, **kwargs | {"max_new_tokens": 3})
-    cache = first.output[CACHE]
+    cache = first.output[CACHE_ARGUMENT]
     rows = torch.tensor([2, 1, 0])
     cache.reorder_cache(rows)
     return _go_on(model, inputs, rows, first.output.sequences, cache)
@@ -206,7 +207,7 @@ def continued_after_reorder(model: PreTrainedModel, inputs: dict[str, Any], **kw
 def continued_after_repeat(model: PreTrainedModel, inputs: dict[str, Any], **kwargs: Any) -> Result:
     """As `continued`, with every sequence doubled in between, and four of the six kept."""
     first = generate(model, inputs, **kwargs | {"max_new_tokens": 3})
-    cache = first.output[CACHE]
+    cache = first.output[CACHE_ARGUMENT]
     cache.batch_repeat_interleave(2)
     rows = torch.tensor([0, 1, 3, 4])
     cache.batch_select_indices(rows)
@@ -221,9 +222,9 @@ def _go_on(
     # Without a mask, a token that was chosen would count as padding where it has the same id.
     mask = torch.ones_like(sequences)
     if not model.config.is_encoder_decoder:
-        return generate(model, {"input_ids": sequences, "attention_mask": mask, CACHE: cache})
+        return generate(model, {"input_ids": sequences, "attention_mask": mask, CACHE_ARGUMENT: cache})
     decoders = {"decoder_input_ids": sequences, "decoder_attention_mask": mask}
-    return generate(model, {"input_ids": ids, "attention_mask": torch.ones_like(ids), CACHE: cache} | decoders)
+    return generate(model, {"input_ids": ids, "attention_mask": torch.ones_like(ids), CACHE_ARGUMENT: cache} | decoders)
 
 
 def _embedded(model: PreTrainedModel, inputs: dict[str, Any]) -> dict[str, Any]:
