@@ -211,4 +211,5 @@ def test_every_step_is_right_before_a_rounding_can_tip(
     model.set_attn_implementation("int8_paged")
     padding = PADDING if mode == "left_padded" and not model.config.is_encoder_decoder else ()
     decode(model, mode, lambda: cache_of(ShadowedCache, model, backend=backend, padding=padding))
-    assert len(checked.compared) >= 20
+    # Rows of two layers; drafted tokens may all be accepted in the first forward pass.
+    assert sum(checked.compared) >= 2 * 20

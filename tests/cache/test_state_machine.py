@@ -271,6 +271,7 @@ class Caches(RuleBasedStateMachine):
 
     def teardown(self) -> None:
         self.twins.clear()
+        self.touched = None
         for allocator in self.pool.allocators.values():
             assert allocator.num_used == 0
 

@@ -152,7 +152,7 @@ def test_more_rows_than_there_is_room_for_are_refused_before_anything_changes():
     logits(model, cache, random_ids(2, 20))
     with pytest.raises(ValueError, match="4 sequences asked for, but max_batch_size is 3"):
         cache.batch_repeat_interleave(2)
-    with pytest.raises(IndexError, match="sequence 2 asked for, but the cache holds 2"):
+    with pytest.raises(IndexError, match="cache that holds 2: index 2 is out of bounds"):
         cache.batch_select_indices(torch.tensor([0, 2]))
     fresh = both(model, 3)[1]
     logits(model, fresh, random_ids(2, 20))
