@@ -91,9 +91,8 @@ def int8_paged_attention(
         )
     if output_attentions:
         no_weights()
-    device_type = query.device.type
-    if torch.is_autocast_enabled(device_type) and query.dtype != torch.float64:
-        query = query.to(torch.get_autocast_dtype(device_type))
+    if _autocasts(query) and query.dtype != torch.float64:
+        query = query.to(torch.get_autocast_dtype(query.device.type))
     if indices is not None:
         assert attention_mask is not None, "sparse attention asks for a mask always"
         attention_mask = with_selected_keys(attention_mask, indices)
@@ -103,7 +102,6 @@ def int8_paged_attention(
         build_block_mask: Any = module.indexer.build_block_mask  # type: ignore[union-attr]
         attention_mask = build_block_mask(block_indices, attention_mask, *size, position_ids.expand(len(query), -1))
     window = None
-    rows_are_newest = isinstance(key, PagedView)
     if torch.compiler.is_compiling():
         if isinstance(key, PagedView):
             # A cache that grows: what reads its block tables is no part of a graph.
@@ -150,10 +148,7 @@ def int8_paged_attention(
     causal = is_causal if is_causal is not None else getattr(module, "is_causal", True)
     q_len, kv_len = query.shape[2], key.shape[2]
     if attention_mask is None and causal and q_len > 1 and (q_len < kv_len or (window or kv_len) < kv_len):
-        # A preallocated cache of transformers shows all positions, and its first prompt without a mask: the rows are
-        # the first of them.
-        seen = kv_len if rows_are_newest else q_len
-        attention_mask = torch.nn.functional.pad(causal_rows(q_len, seen, query.device, window), (0, kv_len - seen))
+        attention_mask = causal_rows(q_len, kv_len, query.device, window)
     if softcap is None and s_aux is None and sinks is None:
         return sdpa_attention_forward(
             module,
@@ -176,6 +171,12 @@ def int8_paged_attention(
 
 #: The same for keys and values of a cache that grows, within a compiled forward pass: the graph breaks here.
 _attention_outside_graphs = torch.compiler.disable(int8_paged_attention)
+
+
+def _autocasts(x: torch.Tensor) -> bool:
+    """Whether autocast is on for the tensor's device; some devices have none."""
+    device_type = x.device.type
+    return torch.amp.is_autocast_available(device_type) and torch.is_autocast_enabled(device_type)
 
 
 def _as_key_mask(
@@ -205,7 +206,7 @@ def _may_extend(content: Content, query: torch.Tensor) -> bool:
         return False
     if torch.is_grad_enabled() and query.requires_grad:
         return False
-    return torch.is_autocast_enabled(query.device.type) or all(x.dtype == query.dtype for x in content.fresh)
+    return _autocasts(query) or all(x.dtype == query.dtype for x in content.fresh)
 
 
 def register() -> None:

@@ -42,12 +42,12 @@ def reordered_rows(beam_idx: Any, batch: int) -> list[int]:
     Raises:
         IndexError: out of range, or of the wrong type or shape.
     """
-    order = beam_idx.detach().cpu() if isinstance(beam_idx, torch.Tensor) else torch.as_tensor(beam_idx)
+    order = beam_idx if isinstance(beam_idx, torch.Tensor) else torch.as_tensor(beam_idx)
     if order.numel() == 0 and not isinstance(beam_idx, torch.Tensor):
         order = order.long()  # an empty list has no type of its own
-    if order.ndim > 1 or order.dtype not in (torch.int32, torch.int64):
+    if order.dim() > 1 or order.dtype not in (torch.int32, torch.int64):
         raise IndexError(f"reorder_cache takes one list of the batch's rows, integers, got {beam_idx!r}")
-    rows = order.reshape(-1).tolist()
+    rows = order.tolist() if order.dim() else [int(order)]
     wrong = [row for row in rows if not 0 <= row < batch]
     if wrong:
         raise IndexError(f"reorder_cache: there is no row {wrong[0]}; the cache holds {batch} sequences")

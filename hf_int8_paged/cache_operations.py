@@ -91,7 +91,8 @@ class CacheOperations(DynamicCache):
         others = self._require("reorder_cache")
         if self._batch is not None:
             rows = reordered_rows(beam_idx, self._batch)
-            beam_idx = torch.tensor(rows, dtype=torch.long)
+            if others:
+                beam_idx = torch.tensor(rows, dtype=torch.long)
             self._select(rows)
         for layer in others:
             layer.reorder_cache(beam_idx)

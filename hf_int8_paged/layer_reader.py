@@ -27,6 +27,7 @@ class LayerReader:
     _dtypes: tuple[torch.dtype, ...]
     _device: torch.device
     _backend: ModuleType
+    _backend_name: str
     _key_shape: tuple[int, int]
     _value_shape: tuple[int, int]
 

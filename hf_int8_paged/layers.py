@@ -90,7 +90,9 @@ class PagedInt8Layer(LayerReader, CacheLayerMixin):
         self._dtypes, self._device = dense_dtypes(key_states.dtype, value_states.dtype), key_states.device
         self._key_shape = (key_states.shape[1], key_states.shape[3])
         self._value_shape = (value_states.shape[1], value_states.shape[3])
-        self._backend = load_backend(self.storage.backend)
+        if not self.is_initialized or self._backend_name != self.storage.backend:
+            self._backend_name = self.storage.backend
+            self._backend = load_backend(self._backend_name)
         self.is_initialized = True
 
     def update(
@@ -148,10 +150,9 @@ class PagedInt8Layer(LayerReader, CacheLayerMixin):
                 "run generation under torch.no_grad().",
             )
         self._append(key_states, value_states, group.step_tensors(self._device, start))
-        self._dtypes = tuple(
-            held if held == new.dtype else torch.promote_types(held, new.dtype)
-            for held, new in zip(self._dtypes, (key_states, value_states))
-        )
+        if (key_states.dtype, value_states.dtype) != self._dtypes:
+            held = zip(self._dtypes, (key_states.dtype, value_states.dtype))
+            self._dtypes = tuple(torch.promote_types(*pair) for pair in held)
         sequences.layer_lengths[self.index] = stop
         first = group.first_visible(start)
         keys, values = group.blank_views(

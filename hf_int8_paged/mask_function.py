@@ -80,7 +80,9 @@ def int8_paged_mask(
         if columns == kv_length or attention_mask is None
         else attention_mask[:, :columns],
         local_size=local_size,
-        allow_is_causal_skip=allow_is_causal_skip,
+        # Without a mask, rows count as the newest of the keys. Those of a preallocated cache of transformers, which
+        # shows all its positions, are not.
+        allow_is_causal_skip=allow_is_causal_skip and columns == q_length,
         **kwargs,
     )
     if mask is not None and columns < kv_length:

@@ -79,7 +79,7 @@ def decode(
         out.zero_()
         return
     chip = chip_of(out.device)
-    exact = _interpretable(out)
+    exact, q = _interpretable(out), _interpretable(q)
     with launching_on(out.device):
         launch_decode(
             exact, q, cache, block_table, context_lens, scale, kv_start, key_mask, key_mask_start, window, softcap,
