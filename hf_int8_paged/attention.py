@@ -115,7 +115,8 @@ def int8_paged_attention(
         if layer is not None and position_bias is None and not dropout and query.shape[2] == 1 and sinks is None:
             mask = None if attention_mask is None else attention_mask[:, 0, 0].expand(query.shape[0], -1)
             scale = query.shape[-1] ** -0.5 if scaling is None else scaling
-            if mask is None or (mask.dtype == torch.bool and attention_mask.shape[1] == 1):
+            of_all_heads = attention_mask is None or attention_mask.shape[1] == 1
+            if of_all_heads and (mask is None or mask.dtype == torch.bool):
                 return layer.decode(query, scale, 0, mask, 0, softcap, s_aux), None
     elif isinstance(key, PagedView) and isinstance(value, PagedView):
         content = key.content

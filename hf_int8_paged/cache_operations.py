@@ -12,7 +12,6 @@ from .batch_rows import reordered_rows, selected_rows
 from .hybrid import PagedInt8HybridLayer
 from .layers import PagedInt8Layer
 from .one_thread import one_thread
-from .sequences import Sequences
 from .static_layers import PagedInt8StaticLayer
 from .static_sequences import StaticSequences
 
@@ -31,7 +30,7 @@ class CacheOperations(DynamicCache):
 
     #: `PagedInt8Layer` where keys and values are held, transformers' own classes elsewhere.
     layers: list
-    _sequences: Sequences | StaticSequences
+    _sequences: Any  # `Sequences` or `StaticSequences`; tests look into either
     #: For encoder-decoder models: index of the layer updated last, and with how many tokens.
     _newest: tuple[int, int] | None = None
 

@@ -5,6 +5,8 @@ Eager steps are here, compiled ones in `static_step`, the memory in `static_memo
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from transformers.cache_utils import CacheLayerMixin
 
@@ -17,7 +19,7 @@ from .static_sequences import StaticSequences
 from .static_step import append_on_device, dense_on_device
 
 
-class PagedInt8StaticLayer(StaticReader, CacheLayerMixin):
+class PagedInt8StaticLayer(StaticReader, CacheLayerMixin):  # type: ignore[misc]
     """Paged int8 keys and values of one attention layer, preallocated.
 
     Args:
@@ -62,7 +64,7 @@ class PagedInt8StaticLayer(StaticReader, CacheLayerMixin):
         self.may_be_empty = True
         #: Whether the last step was the first, and whether the keys' centre is the mean of its keys.
         self._in_first_step = self._centered_now = False
-        self._options = (window, block_size, backend, rotation, center_keys, sink_tokens)
+        self._options: tuple[Any, ...] = (window, block_size, backend, rotation, center_keys, sink_tokens)
         sequences.layers.append(self)
 
     # -- what transformers calls -----------------------------------------------------------------------------------

@@ -169,4 +169,5 @@ class StaticMemory:
     def _sink_tensors(self, batch: int) -> tuple[torch.Tensor | None, torch.Tensor | None, torch.Tensor | None, int]:
         if self.sinks is None:
             return None, None, None, self.max_cache_len
-        return *self.sinks.rows, self.sinks.places[:, :batch], self.max_cache_len
+        keys, values = self.sinks.rows
+        return keys, values, self.sinks.places[:, :batch], self.max_cache_len

@@ -27,7 +27,7 @@ class StaticReader:
     epoch: int
 
     @property
-    def keys(self) -> torch.Tensor | None:  # type: ignore[override]
+    def keys(self) -> torch.Tensor | None:
         """A lazy view of the stored keys, ``[batch, num_kv_heads, max_cache_len, head_dim]``; ``None`` before the first
         token."""
         return self._stored(values=False)
@@ -37,7 +37,7 @@ class StaticReader:
         raise NotImplementedError(_NO_ASSIGNMENT)
 
     @property
-    def values(self) -> torch.Tensor | None:  # type: ignore[override]
+    def values(self) -> torch.Tensor | None:
         """A lazy view of the stored values, ``[batch, num_kv_heads, max_cache_len, v_head_dim]``; ``None`` before the
         first token."""
         return self._stored(values=True)

@@ -7,6 +7,7 @@ import json
 import warnings
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -24,7 +25,8 @@ def test_generate_and_forward_take_the_argument_without_a_warning_and_answer_und
         warnings.simplefilter("error")
         out = model(ids, **{CACHE_ARGUMENT: cache})
         assert out[CACHE_ARGUMENT] is cache
-        generated = model.generate(
+        generate: Any = model.generate
+        generated = generate(
             ids,
             **{CACHE_ARGUMENT: PagedInt8Cache(model.config)},
             max_new_tokens=3,

@@ -79,9 +79,10 @@ def test_the_first_code_of_the_readme_runs_without_a_word_of_deprecation(tiny_mo
     assert "deprecated" not in result.stderr
 
 
-_DECODER = {"vocab_size": 64, "d_model": 32, "decoder_layers": 2, "decoder_attention_heads": 2, "decoder_ffn_dim": 32}
-_ENCODER = {"encoder_layers": 1, "encoder_attention_heads": 2, "encoder_ffn_dim": 32}
-_TOKENS = {"pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2, "decoder_start_token_id": 1}
+_DECODER: dict[str, Any] = {"vocab_size": 64, "d_model": 32, "decoder_layers": 2, "decoder_attention_heads": 2}
+_DECODER |= {"decoder_ffn_dim": 32}
+_ENCODER: dict[str, Any] = {"encoder_layers": 1, "encoder_attention_heads": 2, "encoder_ffn_dim": 32}
+_TOKENS: dict[str, Any] = {"pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2, "decoder_start_token_id": 1}
 #: name -> (model class, config)
 ENCODER_DECODERS: dict[str, tuple[Any, PreTrainedConfig]] = {
     "bart": (BartForConditionalGeneration, BartConfig(**_DECODER, **_ENCODER, **_TOKENS, forced_eos_token_id=None)),

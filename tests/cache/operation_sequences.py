@@ -244,11 +244,11 @@ class OperationSequence:
             keys, values = cache.update(k, v, index)
             scale = self.dims[0] ** -0.5
             visible = visible_keys(count, offset, stop, layer.group.window, padded)
-            other = Attention(q, keys.dense(), values.dense(), visible, scale, self.softcap, self.sinks)  # type: ignore[attr-defined]
+            other = Attention(q, keys.dense(), values.dense(), visible, scale, self.softcap, self.sinks)
             sinks = None if self.sinks is None else self.sinks.to(self.device)
             module: Any = SimpleNamespace(is_causal=True, num_key_value_groups=self.group, training=False)
             out, _ = int8_paged_attention(
                 module, q, keys, values, shown, scaling=scale, softcap=self.softcap, s_aux=sinks
             )
-            assert_same_attention(out, keys, values, other)  # type: ignore[arg-type]
+            assert_same_attention(out, keys, values, other)
             self.counts["readings"] += 1

@@ -105,6 +105,7 @@ class ShadowedCache(PagedInt8Cache):
     def _on_rows(self, rows: torch.Tensor) -> None:
         for shadow in self._shadows().values():
             if shadow.get_seq_length():
+                assert shadow.keys is not None and shadow.values is not None  # noqa: PT018
                 shadow.keys, shadow.values = shadow.keys[rows], shadow.values[rows]
         if self.padding:
             self.set_padding([self.padding[row] for row in rows.tolist()])
@@ -129,6 +130,7 @@ class ShadowedCache(PagedInt8Cache):
             if not length:
                 _forget(shadow)
             elif tokens_to_remove:
+                assert shadow.keys is not None and shadow.values is not None  # noqa: PT018
                 shadow.keys, shadow.values = shadow.keys[:, :, :length], shadow.values[:, :, :length]
 
     def reset(self) -> None:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 import torch
 from transformers import (
@@ -18,7 +20,7 @@ from transformers import (
 from hf_int8_paged import PagedInt8Cache
 from tests.models import VOCABULARY, random_ids
 
-SIZES = {
+SIZES: dict[str, Any] = {
     "vocab_size": VOCABULARY,
     "hidden_size": 64,
     "intermediate_size": 96,
@@ -65,7 +67,7 @@ def test_logits_are_those_of_a_dynamic_cache_up_to_bfloat16(name: str, kind: str
     with torch.autocast("cpu", torch.bfloat16):
         expected = logits_of_steps(model, DynamicCache(config=model.config))
         model.set_attn_implementation(attention)
-        options = {"max_batch_size": 2, "max_cache_len": 64} if kind == "preallocated" else {}
+        options: dict[str, Any] = {"max_batch_size": 2, "max_cache_len": 64} if kind == "preallocated" else {}
         logits = logits_of_steps(model, PagedInt8Cache(model.config, **options))
     cost = (expected - exact).norm() / exact.norm()
     assert 1e-4 < cost < 0.2

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import threading
+from typing import Any
 
 import pytest
 import torch
@@ -53,7 +54,8 @@ def test_beams_of_several_prompts_read_their_own_first_tokens(seed: int, checked
     model.set_attn_implementation("int8_paged")
     cache = ShadowedCache(model.config, backend="cpu")
     options = {"num_beams": 4, "num_return_sequences": 1 + seed % 4, "max_new_tokens": 12, "do_sample": False}
-    model.generate(random_ids(4, 20, seed=seed), past_key_values=cache, **options)
+    generate: Any = model.generate
+    generate(random_ids(4, 20, seed=seed), past_key_values=cache, **options)
     # The prompt's own pass is one, too.
     assert checked.compared == [20] * 3 + [1] * 3 * 11
     assert cache.comparisons == 2 * 3 * 12  # keys and values

@@ -169,7 +169,7 @@ def test_padding_whose_block_was_given_back_is_not_gone_back_to(backend: str):
     cache = PagedInt8Cache(ready().config, backend=backend)
     rows = torch.randn(2, 2, 40, 16, generator=torch.Generator().manual_seed(0))
     for layer in cache.layers:
-        keys, _ = cache.update(rows, rows, layer.index)
+        keys: Any = cache.update(rows, rows, layer.index)[0]
         layer.note_padding(torch.arange(40) >= torch.tensor([0, 20])[:, None], (rows, rows))
     with pytest.raises(RuntimeError, match="cannot go back to 10 tokens: of sequence 1 only padding would be left"):
         cache.crop(-30)

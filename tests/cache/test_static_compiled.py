@@ -41,8 +41,8 @@ def test_a_prompt_compiled_in_chunks_gives_the_same_tokens(chunk, name, implemen
     expected = model.generate(
         ids, past_key_values=growing(model, **options), max_new_tokens=8, prefill_chunk_size=chunk, **GREEDY
     )
-    config = CompileConfig(dynamic=None, mode=None, backend="eager")  # type: ignore[arg-type]
-    config._compile_all_devices = True  # type: ignore[assignment]
+    config = CompileConfig(dynamic=None, mode=None, backend="eager")
+    config._compile_all_devices = True
     torch._dynamo.reset()
     counters.clear()
     cache = static(model, **options)

@@ -242,4 +242,4 @@ def test_a_library_that_tells_no_sizes_is_not_used(monkeypatch: pytest.MonkeyPat
 def test_fields_of_sink_tokens_cannot_be_replaced() -> None:
     held = SinkTokens(*(torch.zeros(1) for _ in range(5)), limit=1)
     with pytest.raises(dataclasses.FrozenInstanceError):
-        held.row = torch.zeros(2)  # type: ignore[misc]
+        held.row = torch.zeros(2)
