@@ -220,6 +220,7 @@ def test_dtypes_that_sdpa_refuses_are_refused_where_it_computes(fresh: bool) -> 
         int8_paged_attention(Module(), torch.randn(1, HEADS, 30, DIM, dtype=torch.bfloat16), keys, values, None)
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(INTERPRETED, reason="this process interprets the kernels itself")
 def test_interpreted_triton() -> None:
     command = [sys.executable, "-m", "pytest", "-q", "-k", "triton", str(Path(__file__))]

@@ -31,6 +31,7 @@ def in_another_python(arguments: list[str], **environment: str) -> subprocess.Co
     return result
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(INTERPRETED, reason="this process interprets the kernels itself")
 def test_interpreted_kernels() -> None:
     """The shared grid for the Triton backend, and what only Triton can get wrong, under TRITON_INTERPRET=1."""
