@@ -59,7 +59,10 @@ def int8_paged_mask(
     """
     # A position on the device is not read: that would wait for it. The mask of a single row does without.
     on_device = isinstance(q_offset, torch.Tensor)
-    unread = on_device and (q_length == 1 or torch.compiler.is_compiling())
+    unread = on_device and q_length == 1
+    if torch.compiler.is_compiling():
+        # Nor can the compiler look into the pattern of a window.
+        unread = on_device or mask_function is not causal_mask_function
     plain = not unread and _only_causal(mask_function, local_size, q_offset, kv_offset)
     if attention_mask is not None and attention_mask.shape[1] < kv_offset + kv_length:
         attention_mask = torch.nn.functional.pad(attention_mask, (0, kv_offset + kv_length - attention_mask.shape[1]))
