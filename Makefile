@@ -40,7 +40,7 @@ endef
 export RUN_NOTEBOOKS
 
 .DEFAULT_GOAL := help
-.PHONY: help demo info test test-all test-versions test-matrix test-sanitize test-neon test-upstream test-gpu bench bench-gpu \
+.PHONY: help demo info test test-all test-interpreted test-versions test-matrix test-sanitize test-neon test-upstream test-gpu bench bench-gpu \
 	gpu-audit lint types format notebooks coverage cache-api clean
 
 help:  ## Show this list
@@ -55,8 +55,11 @@ info: $(DEMO)  ## Show versions and the backends of this machine
 test: $(DEV)  ## Run the tests that need neither minutes nor a real model
 	$(PARALLEL) -m "not slow"
 
-test-all: $(DEV)  ## Run all tests
-	$(PARALLEL)
+test-all: $(DEV)  ## Run all tests but those of the next line
+	$(PARALLEL) -m "not interpreted"
+
+test-interpreted: $(DEV)  ## Run the cache's tests under Triton's interpreter, which takes many minutes
+	$(PARALLEL) -m interpreted
 
 test-versions: $(addprefix $(OVERLAYS)/transformers-,$(TRANSFORMERS))  ## Run the cache's tests with the oldest and newest transformers
 	for overlay in $^; do PYTHONPATH=$$overlay $(PARALLEL) -m "not slow" tests/cache || exit 1; done

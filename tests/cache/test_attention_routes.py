@@ -221,6 +221,7 @@ def test_dtypes_that_sdpa_refuses_are_refused_where_it_computes(fresh: bool) -> 
 
 
 @pytest.mark.slow
+@pytest.mark.interpreted
 @pytest.mark.skipif(INTERPRETED, reason="this process interprets the kernels itself")
 def test_interpreted_triton() -> None:
     command = [sys.executable, "-m", "pytest", "-q", "-k", "triton", str(Path(__file__))]

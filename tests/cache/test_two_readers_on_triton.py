@@ -9,6 +9,7 @@ from tests.kernels.test_triton import in_another_python
 
 
 @pytest.mark.slow
+@pytest.mark.interpreted
 @pytest.mark.skipif(INTERPRETED, reason="this process interprets the kernels itself")
 @pytest.mark.parametrize("file", ["two_readers", "state_machine", "decoding_matrix", "operations", "sink_tokens"])
 def test_interpreted(file: str, capsys: pytest.CaptureFixture) -> None:
