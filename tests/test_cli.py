@@ -56,6 +56,7 @@ def test_a_missing_or_unknown_command_names_both(arguments, capsys):
 # -- demo --------------------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_demo_shows_both_texts_bytes_times_and_agreement_without_a_warning(tiny_model_folder: Path):
     result = run("demo", "--model", str(tiny_model_folder), "--prompt", "hello", "--max-new-tokens", "5", COLUMNS="120")
     assert result.returncode == 0, result.stderr

@@ -30,9 +30,12 @@ def compiled_with(backend: str) -> CompileConfig:
     return config
 
 
+SLOW_PROMPTS = [pytest.param(tokens, marks=pytest.mark.slow) for tokens in (1, 37)]
+
+
 @pytest.mark.parametrize("implementation", ["int8_paged", "eager"])
 @pytest.mark.parametrize("name", ["llama", "mistral", "gemma2"])
-@pytest.mark.parametrize("prompt", [1, 16, 37, 70], ids=lambda n: f"prompt_of_{n}")
+@pytest.mark.parametrize("prompt", [*SLOW_PROMPTS, 16, 70], ids=lambda n: f"prompt_of_{n}")
 def test_the_preallocated_cache_generates_the_same_tokens(name, implementation, prompt):
     model, ids = ready(name), random_ids(2, prompt, seed=prompt)
     model.set_attn_implementation(implementation)
@@ -78,7 +81,7 @@ def test_crop_takes_tokens_back():
     assert torch.equal(looked_up, expected)
 
 
-@pytest.mark.parametrize("name", ["llama", "mistral"])
+@pytest.mark.parametrize("name", ["llama", pytest.param("mistral", marks=pytest.mark.slow)])
 def test_decoding_compiles_to_one_graph_and_never_again(name, monkeypatch):
     """200 tokens through ``generate``, fullgraph; the compiler drops the dense keys and values that nobody reads."""
     model, ids = ready(name), random_ids(2, 21, seed=9)

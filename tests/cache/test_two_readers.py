@@ -11,6 +11,7 @@ import pytest
 import torch
 
 from hf_int8_paged import PagedInt8Cache
+from hf_int8_paged.kernels import why_unavailable
 from hf_int8_paged.views import PagedView
 from tests.kernels.helpers import device_of
 from tests.models import tiny_model
@@ -19,20 +20,16 @@ from .operation_sequences import OPERATIONS, OperationSequence
 from .shadowed_cache import ShadowedCache
 from .two_readers import Attention, assert_same_attention, visible_keys
 
-#: Sequences per backend: the C kernels run all, the others a sample. The variable sets one number for every backend.
-SEQUENCES = {"reference": 40, "cpu": 500, "triton": 25}
+#: Sequences per backend. The variable sets one number for every backend.
+SEQUENCES = {"reference": 40, "cpu": 60, "triton": 25}
 LENGTH = 6
 
 
-def number_of_sequences(backend: str) -> int:
-    return int(os.environ.get("HF_INT8_PAGED_SEQUENCES", SEQUENCES[backend]))
-
-
-def test_random_sequences_of_operations(backend: str, capsys: pytest.CaptureFixture) -> None:
+def run_sequences(number: int, backend: str, capsys: pytest.CaptureFixture) -> None:
     """Batches of 1 to 5, windows, padding, forks, shared pools: after every operation each layer is read by both, and
     every update is compared with the fake-quantized dense cache."""
     counts: Counter[str] = Counter()
-    for seed in range(number_of_sequences(backend)):
+    for seed in range(number):
         try:
             counts += OperationSequence(seed, backend).run(LENGTH)
         except Exception as error:
@@ -43,6 +40,16 @@ def test_random_sequences_of_operations(backend: str, capsys: pytest.CaptureFixt
     if counts["sequences"] >= 25:
         assert all(counts[name] for name in OPERATIONS)
     assert counts["readings"] >= 2 * LENGTH * counts["sequences"]
+
+
+def test_random_sequences_of_operations(backend: str, capsys: pytest.CaptureFixture) -> None:
+    run_sequences(int(os.environ.get("HF_INT8_PAGED_SEQUENCES", SEQUENCES[backend])), backend, capsys)
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(why_unavailable("cpu", torch.device("cpu")) is not None, reason="needs a C compiler")
+def test_five_hundred_random_sequences_of_operations(capsys: pytest.CaptureFixture) -> None:
+    run_sequences(500, "cpu", capsys)
 
 
 #: What another reader would see who is wrong in one thing: changes to keys, values and visible keys, in place.

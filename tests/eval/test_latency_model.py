@@ -10,6 +10,7 @@ from transformers import CompileConfig
 from ..models import tiny_model
 
 
+@pytest.mark.slow
 def test_compiled_steps_are_compiled_once_per_cache(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(latency_model, "CONTESTANTS", latency_model.CONTESTANTS | latency_model.COMPILED)
     monkeypatch.setattr(torch._dynamo.config, "recompile_limit", 8)

@@ -146,6 +146,7 @@ def test_a_killed_run_goes_on_where_it_stopped(
         run_script(perplexity, *arguments, "--chunk", 2)
 
 
+@pytest.mark.slow
 def test_two_processes_give_the_same_number(model_folder, text_file, tmp_path, plain) -> None:
     target = tmp_path / "two.json"
     launch = [sys.executable, "-m", "accelerate.commands.launch", "--cpu", "--num_processes=2", "--num_machines=1"]

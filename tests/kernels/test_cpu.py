@@ -52,6 +52,7 @@ def attend(case: Case) -> torch.Tensor:
     return int8_paged_decode_attention(*case.arguments, **case.options)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("isa", cpu.isas())
 def test_the_environment_forces_an_instruction_set(isa: str) -> None:
     code = "from hf_int8_paged.kernels import cpu; print(cpu.selected_isa())"

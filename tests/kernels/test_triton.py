@@ -109,6 +109,7 @@ VARIANTS: dict[str, tuple[Any, ...]] = {
 @pytest.mark.skipif(
     INTERPRETED, reason="interpreted kernels cannot be compiled; the process without the interpreter does"
 )
+@pytest.mark.slow
 @pytest.mark.parametrize("variant", VARIANTS)
 @pytest.mark.parametrize("gpu", ["sm_80", "sm_90", "sm_100", "gfx942"])
 def test_every_kernel_compiles_ahead_of_time(gpu: str, variant: str) -> None:

@@ -188,6 +188,7 @@ def test_launchers_do_little_beside_the_launch() -> None:
         assert len(launched) == 3, "append, the splits of the context, and their joining"
         assert operators(layer).tensors_made == 1, "what the splits leave to be joined"
         calls, bytecodes = python_work(layer)
-    # 1.4 times the 22 calls and 754 bytecodes of Python 3.11: other versions compile to other bytecodes.
-    assert calls <= 31
-    assert bytecodes <= 1056
+    # 1.4 times the 34 calls and 1,295 bytecodes of Python 3.11: other versions compile to other bytecodes. Before every
+    # tensor was checked on its way to a kernel it was 22 and 754.
+    assert calls <= 48
+    assert bytecodes <= 1813

@@ -114,7 +114,9 @@ def check_table(
     ):
         check_tensor(block_table, "block_table", shape=(batch, None), dtypes=(torch.int32,), device=device)
         check_tensor(lens, "lengths", shape=(batch,), dtypes=(torch.int32,), device=device)
-    return rows_contiguous(block_table), lens if lens.is_contiguous() else lens.contiguous()
+    if not block_table.is_contiguous():
+        block_table = rows_contiguous(block_table)
+    return block_table, lens if lens.is_contiguous() else lens.contiguous()
 
 
 def check_append(
@@ -161,7 +163,8 @@ def check_queries(layout: LayerLayout, out: torch.Tensor, q: torch.Tensor) -> No
         if not shape[2]:
             raise ValueError("q has no rows")
         check_tensor(out, "out", shape=(*shape[:3], v_dim), dtypes=(dtype,), device=device)
-    if out.stride() != (shape[1] * shape[2] * v_dim, v_dim, shape[1] * v_dim, 1):  # what the cache's layers hand over
+    # The cache's layers hand over rows before heads.
+    if not out.is_contiguous() and out.stride() != (shape[1] * shape[2] * v_dim, v_dim, shape[1] * v_dim, 1):
         check_disjoint(out, "out")
 
 

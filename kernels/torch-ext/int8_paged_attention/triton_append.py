@@ -12,7 +12,7 @@ import triton.language as tl
 from .conditioning import hadamard_block
 from .layouts import check_append
 from .storage import KvCacheQuant
-from .triton_layouts import head_strides, in_32_bits, layer_of
+from .triton_layouts import in_32_bits, layer_of
 from .triton_primitives import hadamard, quantize_rows
 
 
@@ -121,7 +121,7 @@ def launch_append(
     context_lens_before: torch.Tensor,
 ) -> None:
     """`reference.append` on a GPU, one launch."""
-    layout = layer_of(cache)
+    layout, head_strides = layer_of(cache)
     block_table, context_lens_before = check_append(layout, k_new, v_new, block_table, context_lens_before)
     k_new, v_new = in_32_bits(k_new), in_32_bits(v_new)
     batch, heads, new_tokens, _ = k_new.shape
@@ -139,7 +139,7 @@ def launch_append(
         new_tokens,
         layout.num_blocks,
         block_table.shape[1],
-        *head_strides(layout),
+        *head_strides,
         *k_new.stride(),
         *v_new.stride(),
         block_table.stride()[0],

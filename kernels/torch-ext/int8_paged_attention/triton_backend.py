@@ -15,7 +15,7 @@ from .sink_tokens import SinkTokens
 from .storage import KvCacheQuant
 from .triton_append import launch_append
 from .triton_decode import launch_decode
-from .triton_device import INTERPRETED, chip_of, launching_on
+from .triton_device import INTERPRETED, chip_of, launch_on
 from .triton_extend import launch_extend
 from .triton_layouts import TILE_ORDER
 from .triton_tuning import Chip
@@ -54,8 +54,7 @@ def append(
 ) -> None:
     if not k_new.numel() or not block_table.shape[1]:
         return
-    with launching_on(k_new.device):
-        launch_append(k_new, v_new, cache, block_table, context_lens_before)
+    launch_on(k_new.device, launch_append, k_new, v_new, cache, block_table, context_lens_before)
 
 
 def decode(
@@ -79,12 +78,13 @@ def decode(
         out.zero_()
         return
     chip = chip_of(out.device)
-    exact, q = _interpretable(out), _interpretable(q)
-    with launching_on(out.device):
-        launch_decode(
-            exact, q, cache, block_table, context_lens, scale, kv_start, key_mask, key_mask_start, window, softcap,
-            sinks, sink_tokens, chip=chip, integer=multiplies_int8(chip),
-        )  # fmt: skip
+    exact = out
+    if INTERPRETED:
+        exact, q = _interpretable(out), _interpretable(q)
+    launch_on(
+        out.device, launch_decode, exact, q, cache, block_table, context_lens, scale, kv_start, key_mask,
+        key_mask_start, window, softcap, sinks, sink_tokens, chip=chip, integer=multiplies_int8(chip),
+    )  # fmt: skip
     if exact is not out:
         out.copy_(exact)
 
@@ -109,11 +109,10 @@ def extend(
     if not out.numel():
         return
     exact, q, k_new, v_new = (_interpretable(x) for x in (out, q, k_new, v_new))
-    with launching_on(out.device):
-        launch_extend(
-            exact, q, k_new, v_new, cache, block_table, past_lens, scale, kv_start, key_mask, window, softcap, sinks,
-            sink_tokens,
-        )  # fmt: skip
+    launch_on(
+        out.device, launch_extend, exact, q, k_new, v_new, cache, block_table, past_lens, scale, kv_start, key_mask,
+        window, softcap, sinks, sink_tokens,
+    )  # fmt: skip
     if exact is not out:
         out.copy_(exact)
 

@@ -15,7 +15,7 @@ from .layouts import check_decode
 from .sink_tokens import SinkTokens
 from .storage import KvCacheQuant
 from .triton_join import launch_join
-from .triton_layouts import head_strides, in_32_bits, layer_of, sink_layout
+from .triton_layouts import in_32_bits, layer_of, sink_layout
 from .triton_split import CHUNK, STREAMS, decode_kernel
 from .triton_tiles import PART
 from .triton_tuning import Chip, Config, config_for
@@ -84,7 +84,7 @@ def launch_decode(
         integer: multiply int8 with int8; False multiplies in float16, for chips whose matrix unit knows no int8.
         config: instead of the chip's own.
     """
-    layout = layer_of(cache)
+    layout, head_strides = layer_of(cache)
     block_table, context_lens, kv_start, key_mask, sinks = check_decode(
         layout, out, q, block_table, context_lens, kv_start, key_mask, softcap, sinks, sink_layout(sink_tokens)
     )
@@ -93,8 +93,9 @@ def launch_decode(
     batch, num_q_heads, q_len, head_dim = q.shape
     _, kv_heads, num_blocks, block_size, _, v_dim = layout
     table_width = block_table.shape[1]
-    window = clamp_window(window, table_width * block_size)
-    key_mask_start = clamp_mask_start(key_mask_start, key_mask, table_width * block_size)
+    if window is not None:
+        window = clamp_window(window, table_width * block_size)
+    key_mask_start = 0 if key_mask is None else clamp_mask_start(key_mask_start, key_mask, table_width * block_size)
     rotated = cache.rotation is not None
     blocks_start = kv_start
     if sink_tokens is not None:
@@ -128,7 +129,7 @@ def launch_decode(
         0 if key_mask is None else key_mask.shape[1],
         window or 0,
         *q.stride(),
-        *head_strides(layout),
+        *head_strides,
         block_table.stride()[0],
         0 if key_mask is None else key_mask.stride()[0],
         HAS_WINDOW=window is not None,

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-import contextlib
 import functools
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -13,7 +13,6 @@ from .triton_tuning import Chip
 
 #: Triton decides when a kernel is defined whether it will be interpreted.
 INTERPRETED = triton.knobs.runtime.interpret
-_NO_CHANGE = contextlib.nullcontext()
 
 
 @functools.cache
@@ -36,10 +35,12 @@ def device_count(kind: str) -> int:
     return torch.get_device_module(kind).device_count()
 
 
-def launching_on(device: torch.device) -> contextlib.AbstractContextManager[Any]:
-    """A context in which ``device`` is the current one: Triton launches on the current device, in its current stream.
-    Nothing happens where it is current already, and with a single device nothing is asked."""
-    if device.type not in ("cuda", "xpu") or device_count(device.type) < 2:
-        return _NO_CHANGE
-    module = torch.get_device_module(device)
-    return _NO_CHANGE if device.index == module.current_device() else module.device(device)
+def launch_on(device: torch.device, launch: Callable[..., None], *arguments: Any, **options: Any) -> None:
+    """Call ``launch`` while ``device`` is the current one: Triton launches on that one, in its stream.
+    Nothing changes where it is current already, and with a single device nothing is asked."""
+    if device.type in ("cuda", "xpu") and device_count(device.type) > 1:
+        module = torch.get_device_module(device)
+        if device.index != module.current_device():
+            with module.device(device):
+                return launch(*arguments, **options)
+    return launch(*arguments, **options)

@@ -11,7 +11,7 @@ from .layouts import check_append, check_options, check_queries
 from .sink_tokens import SinkTokens
 from .storage import KvCacheQuant
 from .triton_extend_kernel import extend_kernel
-from .triton_layouts import head_strides, in_32_bits, layer_of, sink_layout, sink_pointers
+from .triton_layouts import in_32_bits, layer_of, sink_layout, sink_pointers
 
 
 def launch_extend(
@@ -45,7 +45,7 @@ def launch_extend(
         key_mask: bool ``[batch, columns]`` over positions from 0, the chunk's included, last axis contiguous.
         sink_tokens: first tokens in full precision, of q's dtype; all lie in the past.
     """
-    layout = layer_of(cache)
+    layout, head_strides = layer_of(cache)
     check_queries(layout, out, q)
     batch, num_q_heads, chunk, head_dim = q.shape
     block_table, past_lens = check_append(layout, k_new, v_new, block_table, past_lens)
@@ -87,7 +87,7 @@ def launch_extend(
         *q.stride(),
         *k_new.stride(),
         *v_new.stride(),
-        *head_strides(layout),
+        *head_strides,
         block_table.stride()[0],
         0 if key_mask is None else key_mask.stride()[0],
         GROUP=group,

@@ -189,9 +189,9 @@ def launch_join(
             q, *sink_pointers(sink_tokens), center, context_lens, kv_start, key_mask, float(scale),
             float(softcap or 0.0), key_mask_start, *mask, window or 0, *q.stride(),
         )  # fmt: skip
-        group, head_dim = num_q_heads // cache.num_kv_heads, q.shape[3]
+        group, head_dim = num_q_heads // cache.k.shape[0], q.shape[3]
         special = (window is not None, softcap is not None)
-        constants = join_constants(group, head_dim, v_dim, rotated, sink_tokens.num_tokens, *special)
+        constants = join_constants(group, head_dim, v_dim, rotated, sink_tokens.k.shape[2], *special)
     reduce_kernel[(batch * num_q_heads * q_len,)](
         out,
         partial,

@@ -15,11 +15,14 @@ from .storage import KvCacheQuant
 TILE_ORDER = "v_transposed"
 
 
-def _make_layer(cache: KvCacheQuant) -> LayerLayout:
-    return check_layer(cache, "triton", TILE_ORDER)
+def _make_layer(cache: KvCacheQuant) -> tuple[LayerLayout, tuple[int, int, int, int]]:
+    layout = check_layer(cache, "triton", TILE_ORDER)
+    slots = layout.num_blocks * layout.block_size
+    return layout, (slots * layout.head_dim, slots * layout.v_head_dim, slots, slots)
 
 
-#: Sizes of a layer's storage, checked once.
+#: Sizes of a layer's storage, checked once, and how many elements lie from head to head of its keys, values and their
+#: scales.
 layer_of = OncePerObject(_make_layer)
 _sink_layout = OncePerObject(check_first_tokens)
 
@@ -34,12 +37,6 @@ def sink_pointers(sink_tokens: SinkTokens | None) -> tuple[torch.Tensor | None, 
     if sink_tokens is None:
         return (None,) * 5
     return sink_tokens.k, sink_tokens.v, sink_tokens.row, sink_tokens.first, sink_tokens.stop
-
-
-def head_strides(layout: LayerLayout) -> tuple[int, int, int, int]:
-    """Elements from head to head of a layer's keys, values and their scales."""
-    slots = layout.num_blocks * layout.block_size
-    return slots * layout.head_dim, slots * layout.v_head_dim, slots, slots
 
 
 def in_32_bits(x: torch.Tensor, axes: int = 1) -> torch.Tensor:
