@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import statistics
+
 import torch
 from transformers import (
+    DynamicCache,
     Gemma2Config,
     Gemma2ForCausalLM,
     LlamaConfig,
@@ -21,7 +24,7 @@ from eval._fake_quantized import FakeQuantizedCache, fake_quantize
 
 __all__ = [
     "IMPLEMENTATIONS", "LOGIT_ROUNDING", "TINY", "TIPPED", "VOCABULARY",
-    "FakeQuantizedCache", "fake_quantize", "random_ids", "tiny_model",
+    "FakeQuantizedCache", "fake_quantize", "random_ids", "tiny_model", "tipped_roundings",
 ]  # fmt: skip
 
 VOCABULARY = 128
@@ -69,3 +72,19 @@ def tiny_model(name: str, **changes) -> PreTrainedModel:
 def random_ids(*shape: int, seed: int = 0) -> torch.Tensor:
     """Token ids without the padding id."""
     return torch.randint(1, VOCABULARY, shape, generator=torch.Generator().manual_seed(seed))
+
+
+@torch.no_grad()
+def tipped_roundings(model: PreTrainedModel) -> float:
+    """How far apart logits of this model may be that differ in tipped roundings only: `TIPPED` times what quantization
+    changes them by after three prompts, the median."""
+    implementation, changes = model.config._attn_implementation, []
+    model.set_attn_implementation("eager")
+    for seed in range(3):
+        logits = []
+        for cache in (DynamicCache(config=model.config), FakeQuantizedCache(model.config)):
+            model(random_ids(2, 40, seed=seed).to(model.device), past_key_values=cache)
+            logits.append(model(random_ids(2, 1, seed=seed).to(model.device), past_key_values=cache).logits)
+        changes.append(float((logits[0] - logits[1]).abs().max()))
+    model.set_attn_implementation(implementation)
+    return TIPPED * statistics.median(changes)

@@ -9,7 +9,7 @@ import torch
 from transformers import Cache
 
 from hf_int8_paged import PagedInt8Cache, PagedInt8Pool
-from tests.models import TINY, FakeQuantizedCache, fake_quantize, random_ids, tiny_model
+from tests.models import TINY, FakeQuantizedCache, fake_quantize, random_ids, tiny_model, tipped_roundings
 
 from .shadowed_cache import ShadowedCache
 
@@ -152,7 +152,7 @@ def test_equal_prompts_with_different_padding_do_not_share(backend):
             one = {"attention_mask": step["attention_mask"][rows], "position_ids": torch.full((len(ids[rows]), 1), 40)}
             logits.append(model(ids[rows, :1], past_key_values=cache, **one).logits)
     together, alone = logits[0], torch.cat(logits[1:])
-    assert (together - alone).abs().max() < 1e-3 * (together[0] - together[1]).abs().max()
+    assert (together - alone).abs().max() < tipped_roundings(model) < (together[0] - together[1]).abs().max() / 10
 
 
 def test_forks_share_blocks_and_go_their_own_ways():
@@ -242,7 +242,7 @@ def test_a_row_of_padding_only_disturbs_nobody():
         both = model(ids[:, :1], attention_mask=mask, past_key_values=cache).logits
         one = model(ids[:1, :1], past_key_values=alone).logits
     assert both.isfinite().all()
-    assert (both[:1] - one).abs().max() < 1e-3 * one.abs().max()
+    assert (both[:1] - one).abs().max() < tipped_roundings(model)
 
 
 @pytest.mark.parametrize("name", ["llama", "mistral"])
@@ -262,7 +262,7 @@ def test_holes_of_padding_between_turns(name):
         ours = model(turns[1], attention_mask=mask, position_ids=positions, past_key_values=cache).logits
         other = model(turns[1], position_ids=positions, past_key_values=alone).logits
     if name == "llama":
-        assert (ours - other).abs().max() < 1e-3 * other.abs().max()
+        assert (ours - other).abs().max() < tipped_roundings(model)
     assert ours.isfinite().all()
 
 

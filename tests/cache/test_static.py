@@ -9,7 +9,7 @@ from transformers import CompileConfig
 
 from hf_int8_paged import CacheFullError, PagedInt8Cache, compiled_ops, masks
 from hf_int8_paged.kernels import alloc_paged_int8_layer, reference
-from tests.models import random_ids, tiny_model
+from tests.models import random_ids, tiny_model, tipped_roundings
 
 GREEDY = {"do_sample": False, "pad_token_id": 0}
 
@@ -68,7 +68,7 @@ def test_left_padding_beams_chunks_and_turns(name):
             with torch.no_grad():
                 seen[i] = model(turn, past_key_values=each).logits
             assert int(each.get_seq_length()) == past + turn.shape[1]
-        assert (seen[0] - seen[1]).abs().max() < 1e-3 * seen[1].abs().max()
+        assert (seen[0] - seen[1]).abs().max() < tipped_roundings(model)
 
 
 def test_crop_takes_tokens_back():

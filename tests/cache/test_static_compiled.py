@@ -12,7 +12,7 @@ from torch._dynamo.utils import counters
 from transformers import CompileConfig
 
 from hf_int8_paged import PagedInt8Cache
-from tests.models import random_ids, tiny_model
+from tests.models import LOGIT_ROUNDING, random_ids, tiny_model
 
 GREEDY = {"do_sample": False, "pad_token_id": 0}
 
@@ -76,8 +76,9 @@ def test_early_initialization_needs_no_graph_break():
     step = torch.compile(model.forward, fullgraph=True, dynamic=False, backend="eager")
     with torch.no_grad():
         got, expected = (f(ids, past_key_values=c, use_cache=True).logits for f, c in ((step, cache), (model, eager)))
-    # The same dense attention in another shape: float32 sums in another order.
-    torch.testing.assert_close(got, expected, rtol=0, atol=1e-4 * float(expected.max() - expected.min()))
+    # The same dense attention in another shape: float32 sums in another order, and of a first prompt no row is read as
+    # it is stored, so that nothing tips.
+    torch.testing.assert_close(got, expected, rtol=0, atol=LOGIT_ROUNDING)
     assert int(cache.get_seq_length()) == 7
 
 
