@@ -26,7 +26,7 @@ from .kernels import MAX_DECODE_ROWS
 from .mask_function import Pattern, int8_paged_mask, pattern_of
 from .masks import causal_rows, with_bias, with_selected_keys
 from .once import hint_at_another_cache, no_weights
-from .views import Content, PagedView, layer_of, reading_views
+from .views import Content, PagedView, layer_of, reading_views, refusing_views
 
 #: The name under which both functions are registered: ``attn_implementation="int8_paged"``.
 NAME = "int8_paged"
@@ -211,11 +211,15 @@ def _may_extend(content: Content, query: torch.Tensor) -> bool:
 
 
 def register() -> None:
-    """Make ``attn_implementation="int8_paged"`` known to transformers, and let its flex attention read our views.
+    """Make ``attn_implementation="int8_paged"`` known to transformers, and let its other functions meet our views.
 
-    Flex attention hands keys and values to a compiled function, which cannot take a tensor that has no storage. What
-    it computes with tensors stays as it is.
+    Flex attention hands keys and values to a compiled function, which cannot take a tensor that has no storage; it gets
+    tensors. Functions of continuous batching rely on masks that only it makes; they refuse views. What either computes
+    with tensors stays as it is.
     """
     AttentionInterface.register(NAME, int8_paged_attention)
     AttentionMaskInterface.register(NAME, int8_paged_mask)
     AttentionInterface.register("flex_attention", reading_views(flex_attention_forward))
+    for name, function in AttentionInterface._global_mapping.items():
+        if name.startswith("paged|"):
+            AttentionInterface.register(name, refusing_views(name, function))

@@ -30,7 +30,16 @@ class _OfACache(property):
         raise TypeError(_THE_CLASS)
 
 
-class PagedInt8Cache(CacheOperations):
+class _Marked(type):
+    """Refuses the mark that `generate` sets on what it was given: on the class it would take the place of ours."""
+
+    def __setattr__(cls, name: str, value: Any) -> None:
+        if name == "_is_user_defined":
+            raise TypeError(_THE_CLASS)
+        super().__setattr__(name, value)
+
+
+class PagedInt8Cache(CacheOperations, metaclass=_Marked):
     """A KV cache of int8 blocks with one float16 scale per token and KV head.
 
     Pass it to ``model.generate(cache=...)`` or to a model's forward; transformers before 5.24 calls the argument

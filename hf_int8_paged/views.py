@@ -142,6 +142,21 @@ class PagedView(ReadOnly):
         return self.dense()
 
 
+def refusing_views(name: str, function: Callable[_P, _R]) -> Callable[_P, _R]:
+    """What is registered as ``name``, an attention function of continuous batching; it refuses views by a sentence."""
+
+    @functools.wraps(function)
+    def attention(*args: _P.args, **kwargs: _P.kwargs) -> _R:
+        if any(isinstance(x, PagedView) for x in (*args, *kwargs.values())):
+            raise ValueError(
+                f"{name!r} serves continuous batching, which brings a cache of its own; with PagedInt8Cache use "
+                'model.set_attn_implementation("int8_paged")'
+            )
+        return function(*args, **kwargs)
+
+    return attention
+
+
 def reading_views(function: Callable[_P, _R]) -> Callable[_P, _R]:
     """An attention function that gets tensors where the cache handed it views."""
 

@@ -92,7 +92,9 @@ def test_a_compiled_step_that_does_not_fit_is_nan_and_writes_nothing(name: str, 
         model.set_attn_implementation(implementation)
         cache = static(model, length=45, backend=backend)
         torch._dynamo.reset()
-        step = torch.compile(model.forward, fullgraph=True, dynamic=False, backend="eager")
+        # transformers' own masks of several rows break the graph in 5.18, those of `StaticCache` too.
+        whole = implementation == "int8_paged" or tokens == 1
+        step = torch.compile(model.forward, fullgraph=whole, dynamic=False, backend="eager")
         with torch.no_grad():
             model(random_ids(2, 45 - tokens + 1), past_key_values=cache)
             before = contents(cache)
