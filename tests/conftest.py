@@ -1,8 +1,9 @@
-"""Fixtures that need a model on disk: a tiny random one, and the demo model."""
+"""Fixtures that need a model on disk: a tiny random one, and the demo model; and what tests have counted, printed last."""
 
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import pytest
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
@@ -54,3 +55,12 @@ def demo_model():
         return load_demo_model()
     except DemoModelError as error:
         pytest.skip(str(error))
+
+
+def pytest_terminal_summary(terminalreporter: Any) -> None:
+    """Print what tests have recorded by ``record_property("counted", line)``, from whichever process."""
+    reports = [*terminalreporter.getreports("passed"), *terminalreporter.getreports("failed")]
+    lines = [value for report in reports for name, value in report.user_properties if name == "counted"]
+    if lines:
+        terminalreporter.section("counted")
+        terminalreporter.write_line("\n".join(lines))

@@ -21,11 +21,11 @@ from .shadowed_cache import ShadowedCache
 from .two_readers import Attention, assert_same_attention, visible_keys
 
 #: Sequences per backend. The variable sets one number for every backend.
-SEQUENCES = {"reference": 40, "cpu": 60, "triton": 25}
+SEQUENCES = {"reference": 40, "cpu": 60, "triton": 6}
 LENGTH = 6
 
 
-def run_sequences(number: int, backend: str, capsys: pytest.CaptureFixture) -> None:
+def run_sequences(number: int, backend: str, record_property: Callable[[str, str], None]) -> None:
     """Batches of 1 to 5, windows, padding, forks, shared pools: after every operation each layer is read by both, and
     every update is compared with the fake-quantized dense cache."""
     counts: Counter[str] = Counter()
@@ -35,21 +35,20 @@ def run_sequences(number: int, backend: str, capsys: pytest.CaptureFixture) -> N
         except Exception as error:
             raise AssertionError(f"sequence of seed {seed} on {backend}: {error}") from error
         counts["sequences"] += 1
-    with capsys.disabled():
-        print(f"\n{backend}: " + ", ".join(f"{count} {name}" for name, count in counts.most_common()))
+    record_property("counted", f"{backend}: " + ", ".join(f"{count} {name}" for name, count in counts.most_common()))
     if counts["sequences"] >= 25:
         assert all(counts[name] for name in OPERATIONS)
     assert counts["readings"] >= 2 * LENGTH * counts["sequences"]
 
 
-def test_random_sequences_of_operations(backend: str, capsys: pytest.CaptureFixture) -> None:
-    run_sequences(int(os.environ.get("HF_INT8_PAGED_SEQUENCES", SEQUENCES[backend])), backend, capsys)
+def test_random_sequences_of_operations(backend: str, record_property: Callable[[str, str], None]) -> None:
+    run_sequences(int(os.environ.get("HF_INT8_PAGED_SEQUENCES", SEQUENCES[backend])), backend, record_property)
 
 
 @pytest.mark.slow
 @pytest.mark.skipif(why_unavailable("cpu", torch.device("cpu")) is not None, reason="needs a C compiler")
-def test_five_hundred_random_sequences_of_operations(capsys: pytest.CaptureFixture) -> None:
-    run_sequences(500, "cpu", capsys)
+def test_five_hundred_random_sequences_of_operations(record_property: Callable[[str, str], None]) -> None:
+    run_sequences(500, "cpu", record_property)
 
 
 #: What another reader would see who is wrong in one thing: changes to keys, values and visible keys, in place.
