@@ -1,4 +1,4 @@
-"""Fixtures that need a model on disk: a tiny random one, and the demo model; and what tests have counted, printed last."""
+"""Fixtures that need a model on disk, a tiny random one and the demo model; and what tests have counted, shown last."""
 
 from __future__ import annotations
 
