@@ -17,7 +17,7 @@ from typing import Any
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
-from hf_int8_paged.demo_model import HUB_ID, demo_model_folder, quiet_transformers
+from hf_int8_paged.tools.demo_model import HUB_ID, demo_model_folder, quiet_transformers
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 _VERSIONS_OF = ("hf-int8-paged", "torch", "transformers", "triton", "accelerate", "datasets")

@@ -133,7 +133,7 @@ EXCEPTIONS = {
 }
 
 
-class FakeQuantizedCache(Cache):
+class VariantCache(Cache):
     """A dense cache whose rows went through a `Variant`.
 
     The first forward pass, the prompt, attends to its fresh rows, as with `PagedInt8Cache`. Every later row attends

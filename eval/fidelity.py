@@ -21,7 +21,7 @@ from _common import add_model_arguments, add_text_arguments, load_model, load_to
 from _divergence import divergence
 from _fidelity_report import draw, markdown, summarize
 from _journal import Journal
-from _variants import EXCEPTIONS, VARIANTS, FakeQuantizedCache
+from _variants import EXCEPTIONS, VARIANTS, VariantCache
 from accelerate import PartialState
 from accelerate.utils import gather_object
 from tqdm.auto import tqdm
@@ -39,9 +39,7 @@ GREEDY = "greedy"
 
 def make_cache(model: PreTrainedModel, name: str) -> Cache:
     return (
-        PagedInt8Cache(model.config)
-        if name == PACKAGE
-        else FakeQuantizedCache(model.config, (VARIANTS | EXCEPTIONS)[name])
+        PagedInt8Cache(model.config) if name == PACKAGE else VariantCache(model.config, (VARIANTS | EXCEPTIONS)[name])
     )
 
 

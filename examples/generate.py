@@ -9,7 +9,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from hf_int8_paged import PagedInt8Cache
 from hf_int8_paged.cache_argument import CACHE_ARGUMENT
-from hf_int8_paged.demo_model import demo_model_folder
+from hf_int8_paged.tools.demo_model import demo_model_folder
 
 # A name on the hub, or a folder; without one SmolLM2-135M-Instruct, which needs no hub.
 name = sys.argv[1] if len(sys.argv) > 1 else demo_model_folder()

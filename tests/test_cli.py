@@ -13,14 +13,14 @@ from pathlib import Path
 import pytest
 
 import hf_int8_paged
-from hf_int8_paged.cli import main
+from hf_int8_paged.tools.cli import main
 from tests.processes import HANGS
 
 
 def run(*arguments: str, **environment: str) -> subprocess.CompletedProcess[str]:
     """The command in a process of its own."""
     return subprocess.run(
-        [sys.executable, "-c", "import sys; from hf_int8_paged.cli import main; sys.exit(main())", *arguments],
+        [sys.executable, "-c", "import sys; from hf_int8_paged.tools.cli import main; sys.exit(main())", *arguments],
         env={**os.environ, "HF_HUB_OFFLINE": "1", **environment},
         capture_output=True,
         text=True,
@@ -184,7 +184,7 @@ def hidden(name):
         raise importlib.metadata.PackageNotFoundError(name)
     return version(name)
 importlib.metadata.version = hidden
-from hf_int8_paged.cli import main
+from hf_int8_paged.tools.cli import main
 main(["info"])
 """
     result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=HANGS)

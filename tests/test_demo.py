@@ -10,7 +10,16 @@ import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer, DynamicCache
 
 from hf_int8_paged import PagedInt8Cache
-from hf_int8_paged.demo import Comparison, DemoError, _encode, common_prefix, compare, default_prompt, kv_bytes, load
+from hf_int8_paged.tools.demo import (
+    Comparison,
+    DemoError,
+    _encode,
+    common_prefix,
+    compare,
+    default_prompt,
+    kv_bytes,
+    load,
+)
 from tests.conftest import byte_tokenizer
 from tests.models import FakeQuantizedCache
 

@@ -12,8 +12,8 @@ import huggingface_hub
 import pytest
 from transformers.utils import logging
 
-from hf_int8_paged import demo_model
-from hf_int8_paged.demo_model import DemoModelError, demo_model_folder, quiet_transformers
+from hf_int8_paged.tools import demo_model
+from hf_int8_paged.tools.demo_model import DemoModelError, demo_model_folder, quiet_transformers
 from tests.processes import HANGS
 
 
@@ -85,5 +85,5 @@ def test_a_hub_that_takes_the_connection_and_never_answers_is_given_up(tmp_path:
             "HF_HOME": str(tmp_path),
             "HF_HUB_OFFLINE": "0",
         }
-        code = "from hf_int8_paged import demo_model as m; m._HUB_TIMEOUT_S = 0.5; assert m._from_hub() is None"
+        code = "from hf_int8_paged.tools import demo_model as m; m._HUB_TIMEOUT_S = 0.5; assert m._from_hub() is None"
         subprocess.run([sys.executable, "-c", code], env=environment, timeout=HANGS, check=True)

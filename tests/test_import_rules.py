@@ -103,6 +103,12 @@ def test_the_package_leaves_triton_to_the_kernels(path: Path) -> None:
     assert not [name for _, name in imports(path) if name.split(".")[0] in ("triton", "tests", "eval", "examples")]
 
 
+@pytest.mark.parametrize("path", sorted(PACKAGE.glob("*.py")), ids=lambda path: path.name)
+def test_the_cache_does_not_know_the_command(path: Path) -> None:
+    known = {name.split(".")[0] for level, name in imports(path) if level == 1}
+    assert "tools" not in known or path.name == "__main__.py"
+
+
 def test_the_kernels_folder_is_no_package() -> None:
     """With the repository root on sys.path it would shadow PyPI's `kernels`, which transformers imports."""
     assert not (ROOT / "kernels" / "__init__.py").exists()

@@ -7,7 +7,7 @@ import torch
 from transformers import DynamicCache
 
 from hf_int8_paged import PagedInt8Cache
-from hf_int8_paged.demo_model import load_demo_model
+from hf_int8_paged.tools.demo_model import load_demo_model
 from tests.cache.test_generate import assert_like_oracle, logits_per_step
 
 pytestmark = pytest.mark.slow

@@ -12,11 +12,11 @@ import numpy as np
 import pytest
 import torch
 from _divergence import divergence
-from _variants import EXCEPTIONS, VARIANTS, FakeQuantizedCache, Variant
+from _variants import EXCEPTIONS, VARIANTS, Variant, VariantCache
 from transformers import PreTrainedModel
 
 from hf_int8_paged import PagedInt8Cache
-from hf_int8_paged.demo_model import DemoModelError, load_demo_model
+from hf_int8_paged.tools.demo_model import DemoModelError, load_demo_model
 
 from ..models import TIPPED, random_ids, tiny_model
 
@@ -67,7 +67,7 @@ def decode(model: PreTrainedModel, ids: torch.Tensor, prompt: int, variant: str,
 def test_one_pass_over_fake_quantized_rows_equals_decoding_token_by_token(name: str, variant: str) -> None:
     model, ids = in_float64(tiny_model(name)), random_ids(1, 75)
     one_pass = fidelity.logits_after_prompt(
-        model, FakeQuantizedCache(model.config, (VARIANTS | EXCEPTIONS)[variant]), ids, 17
+        model, VariantCache(model.config, (VARIANTS | EXCEPTIONS)[variant]), ids, 17
     )
     dense = model(ids, use_cache=False).logits[0, 17:]
     torch.testing.assert_close(decode(model, ids, 17, variant), one_pass, rtol=0, atol=1e-5)
@@ -83,7 +83,7 @@ def test_the_same_for_300_tokens_of_a_real_model() -> None:
     text = "The history of the paged cache is a history of small blocks. " * 40
     ids = tokenizer(text, return_tensors="pt").input_ids[:, :316]
     in_float64(model)
-    one_pass = fidelity.logits_after_prompt(model, FakeQuantizedCache(model.config, VARIANTS["sinks-1"]), ids, 16)
+    one_pass = fidelity.logits_after_prompt(model, VariantCache(model.config, VARIANTS["sinks-1"]), ids, 16)
     torch.testing.assert_close(decode(model, ids, 16, "sinks-1", rows=15), one_pass, rtol=0, atol=1e-4)
 
 

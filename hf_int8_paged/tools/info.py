@@ -11,7 +11,7 @@ from typing import Any
 
 import torch
 
-from .kernels import BACKENDS, cpu_library, resolve_backend, why_unavailable
+from ..kernels import BACKENDS, cpu_library, resolve_backend, why_unavailable
 
 _DEMO_MODULES = ("filelock", "gguf", "platformdirs", "rich")
 

@@ -17,8 +17,8 @@ from safetensors import SafetensorError
 from transformers import AutoModelForCausalLM, AutoTokenizer, Cache, DynamicCache
 from transformers.generation.streamers import BaseStreamer
 
-from . import PagedInt8Cache
-from .cache_argument import CACHE_ARGUMENT
+from .. import PagedInt8Cache
+from ..cache_argument import CACHE_ARGUMENT
 from .demo_model import load_demo_model, quiet_transformers
 
 QUESTION = "What did Augustin-Jean Fresnel show in 1822? Answer with the words of the text."
