@@ -193,7 +193,7 @@ def test_tokens_are_those_of_the_fake_quantized_dense_cache(name: str, mode: str
 
 
 #: The interpreter needs seconds for each.
-OF_TRITON = [("llama", "beams"), ("gemma3", "left_padded"), ("gpt_oss", "prompt_lookup")]
+OF_TRITON = [("llama", "beams"), ("gemma3", "left_padded")]
 STEP_CASES = [
     (backend, *case)
     for backend in BACKENDS
