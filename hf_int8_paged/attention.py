@@ -174,10 +174,15 @@ def int8_paged_attention(
 _attention_outside_graphs = torch.compiler.disable(int8_paged_attention)
 
 
+#: Devices that have autocast, asked once: torch 2.11 cannot ask inside a graph.
+_WITH_AUTOCAST = frozenset(kind for kind in ("cpu", "cuda", "xpu") if torch.amp.is_autocast_available(kind))
+
+
 def _autocasts(x: torch.Tensor) -> bool:
     """Whether autocast is on for the tensor's device; some devices have none."""
     device_type = x.device.type
-    return torch.amp.is_autocast_available(device_type) and torch.is_autocast_enabled(device_type)
+    known = device_type in _WITH_AUTOCAST or torch.amp.is_autocast_available(device_type)
+    return known and torch.is_autocast_enabled(device_type)
 
 
 def _as_key_mask(

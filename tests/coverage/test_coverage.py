@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import transformers
 
 from eval._coverage_table import markdown, summary
 from eval.coverage import architectures, run
@@ -36,6 +37,10 @@ def rows() -> list[list[str]]:
     return [[cell.strip() for cell in line.strip("|").split(" | ")] for line in lines if not line.startswith("| archi")]
 
 
+@pytest.mark.skipif(
+    f"\ntransformers {transformers.__version__}," not in TABLE.read_text(encoding="utf-8"),
+    reason="the table is of another release of transformers, which has other architectures",
+)
 def test_the_committed_table_lists_every_architecture_once() -> None:
     assert sorted((cells[0], cells[1]) for cells in rows()) == sorted((name, kind) for kind, name, _ in architectures())
 

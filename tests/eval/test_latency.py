@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.metadata
 import json
 from collections.abc import Callable
 from functools import partial
@@ -55,7 +56,7 @@ def test_results_name_machine_versions_and_every_contestant(
     content = json.loads(numbers.read_text())
     assert content["machine"]["instruction_set"]
     assert content["machine"]["threads"] == 1
-    assert content["versions"]["torch"] == torch.__version__
+    assert content["versions"]["torch"] == importlib.metadata.version("torch")
     assert len(content["results"]) == 2
     for result in content["results"]:
         ours = result["contestants"]["int8"]

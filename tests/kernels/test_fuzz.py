@@ -42,6 +42,9 @@ REFUSED = (ValueError, TypeError)
 class Draw(random.Random):
     """Random arguments of one call."""
 
+    def __new__(cls, seed: int, backend: str) -> Draw:
+        return super().__new__(cls, seed)  # that of Python 3.10 takes no other arguments
+
     def __init__(self, seed: int, backend: str) -> None:
         super().__init__(seed)
         self.device = device_of(backend)
