@@ -43,7 +43,8 @@ class Draw(random.Random):
     """Random arguments of one call."""
 
     def __new__(cls, seed: int, backend: str) -> Draw:
-        return super().__new__(cls, seed)  # that of Python 3.10 takes no other arguments
+        # That of Python 3.10 takes no other arguments.
+        return super().__new__(cls, seed)  # type: ignore[call-arg]
 
     def __init__(self, seed: int, backend: str) -> None:
         super().__init__(seed)
