@@ -12,7 +12,7 @@ from transformers import LlamaConfig
 
 from hf_int8_paged import PagedInt8Cache
 from hf_int8_paged.attention import int8_paged_attention
-from hf_int8_paged.kernels import KvCacheQuant, SinkTokens, alloc_paged_int8_layer, load_backend
+from hf_int8_paged.kernels import FirstTokens, KvCacheQuant, alloc_paged_int8_layer, load_backend
 
 LAYERS = 30
 #: Heads of keys and values, queries of each, width: of SmolLM2-135M, of an 8B Llama, of Gemma 3 1B.
@@ -103,7 +103,7 @@ def triton_layer_launching_nothing() -> Iterator[tuple[Callable[[], None], list[
     cache = KvCacheQuant(k, v, scales[0], scales[1], "triton", "v_transposed", "hadamard", torch.zeros(8, 128))
     new, q = torch.empty(1, 8, 1, 128), torch.empty(1, 32, 1, 128)
     out, table, lens = torch.empty_like(q), torch.zeros(1, 64, dtype=torch.int32), torch.zeros(1, dtype=torch.int32)
-    held = SinkTokens(new, new, lens, lens, lens, limit=1)
+    held = FirstTokens(new, new, lens, lens, lens, limit=1)
     launched: list[Any] = []
 
     def layer() -> None:

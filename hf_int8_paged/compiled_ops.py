@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import torch
 
-from .kernels import KvCacheQuant, SinkTokens, load_backend
+from .kernels import FirstTokens, KvCacheQuant, load_backend
 
 
 @torch.library.custom_op("hf_int8_paged::append", mutates_args=("k", "v", "k_scales", "v_scales"))
@@ -61,7 +61,7 @@ def decode(
     rotation: str | None,
 ) -> torch.Tensor:
     """``int8_paged_decode_attention``: ``[batch, num_q_heads, q_len, head_dim]`` -> ``[batch, q_len, num_q_heads,
-    v_head_dim]``. ``sink_places`` is int32 ``[3, batch]``: row, first and stop of `SinkTokens`."""
+    v_head_dim]``. ``sink_places`` is int32 ``[3, batch]``: row, first and stop of `FirstTokens`."""
     cache = KvCacheQuant(k, v, k_scales, v_scales, backend, tile_order, rotation, key_center)
     batch, num_q_heads, q_len, _ = q.shape
     out = q.new_empty(batch, q_len, num_q_heads, v.shape[3])
@@ -153,5 +153,5 @@ def _gather_dense_fake(
 
 def _sink_tokens(
     k: torch.Tensor | None, v: torch.Tensor | None, places: torch.Tensor | None, limit: int
-) -> SinkTokens | None:
-    return None if k is None or v is None or places is None else SinkTokens(k, v, *places, limit)
+) -> FirstTokens | None:
+    return None if k is None or v is None or places is None else FirstTokens(k, v, *places, limit)

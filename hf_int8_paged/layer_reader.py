@@ -6,7 +6,7 @@ from types import ModuleType
 
 import torch
 
-from .kernels import KvCacheQuant, SinkTokens
+from .kernels import FirstTokens, KvCacheQuant
 from .layer_group import Group
 from .once import dense_read
 from .sequences import Sequences
@@ -37,7 +37,7 @@ class LayerReader:
         self.group = group
         #: Keys and values of the sequences' first tokens, never written to: forks share them.
         self._sink_rows: tuple[torch.Tensor, torch.Tensor] | None = None
-        self._sink_tokens: tuple[SinkPlaces, SinkTokens] | None = None
+        self._sink_tokens: tuple[SinkPlaces, FirstTokens] | None = None
 
     @property
     def storage(self) -> KvCacheQuant:
@@ -62,13 +62,13 @@ class LayerReader:
         sink_tokens = self.sink_tokens(start)
         return (keys, values) if sink_tokens is None else sink_tokens.put_both(keys, values, start)
 
-    def sink_tokens(self, first_visible: int) -> SinkTokens | None:
+    def sink_tokens(self, first_visible: int) -> FirstTokens | None:
         """The first tokens in full precision, or ``None`` if all stand before position ``first_visible``."""
         places = self.sequences.sinks
         if places is None or first_visible >= places.limit or self._sink_rows is None:
             return None
         if self._sink_tokens is None or self._sink_tokens[0] is not places:
-            self._sink_tokens = places, SinkTokens(*self._sink_rows, *places.on(self._device), places.limit)
+            self._sink_tokens = places, FirstTokens(*self._sink_rows, *places.on(self._device), places.limit)
         return self._sink_tokens[1]
 
     @property

@@ -13,7 +13,7 @@ from triton.backends.compiler import GPUTarget
 from triton.runtime import driver
 from triton.runtime.jit import JITFunction
 
-from hf_int8_paged.kernels import KvCacheQuant, SinkTokens, triton_backend, triton_device
+from hf_int8_paged.kernels import FirstTokens, KvCacheQuant, triton_backend, triton_device
 
 pytestmark = pytest.mark.skipif(
     os.environ.get("TRITON_INTERPRET") == "1", reason="the interpreter knows neither devices nor streams"
@@ -81,14 +81,14 @@ def run_a_layer(device: str) -> None:
         slots = (2, 5, 16)
         k, v = (torch.empty(*slots, 64, dtype=torch.int8) for _ in range(2))
         k_scales, v_scales = (torch.empty(slots, dtype=torch.float16) for _ in range(2))
-        cache = KvCacheQuant(k, v, k_scales, v_scales, "triton", "v_transposed", "hadamard")
+        storage = KvCacheQuant(k, v, k_scales, v_scales, "triton", "v_transposed", "hadamard")
         table, lens = torch.zeros(2, 4, dtype=torch.int32), torch.zeros(2, dtype=torch.int32)
         new, q = torch.empty(2, 2, 3, 64), torch.empty(2, 4, 3, 64)
         out, row = torch.empty_like(q), torch.empty(2, 2, 1, 64)
-        held = SinkTokens(row, row, lens, lens, lens, limit=1)
-        triton_backend.append(new, new, cache, table, lens)
-        triton_backend.decode(out, q, cache, table, lens, 0.1, None, None, 0, None, None, None, held)
-        triton_backend.extend(out, q, new, new, cache, table, lens, 0.1, None, None, None, None, None, held)
+        held = FirstTokens(row, row, lens, lens, lens, limit=1)
+        triton_backend.append(new, new, storage, table, lens)
+        triton_backend.decode(out, q, storage, table, lens, 0.1, None, None, 0, None, None, None, held)
+        triton_backend.extend(out, q, new, new, storage, table, lens, 0.1, None, None, None, None, None, held)
 
 
 KERNELS = ("append_kernel", "decode_kernel", "reduce_kernel", "extend_kernel")

@@ -16,13 +16,13 @@ pytestmark = on_the_device
 
 def extend_by_gathering(case: Case, q: torch.Tensor, k_new: torch.Tensor, v_new: torch.Tensor) -> torch.Tensor:
     """Attention of a chunk over a dense copy of the past and over itself, in float64, on the CPU."""
-    held = case.options.get("sink_tokens")
+    held = case.options.get("first_tokens")
     past_k, past_v = gather_dense(
-        case.cache, case.block_table, case.context_lens, sink_tokens=held, backend="reference"
+        case.storage, case.block_table, case.context_lens, first_tokens=held, backend="reference"
     )
     chunk, group = q.shape[2], q.shape[1] // k_new.shape[1]
-    window, softcap, kv_start, key_mask, sinks = (
-        case.options.get(name) for name in ("window", "softcap", "kv_start", "key_mask", "sinks")
+    window, softcap, kv_start, key_mask, sink_logits = (
+        case.options.get(name) for name in ("window", "softcap", "kv_start", "key_mask", "sink_logits")
     )
     outputs = []
     for b, past in enumerate(case.context_lens.tolist()):
@@ -48,8 +48,8 @@ def extend_by_gathering(case: Case, q: torch.Tensor, k_new: torch.Tensor, v_new:
             columns = key_mask[b].cpu()
             visible &= torch.cat([columns, columns.new_zeros(past + chunk)])[: past + chunk]
         scores = scores.masked_fill(~visible, -torch.inf)
-        if sinks is not None:
-            scores = torch.cat([scores, sinks.double().cpu()[:, None, None].expand(-1, chunk, 1)], dim=-1)
+        if sink_logits is not None:
+            scores = torch.cat([scores, sink_logits.double().cpu()[:, None, None].expand(-1, chunk, 1)], dim=-1)
         outputs.append(scores.softmax(-1).nan_to_num(0.0)[..., : past + chunk] @ v)
     return torch.stack(outputs)
 
@@ -57,16 +57,16 @@ def extend_by_gathering(case: Case, q: torch.Tensor, k_new: torch.Tensor, v_new:
 def check_extend(case: Case, chunk: int, dtype: torch.dtype, tolerance: float) -> None:
     """A random chunk after the case's tokens, into a poisoned output."""
     rng = torch.Generator().manual_seed(SEED)
-    cache, (batch, heads), device = case.cache, case.q.shape[:2], device_of("triton")
-    q = torch.randn(batch, heads, chunk, cache.head_dim, generator=rng).to(device, dtype)
-    k_new = torch.randn(batch, cache.num_kv_heads, chunk, cache.head_dim, generator=rng).to(device, dtype)
+    storage, (batch, heads), device = case.storage, case.q.shape[:2], device_of("triton")
+    q = torch.randn(batch, heads, chunk, storage.head_dim, generator=rng).to(device, dtype)
+    k_new = torch.randn(batch, storage.num_kv_heads, chunk, storage.head_dim, generator=rng).to(device, dtype)
     # Strided, as a model's projections are.
-    v_new = torch.randn(batch, chunk, cache.num_kv_heads, cache.v_head_dim, generator=rng).to(device, dtype)
+    v_new = torch.randn(batch, chunk, storage.num_kv_heads, storage.v_head_dim, generator=rng).to(device, dtype)
     v_new = v_new.transpose(1, 2)
-    out = torch.full((batch, heads, chunk, cache.v_head_dim), torch.nan, dtype=dtype, device=device)
-    names = ("kv_start", "key_mask", "window", "softcap", "sinks", "sink_tokens")
+    out = torch.full((batch, heads, chunk, storage.v_head_dim), torch.nan, dtype=dtype, device=device)
+    names = ("kv_start", "key_mask", "window", "softcap", "sink_logits", "first_tokens")
     options = [case.options.get(name) for name in names]
-    triton_backend.extend(out, q, k_new, v_new, cache, case.block_table, case.context_lens, case.scale, *options)
+    triton_backend.extend(out, q, k_new, v_new, storage, case.block_table, case.context_lens, case.scale, *options)
     want = extend_by_gathering(case, q, k_new, v_new)
     assert ((out.cpu() - want).norm(dim=-1) <= tolerance * want.norm(dim=-1)).all()
 
@@ -78,11 +78,11 @@ def check_extend(case: Case, chunk: int, dtype: torch.dtype, tolerance: float) -
         ((37, 0, 5), 17, {}),
         ((70, 33), 40, {"rotation": "hadamard", "center": True}),
         ((200, 64), 130, {"window": 90, "head_dim": 80, "v_head_dim": 48, "rotation": "hadamard", "center": True}),
-        ((100, 20), 50, {"softcap": 5.0, "sinks": True, "center": True, "kv_start": (3, 30)}),
+        ((100, 20), 50, {"softcap": 5.0, "sink_logits": True, "center": True, "kv_start": (3, 30)}),
         ((700,), 300, {"group": 1, "head_dim": 32, "block_size": 128}),
-        ((70, 33), 40, {"rotation": "hadamard", "center": True, "sink_tokens": 1}),
-        ((90, 43), 40, {"center": True, "softcap": 5.0, "sinks": True, "sink_tokens": 16, "sink_first": (0, 29)}),
-        ((9, 20), 50, {"window": 24, "rotation": "hadamard", "sink_tokens": 7, "kv_start": (2, 0)}),
+        ((70, 33), 40, {"rotation": "hadamard", "center": True, "first_tokens": 1}),
+        ((90, 43), 40, {"center": True, "softcap": 5.0, "sink_logits": True, "first_tokens": 16, "first_at": (0, 29)}),
+        ((9, 20), 50, {"window": 24, "rotation": "hadamard", "first_tokens": 7, "kv_start": (2, 0)}),
     ],
     ids=[
         "one_token",
@@ -91,9 +91,9 @@ def check_extend(case: Case, chunk: int, dtype: torch.dtype, tolerance: float) -
         "window",
         "softcap_sinks_left_padding",
         "long",
-        "sink_token",
-        "sink_tokens_left_padding",
-        "sink_tokens_leave_the_window",
+        "first_token",
+        "first_tokens_left_padding",
+        "first_tokens_leave_the_window",
     ],
 )
 def test_extend_equals_gather_and_dense_attention(past: tuple[int, ...], chunk: int, options: dict) -> None:
@@ -111,7 +111,7 @@ def test_keys_outside_the_mask_are_not_seen(columns: int) -> None:
 
 
 EVERYTHING = {
-    "window": 50, "softcap": 3.0, "sinks": True, "center": True, "rotation": "hadamard", "sink_tokens": 2,
+    "window": 50, "softcap": 3.0, "sink_logits": True, "center": True, "rotation": "hadamard", "first_tokens": 2,
 }  # fmt: skip
 
 

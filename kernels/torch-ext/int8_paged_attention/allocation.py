@@ -37,7 +37,7 @@ def alloc_paged_int8_layer(
         backend: ``"reference"``, ``"cpu"`` or ``"triton"``; ``None`` takes the best one for the device.
         tile_order: one of ``TILE_ORDERS``; default the backend's own, the only one it reads unless it is the reference.
         rotation: ``"hadamard"`` rotates rows before quantization; ``None`` does not.
-        center_keys: allocate a key centre, zero at first (``cache.key_center``). Set its values before the
+        center_keys: allocate a key centre, zero at first (``storage.key_center``). Set its values before the
             first append.
 
     Returns:

@@ -75,13 +75,13 @@ def resolve_backend(
     return load_backend(name)
 
 
-def backend_of(cache: KvCacheQuant, override: str | None) -> ModuleType:
+def backend_of(storage: KvCacheQuant, override: str | None) -> ModuleType:
     """The backend that serves a call: the storage's own, or the reference, which reads every tile order."""
-    if override is None or override == cache.backend:
-        return load_backend(cache.backend)
+    if override is None or override == storage.backend:
+        return load_backend(storage.backend)
     if override != "reference":
         raise ValueError(
-            f"the cache's tiles belong to backend {cache.backend!r}; only 'reference' reads others' tiles, "
+            f"the storage's tiles belong to backend {storage.backend!r}; only 'reference' reads others' tiles, "
             f"not {override!r}"
         )
     return load_backend("reference")

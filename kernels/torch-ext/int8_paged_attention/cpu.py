@@ -12,7 +12,7 @@ import warnings
 import torch
 
 from . import cpu_library
-from .checks import MAX_NATIVE_HEAD_DIM, check_block_ids, check_lengths, check_sink_places
+from .checks import MAX_NATIVE_HEAD_DIM, check_block_ids, check_first_places, check_lengths
 from .cpu_memory import empty
 from .cpu_records import (
     TILE_ORDER,
@@ -23,7 +23,7 @@ from .cpu_records import (
     hadamard_arguments,
     layer_record,
 )
-from .sink_tokens import SinkTokens
+from .first_tokens import FirstTokens
 from .storage import KvCacheQuant
 
 __all__ = [
@@ -73,21 +73,21 @@ def _warn_once(missing: str) -> None:
 def append(
     k_new: torch.Tensor,
     v_new: torch.Tensor,
-    cache: KvCacheQuant,
+    storage: KvCacheQuant,
     block_table: torch.Tensor,
     context_lens_before: torch.Tensor,
 ) -> None:
-    layer, layout = layer_record(cache)
+    layer, layout = layer_record(storage)
     call, held = append_record(layout, k_new, v_new, block_table, context_lens_before)
     error = _LIBRARY.append(layer, call)
     if error:
-        _raise(error, cache, *held[2:], new_tokens=k_new.shape[2])
+        _raise(error, storage, *held[2:], new_tokens=k_new.shape[2])
 
 
 def decode(
     out: torch.Tensor,
     q: torch.Tensor,
-    cache: KvCacheQuant,
+    storage: KvCacheQuant,
     block_table: torch.Tensor,
     context_lens: torch.Tensor,
     scale: float,
@@ -96,35 +96,35 @@ def decode(
     key_mask_start: int,
     window: int | None,
     softcap: float | None,
-    sinks: torch.Tensor | None,
-    sink_tokens: SinkTokens | None = None,
+    sink_logits: torch.Tensor | None,
+    first_tokens: FirstTokens | None = None,
 ) -> None:
-    layer, layout = layer_record(cache)
+    layer, layout = layer_record(storage)
     call, held = decode_record(
-        layout, out, q, block_table, context_lens, scale, kv_start, key_mask, key_mask_start, window, softcap, sinks,
-        sink_tokens,
+        layout, out, q, block_table, context_lens, scale, kv_start, key_mask, key_mask_start, window, softcap,
+        sink_logits, first_tokens,
     )  # fmt: skip
     error = _LIBRARY.decode(layer, call)
     if error:
-        _raise(error, cache, held[2], held[3], sink_tokens=sink_tokens)
+        _raise(error, storage, held[2], held[3], first_tokens=first_tokens)
 
 
 def gather(
-    cache: KvCacheQuant, block_table: torch.Tensor, lens: torch.Tensor, start: int, stop: int, dtype: torch.dtype
+    storage: KvCacheQuant, block_table: torch.Tensor, lens: torch.Tensor, start: int, stop: int, dtype: torch.dtype
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    layer, layout = layer_record(cache)
+    layer, layout = layer_record(storage)
     call, k, v, held = gather_record(layout, block_table, lens, start, stop, dtype)
     error = _LIBRARY.gather(layer, call)
     if error:
-        _raise(error, cache, *held)
+        _raise(error, storage, *held)
     return k, v
 
 
-def copy(cache: KvCacheQuant, src: torch.Tensor, dst: torch.Tensor) -> None:
-    layer, layout = layer_record(cache)
+def copy(storage: KvCacheQuant, src: torch.Tensor, dst: torch.Tensor) -> None:
+    layer, layout = layer_record(storage)
     source, destination, count, held = copy_arguments(layout, src, dst)
     if _LIBRARY.copy(layer, source, destination, count):
-        raise ValueError(f"src and dst must hold block ids from 0 to {cache.num_blocks - 1}, got {held}")
+        raise ValueError(f"src and dst must hold block ids from 0 to {storage.num_blocks - 1}, got {held}")
 
 
 def hadamard(x: torch.Tensor) -> torch.Tensor:
@@ -155,19 +155,19 @@ def select_isa(name: str | None) -> None:
 
 def _raise(
     error: int,
-    cache: KvCacheQuant,
+    storage: KvCacheQuant,
     block_table: torch.Tensor,
     lengths: torch.Tensor,
     *,
     new_tokens: int = 0,
-    sink_tokens: SinkTokens | None = None,
+    first_tokens: FirstTokens | None = None,
 ) -> None:
     """Turn an error code into the exception that the public functions raise."""
     if error == _NO_MEMORY:
         raise MemoryError("no memory for the partial results of decode attention")
-    if error == _BAD_SINK_TOKEN and sink_tokens is not None:
-        check_sink_places(sink_tokens)
+    if error == _BAD_SINK_TOKEN and first_tokens is not None:
+        check_first_places(first_tokens)
     if error != _BAD_RANGE:
-        check_lengths(lengths, "lengths", block_table.shape[1] * cache.block_size - new_tokens)
-        check_block_ids(block_table, "block_table", cache.num_blocks)
+        check_lengths(lengths, "lengths", block_table.shape[1] * storage.block_size - new_tokens)
+        check_block_ids(block_table, "block_table", storage.num_blocks)
     raise ValueError(f"the C kernels refused the call (error {error}); did a tensor change meanwhile?")

@@ -19,10 +19,11 @@ from .checks import (
     clamp_mask_start,
     clamp_window,
 )
+from .first_tokens import FirstTokens
 from .layouts import (
+    FirstTokensLayout,
     LayerLayout,
     OncePerObject,
-    SinkLayout,
     check_append,
     check_decode,
     check_first_tokens,
@@ -30,7 +31,6 @@ from .layouts import (
     check_table,
     rows_contiguous,
 )
-from .sink_tokens import SinkTokens
 from .storage import KvCacheQuant
 
 #: The structs in the order of int8_paged_record_size; every field is 8 bytes wide.
@@ -44,38 +44,38 @@ RECORDS = {
 TILE_ORDER = "dot4"
 _DTYPES = {torch.float32: 0, torch.float16: 1, torch.bfloat16: 2}
 _pack_append = RECORDS["AppendCall"].pack
-# Without the SinkTokens at its end, which are packed on their own.
+# Without the FirstTokens at its end, which are packed on their own.
 _pack_decode = struct.Struct("=16qd6qdq").pack
 _pack_gather = RECORDS["GatherCall"].pack
-_NO_SINK_TOKENS = bytes(RECORDS["SinkTokens"].size)
+_NO_FIRST_TOKENS = bytes(RECORDS["SinkTokens"].size)
 
 
-def _make_layer(cache: KvCacheQuant) -> tuple[bytes, LayerLayout]:
-    layout = check_layer(cache, "cpu", TILE_ORDER)
-    for name, dim in (("head_dim", cache.head_dim), ("v_head_dim", cache.v_head_dim)):
+def _make_layer(storage: KvCacheQuant) -> tuple[bytes, LayerLayout]:
+    layout = check_layer(storage, "cpu", TILE_ORDER)
+    for name, dim in (("head_dim", storage.head_dim), ("v_head_dim", storage.v_head_dim)):
         if dim % 4:
             raise ValueError(f"{name} must be a multiple of 4, got {dim}")
-    tensors = (cache.k, cache.v, cache.k_scales, cache.v_scales)
+    tensors = (storage.k, storage.v, storage.k_scales, storage.v_scales)
     packed = RECORDS["Layer"].pack(
         *(_address(x) for x in tensors),
-        0 if cache.key_center is None else _address(cache.key_center),
+        0 if storage.key_center is None else _address(storage.key_center),
         *layout[1:],
-        cache.rotation is not None,
+        storage.rotation is not None,
     )
     return packed, layout
 
 
-def _make_sink_tokens(sink_tokens: SinkTokens) -> tuple[bytes, SinkLayout]:
-    layout = check_first_tokens(sink_tokens)
-    k, v, row, first, stop = (getattr(sink_tokens, name) for name in ("k", "v", "row", "first", "stop"))
-    # A row that nobody has is an address too: without one there would be no sink tokens.
+def _make_first_tokens(first_tokens: FirstTokens) -> tuple[bytes, FirstTokensLayout]:
+    layout = check_first_tokens(first_tokens)
+    k, v, row, first, stop = (getattr(first_tokens, name) for name in ("k", "v", "row", "first", "stop"))
+    # A row that nobody has is an address too: without one there would be no first tokens.
     addresses = (_address(k) or 1, *(_address(x) for x in (v, row, first, stop)))
     return RECORDS["SinkTokens"].pack(*addresses, k.shape[0], k.shape[2], _DTYPES[k.dtype]), layout
 
 
 #: The record of a layer's storage and its sizes, made once.
 layer_record = OncePerObject(_make_layer)
-_sink_record = OncePerObject(_make_sink_tokens)
+_first_record = OncePerObject(_make_first_tokens)
 
 
 def _address(x: torch.Tensor) -> int:
@@ -120,13 +120,13 @@ def decode_record(
     key_mask_start: int,
     window: int | None,
     softcap: float | None,
-    sinks: torch.Tensor | None,
-    sink_tokens: SinkTokens | None,
+    sink_logits: torch.Tensor | None,
+    first_tokens: FirstTokens | None,
 ) -> tuple[bytes, tuple]:
     """A DecodeCall, and what it reads and writes. Query rows that are not contiguous are copied."""
-    first_tokens, sink_layout = (_NO_SINK_TOKENS, None) if sink_tokens is None else _sink_record(sink_tokens)
-    block_table, lens, kv_start, key_mask, sinks = check_decode(
-        layout, out, q, block_table, lens, kv_start, key_mask, softcap, sinks, sink_layout
+    first_record, held = (_NO_FIRST_TOKENS, None) if first_tokens is None else _first_record(first_tokens)
+    block_table, lens, kv_start, key_mask, sink_logits = check_decode(
+        layout, out, q, block_table, lens, kv_start, key_mask, softcap, sink_logits, held
     )
     q_batch, q_head, q_row, q_last = q.stride()
     if q_last != 1 and q.numel():
@@ -135,7 +135,7 @@ def decode_record(
     out_batch, out_head, out_row, _ = out.stride()
     batch, num_q_heads, q_len, _ = q.shape
     max_blocks = block_table.shape[1]
-    starts = mask = mask_stride = mask_columns = mask_start = sink_logits = 0
+    starts = mask = mask_stride = mask_columns = mask_start = logits = 0
     if kv_start is not None:
         starts = _address(kv_start)
     if key_mask is not None:
@@ -144,17 +144,17 @@ def decode_record(
         mask_start = clamp_mask_start(key_mask_start, key_mask, max_blocks * layout.block_size)
     if window is not None:
         window = clamp_window(window, max_blocks * layout.block_size)
-    if sinks is not None:
-        sinks = sinks.to(torch.float32)
-        sink_logits = _address(sinks)
+    if sink_logits is not None:
+        sink_logits = sink_logits.to(torch.float32)
+        logits = _address(sink_logits)
     record = _pack_decode(
         out.data_ptr() or _address(out), q.data_ptr() or _address(q),
         out_batch, out_head, out_row, q_batch, q_head, q_row, _DTYPES[q.dtype], batch, num_q_heads, q_len,
         block_table.data_ptr() or _address(block_table), block_table.stride()[0], max_blocks,
         lens.data_ptr() or _address(lens),
-        scale, starts, mask, mask_stride, mask_columns, mask_start, window or 0, softcap or 0.0, sink_logits,
+        scale, starts, mask, mask_stride, mask_columns, mask_start, window or 0, softcap or 0.0, logits,
     )  # fmt: skip
-    return record + first_tokens, (out, q, block_table, lens, kv_start, key_mask, sinks, sink_tokens)
+    return record + first_record, (out, q, block_table, lens, kv_start, key_mask, sink_logits, first_tokens)
 
 
 def gather_record(

@@ -18,12 +18,12 @@ from .checks import (
     FLOAT_DTYPES,
     check_contiguous,
     check_disjoint,
+    check_first_layout,
     check_native_geometry,
-    check_sink_layout,
     check_softcap,
     check_tensor,
 )
-from .sink_tokens import SinkTokens
+from .first_tokens import FirstTokens
 from .storage import KvCacheQuant
 
 K = TypeVar("K")
@@ -58,7 +58,7 @@ class LayerLayout(NamedTuple):
     v_head_dim: int
 
 
-class SinkLayout(NamedTuple):
+class FirstTokensLayout(NamedTuple):
     """Sizes of first tokens that have been checked."""
 
     device: torch.device
@@ -68,34 +68,34 @@ class SinkLayout(NamedTuple):
     v_head_dim: int
 
 
-def check_layer(cache: KvCacheQuant, backend: str, tile_order: str) -> LayerLayout:
+def check_layer(storage: KvCacheQuant, backend: str, tile_order: str) -> LayerLayout:
     """Check the storage of a layer that ``backend`` is to read."""
-    if cache.tile_order != tile_order:
-        raise ValueError(f"backend {backend!r} reads tile_order {tile_order!r}, not {cache.tile_order!r}")
-    device = cache.k.device
-    check_tensor(cache.k, "k", shape=(None,) * 4, dtypes=(torch.int8,), device=device)
-    slots = cache.k.shape[:3]
-    check_tensor(cache.v, "v", shape=(*slots, None), dtypes=(torch.int8,), device=device)
-    check_native_geometry(cache)
-    for name, x in (("k_scales", cache.k_scales), ("v_scales", cache.v_scales)):
+    if storage.tile_order != tile_order:
+        raise ValueError(f"backend {backend!r} reads tile_order {tile_order!r}, not {storage.tile_order!r}")
+    device = storage.k.device
+    check_tensor(storage.k, "k", shape=(None,) * 4, dtypes=(torch.int8,), device=device)
+    slots = storage.k.shape[:3]
+    check_tensor(storage.v, "v", shape=(*slots, None), dtypes=(torch.int8,), device=device)
+    check_native_geometry(storage)
+    for name, x in (("k_scales", storage.k_scales), ("v_scales", storage.v_scales)):
         check_tensor(x, name, shape=slots, dtypes=(torch.float16,), device=device)
-    for name, x in (("k", cache.k), ("v", cache.v), ("k_scales", cache.k_scales), ("v_scales", cache.v_scales)):
+    for name, x in (("k", storage.k), ("v", storage.v), ("k_scales", storage.k_scales), ("v_scales", storage.v_scales)):
         check_contiguous(x, name)
-    if cache.key_center is not None:
-        shape = (cache.num_kv_heads, cache.head_dim)
-        check_tensor(cache.key_center, "key_center", shape=shape, dtypes=(torch.float32,), device=device)
-        check_contiguous(cache.key_center, "key_center")
-    return LayerLayout(device, slots[0], slots[1], slots[2], cache.head_dim, cache.v_head_dim)
+    if storage.key_center is not None:
+        shape = (storage.num_kv_heads, storage.head_dim)
+        check_tensor(storage.key_center, "key_center", shape=shape, dtypes=(torch.float32,), device=device)
+        check_contiguous(storage.key_center, "key_center")
+    return LayerLayout(device, slots[0], slots[1], slots[2], storage.head_dim, storage.v_head_dim)
 
 
-def check_first_tokens(sink_tokens: SinkTokens) -> SinkLayout:
+def check_first_tokens(first_tokens: FirstTokens) -> FirstTokensLayout:
     """Check the tensors of first tokens; `check_decode` compares their sizes with a call's."""
-    k, v, row = sink_tokens.k, sink_tokens.v, sink_tokens.row
-    check_tensor(k, "sink_tokens.k", shape=(None,) * 4, dtypes=FLOAT_DTYPES, device=k.device)
-    check_tensor(v, "sink_tokens.v", shape=(*k.shape[:3], None), dtypes=(k.dtype,), device=k.device)
-    check_tensor(row, "sink_tokens.row", shape=(None,), dtypes=(torch.int32,), device=k.device)
-    check_sink_layout(sink_tokens, len(row), k.shape[1], k.shape[3], v.shape[3], k.device)
-    return SinkLayout(k.device, len(row), k.shape[1], k.shape[3], v.shape[3])
+    k, v, row = first_tokens.k, first_tokens.v, first_tokens.row
+    check_tensor(k, "first_tokens.k", shape=(None,) * 4, dtypes=FLOAT_DTYPES, device=k.device)
+    check_tensor(v, "first_tokens.v", shape=(*k.shape[:3], None), dtypes=(k.dtype,), device=k.device)
+    check_tensor(row, "first_tokens.row", shape=(None,), dtypes=(torch.int32,), device=k.device)
+    check_first_layout(first_tokens, len(row), k.shape[1], k.shape[3], v.shape[3], k.device)
+    return FirstTokensLayout(k.device, len(row), k.shape[1], k.shape[3], v.shape[3])
 
 
 def check_table(
@@ -159,7 +159,7 @@ def check_queries(layout: LayerLayout, out: torch.Tensor, q: torch.Tensor) -> No
     ):
         check_tensor(q, "q", shape=(None, None, None, dim), dtypes=FLOAT_DTYPES, device=device)
         if not shape[1] or shape[1] % heads:
-            raise ValueError(f"q has {shape[1]} heads, which is no multiple of the cache's {heads} KV heads")
+            raise ValueError(f"q has {shape[1]} heads, which is no multiple of the storage's {heads} KV heads")
         if not shape[2]:
             raise ValueError("q has no rows")
         check_tensor(out, "out", shape=(*shape[:3], v_dim), dtypes=(dtype,), device=device)
@@ -175,11 +175,11 @@ def check_options(
     kv_start: torch.Tensor | None,
     key_mask: torch.Tensor | None,
     softcap: float | None,
-    sinks: torch.Tensor | None,
-    sink_layout: SinkLayout | None,
+    sink_logits: torch.Tensor | None,
+    held: FirstTokensLayout | None,
 ) -> tuple[torch.Tensor | None, torch.Tensor | None, torch.Tensor | None]:
-    """Check what attention may be given beside queries and table. Returns ``kv_start`` and ``sinks``, contiguous, and
-    between them ``key_mask``, last axis contiguous; copied if not."""
+    """Check what attention may be given beside queries and table. Returns ``kv_start`` and ``sink_logits``, contiguous,
+    and between them ``key_mask``, last axis contiguous; copied if not."""
     device = layout.device
     if kv_start is not None:
         check_tensor(kv_start, "kv_start", shape=(batch,), dtypes=(torch.int32,), device=device)
@@ -195,13 +195,15 @@ def check_options(
         key_mask = rows_contiguous(key_mask)
     if softcap is not None:
         check_softcap(softcap)
-    if sinks is not None:
-        check_tensor(sinks, "sinks", shape=(num_q_heads,), dtypes=(*FLOAT_DTYPES, torch.float64), device=device)
-        sinks = sinks.contiguous()
-    if sink_layout is not None and sink_layout != (device, batch, layout.num_kv_heads, layout.head_dim, layout[5]):
-        want = SinkLayout(device, batch, layout.num_kv_heads, layout.head_dim, layout.v_head_dim)
-        raise ValueError(f"sink_tokens are {sink_layout._asdict()}, but the call is {want._asdict()}")
-    return kv_start, key_mask, sinks
+    if sink_logits is not None:
+        check_tensor(
+            sink_logits, "sink_logits", shape=(num_q_heads,), dtypes=(*FLOAT_DTYPES, torch.float64), device=device
+        )
+        sink_logits = sink_logits.contiguous()
+    if held is not None and held != (device, batch, layout.num_kv_heads, layout.head_dim, layout[5]):
+        want = FirstTokensLayout(device, batch, layout.num_kv_heads, layout.head_dim, layout.v_head_dim)
+        raise ValueError(f"first_tokens are {held._asdict()}, but the call is {want._asdict()}")
+    return kv_start, key_mask, sink_logits
 
 
 def rows_contiguous(x: torch.Tensor) -> torch.Tensor:
@@ -218,14 +220,14 @@ def check_decode(
     kv_start: torch.Tensor | None,
     key_mask: torch.Tensor | None,
     softcap: float | None,
-    sinks: torch.Tensor | None,
-    sink_layout: SinkLayout | None,
+    sink_logits: torch.Tensor | None,
+    held: FirstTokensLayout | None,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor | None, torch.Tensor | None, torch.Tensor | None]:
     """Check decode attention. Returns what `check_table` and `check_options` do."""
     check_queries(layout, out, q)
     batch, num_q_heads = q.shape[:2]
     block_table, lens = check_table(layout.device, batch, block_table, lens)
-    if kv_start is None and key_mask is None and softcap is None and sinks is None and sink_layout is None:
+    if kv_start is None and key_mask is None and softcap is None and sink_logits is None and held is None:
         return block_table, lens, None, None, None
-    options = check_options(layout, batch, num_q_heads, kv_start, key_mask, softcap, sinks, sink_layout)
+    options = check_options(layout, batch, num_q_heads, kv_start, key_mask, softcap, sink_logits, held)
     return block_table, lens, *options

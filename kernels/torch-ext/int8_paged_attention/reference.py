@@ -11,7 +11,7 @@ from .conditioning import (
     restore_keys,
     restore_output,
 )
-from .sink_tokens import SinkTokens
+from .first_tokens import FirstTokens
 from .storage import KvCacheQuant, tiles_to_rows, write_rows
 
 NAME = "reference"
@@ -55,28 +55,28 @@ def quantize_rows(x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
 def append(
     k_new: torch.Tensor,
     v_new: torch.Tensor,
-    cache: KvCacheQuant,
+    storage: KvCacheQuant,
     block_table: torch.Tensor,
     context_lens_before: torch.Tensor,
 ) -> None:
     tokens = k_new.shape[2]
-    positions = context_lens_before.long()[:, None] + torch.arange(tokens, device=cache.device)  # [batch, tokens]
-    blocks = block_table.long().gather(1, positions // cache.block_size)
-    kept = ((blocks >= 0) & (blocks < cache.num_blocks)).flatten()
+    positions = context_lens_before.long()[:, None] + torch.arange(tokens, device=storage.device)  # [batch, tokens]
+    blocks = block_table.long().gather(1, positions // storage.block_size)
+    kept = ((blocks >= 0) & (blocks < storage.num_blocks)).flatten()
     blocks = blocks.flatten()[kept]
-    slots = (positions % cache.block_size).flatten()[kept]
+    slots = (positions % storage.block_size).flatten()[kept]
     for new, store, scales, condition, values in (
-        (k_new, cache.k, cache.k_scales, condition_keys, False),
-        (v_new, cache.v, cache.v_scales, condition_values, True),
+        (k_new, storage.k, storage.k_scales, condition_keys, False),
+        (v_new, storage.v, storage.v_scales, condition_values, True),
     ):
-        q, s = quantize_rows(condition(new.to(torch.float32), cache))
+        q, s = quantize_rows(condition(new.to(torch.float32), storage))
         q = q.transpose(0, 1).flatten(1, 2)[:, kept]  # [num_kv_heads, tokens of all sequences, dim]
-        write_rows(store, cache.tile_order, blocks, slots, q, values=values)
+        write_rows(store, storage.tile_order, blocks, slots, q, values=values)
         scales[:, blocks, slots] = s.transpose(0, 1).flatten(1, 2)[:, kept]
 
 
 def gather_quantized(
-    cache: KvCacheQuant, block_table: torch.Tensor, lens: torch.Tensor, start: int, stop: int, *, values: bool
+    storage: KvCacheQuant, block_table: torch.Tensor, lens: torch.Tensor, start: int, stop: int, *, values: bool
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """Stored rows of positions ``start`` to ``stop``, in token order, still in the conditioned domain.
 
@@ -85,32 +85,34 @@ def gather_quantized(
         bool ``[batch, stop - start]``, False where there is no token (past the length, or in a hole), where rows
         and scales are 0.
     """
-    store, scales = (cache.v, cache.v_scales) if values else (cache.k, cache.k_scales)
-    first, last = start // cache.block_size, -(-stop // cache.block_size)
+    store, scales = (storage.v, storage.v_scales) if values else (storage.k, storage.k_scales)
+    first, last = start // storage.block_size, -(-stop // storage.block_size)
     blocks = block_table[:, first:last].long()
-    in_pool = (blocks >= 0) & (blocks < cache.num_blocks)
-    positions = torch.arange(start, stop, device=cache.device)
+    in_pool = (blocks >= 0) & (blocks < storage.num_blocks)
+    positions = torch.arange(start, stop, device=storage.device)
     present = positions < lens[:, None]
-    present &= in_pool.repeat_interleave(cache.block_size, 1)[:, start - first * cache.block_size :][:, : stop - start]
-    if not cache.num_blocks or not blocks.numel():
-        shape = (len(block_table), cache.num_kv_heads, stop - start)
+    present &= in_pool.repeat_interleave(storage.block_size, 1)[:, start - first * storage.block_size :][
+        :, : stop - start
+    ]
+    if not storage.num_blocks or not blocks.numel():
+        shape = (len(block_table), storage.num_kv_heads, stop - start)
         return store.new_zeros(*shape, store.shape[-1]), scales.new_zeros(shape, dtype=torch.float32), present
-    tiles = store[:, blocks.clamp(0, cache.num_blocks - 1)]  # [num_kv_heads, batch, blocks, block_size, dim]
-    rows = tiles_to_rows(tiles, cache.tile_order, values=values).flatten(2, 3).transpose(0, 1)
-    row_scales = scales[:, blocks.clamp(0, cache.num_blocks - 1)].flatten(2, 3).transpose(0, 1)
-    inside = slice(start - first * cache.block_size, stop - first * cache.block_size)
+    tiles = store[:, blocks.clamp(0, storage.num_blocks - 1)]  # [num_kv_heads, batch, blocks, block_size, dim]
+    rows = tiles_to_rows(tiles, storage.tile_order, values=values).flatten(2, 3).transpose(0, 1)
+    row_scales = scales[:, blocks.clamp(0, storage.num_blocks - 1)].flatten(2, 3).transpose(0, 1)
+    inside = slice(start - first * storage.block_size, stop - first * storage.block_size)
     rows = torch.where(present[:, None, :, None], rows[:, :, inside], 0)
     row_scales = torch.where(present[:, None], row_scales[:, :, inside].to(torch.float32), 0.0)
     return rows, row_scales, present
 
 
 def gather(
-    cache: KvCacheQuant, block_table: torch.Tensor, lens: torch.Tensor, start: int, stop: int, dtype: torch.dtype
+    storage: KvCacheQuant, block_table: torch.Tensor, lens: torch.Tensor, start: int, stop: int, dtype: torch.dtype
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    k, k_scales, present = gather_quantized(cache, block_table, lens, start, stop, values=False)
-    v, v_scales, _ = gather_quantized(cache, block_table, lens, start, stop, values=True)
-    k_dense = restore_keys(k.to(torch.float32) * k_scales[..., None], cache)
-    v_dense = restore_output(v.to(torch.float32) * v_scales[..., None], cache)
+    k, k_scales, present = gather_quantized(storage, block_table, lens, start, stop, values=False)
+    v, v_scales, _ = gather_quantized(storage, block_table, lens, start, stop, values=True)
+    k_dense = restore_keys(k.to(torch.float32) * k_scales[..., None], storage)
+    v_dense = restore_output(v.to(torch.float32) * v_scales[..., None], storage)
     there = present[:, None, :, None]
     return torch.where(there, k_dense, 0.0).to(dtype), torch.where(there, v_dense, 0.0).to(dtype)
 
@@ -118,7 +120,7 @@ def gather(
 def decode(
     out: torch.Tensor,
     q: torch.Tensor,
-    cache: KvCacheQuant,
+    storage: KvCacheQuant,
     block_table: torch.Tensor,
     context_lens: torch.Tensor,
     scale: float,
@@ -127,32 +129,32 @@ def decode(
     key_mask_start: int,
     window: int | None,
     softcap: float | None,
-    sinks: torch.Tensor | None,
-    sink_tokens: SinkTokens | None = None,
+    sink_logits: torch.Tensor | None,
+    first_tokens: FirstTokens | None = None,
 ) -> None:
     batch, num_q_heads, q_len, head_dim = q.shape
-    group = num_q_heads // cache.num_kv_heads
-    length = block_table.shape[1] * cache.block_size
+    group = num_q_heads // storage.num_kv_heads
+    length = block_table.shape[1] * storage.block_size
     compute = torch.float64 if q.dtype == torch.float64 else torch.float32
-    k, k_scales, present = gather_quantized(cache, block_table, context_lens, 0, length, values=False)
-    v, v_scales, _ = gather_quantized(cache, block_table, context_lens, 0, length, values=True)
-    q_rows = q.to(compute).reshape(batch, cache.num_kv_heads, group, q_len, head_dim)
+    k, k_scales, present = gather_quantized(storage, block_table, context_lens, 0, length, values=False)
+    v, v_scales, _ = gather_quantized(storage, block_table, context_lens, 0, length, values=True)
+    q_rows = q.to(compute).reshape(batch, storage.num_kv_heads, group, q_len, head_dim)
     k_dense = k.to(compute) * k_scales[..., None].to(compute)
     # 0 * NaN is NaN: a faulty value row may reach only the queries that see it.
     v_faulty = ~v_scales.isfinite()
     v_dense = v.to(compute) * v_scales.masked_fill(v_faulty, 0.0)[..., None].to(compute)
     keys = torch.arange(length, device=q.device)
-    if sink_tokens is not None:
-        k_sink, v_sink = sink_tokens.k.to(compute), sink_tokens.v.to(compute)
-        k_sound, v_sound = (x.isfinite().all(-1, keepdim=True) for x in (k_sink, v_sink))
-        sink_tokens.put_into(k_dense, condition_keys(k_sink.masked_fill(~k_sound, torch.nan), cache), 0)
-        sink_tokens.put_into(v_dense, condition_values(v_sink.masked_fill(~v_sound, 0.0), cache), 0)
-        sink_tokens.put_into(v_faulty[..., None], ~v_sound, 0)
-        present |= sink_tokens.covers(keys)
+    if first_tokens is not None:
+        k_first, v_first = first_tokens.k.to(compute), first_tokens.v.to(compute)
+        k_sound, v_sound = (x.isfinite().all(-1, keepdim=True) for x in (k_first, v_first))
+        first_tokens.put_into(k_dense, condition_keys(k_first.masked_fill(~k_sound, torch.nan), storage), 0)
+        first_tokens.put_into(v_dense, condition_values(v_first.masked_fill(~v_sound, 0.0), storage), 0)
+        first_tokens.put_into(v_faulty[..., None], ~v_sound, 0)
+        present |= first_tokens.covers(keys)
     # [batch, kv_heads, group, q_len, length]
-    scores = scale * (condition_query(q_rows, cache) @ k_dense[:, :, None].transpose(-1, -2))
-    if cache.key_center is not None:
-        scores = scores + scale * (q_rows @ cache.key_center.to(compute)[:, None, :, None])
+    scores = scale * (condition_query(q_rows, storage) @ k_dense[:, :, None].transpose(-1, -2))
+    if storage.key_center is not None:
+        scores = scores + scale * (q_rows @ storage.key_center.to(compute)[:, None, :, None])
     if softcap is not None:
         scores = softcap * torch.tanh(scores / softcap)
 
@@ -160,8 +162,8 @@ def decode(
     visible = present[:, None] & (keys <= positions[..., None])  # [batch, q_len, length]
     if kv_start is not None:
         visible &= keys >= kv_start[:, None, None]
-    if sink_tokens is not None:
-        visible &= (sink_tokens.covers(keys) | (keys >= sink_tokens.stop[:, None]))[:, None]
+    if first_tokens is not None:
+        visible &= (first_tokens.covers(keys) | (keys >= first_tokens.stop[:, None]))[:, None]
     if window is not None:
         visible &= keys > positions[..., None] - window
     if key_mask is not None:
@@ -175,21 +177,21 @@ def decode(
     scores = scores.masked_fill(~visible, -torch.inf)
 
     highest = scores.amax(-1, keepdim=True) if length else scores.new_full((*scores.shape[:-1], 1), -torch.inf)
-    if sinks is not None:
-        sink = sinks.to(compute).reshape(1, cache.num_kv_heads, group, 1, 1)
+    if sink_logits is not None:
+        sink = sink_logits.to(compute).reshape(1, storage.num_kv_heads, group, 1, 1)
         highest = torch.maximum(highest, sink)
     highest = highest.masked_fill(highest == -torch.inf, 0.0)
     weights = torch.exp(scores - highest)
     total = weights.sum(-1, keepdim=True)
-    if sinks is not None:
+    if sink_logits is not None:
         total = total + torch.exp(sink - highest)
     weights = weights / total.masked_fill(total == 0, 1.0)
     result = weights @ v_dense[:, :, None]
     sees_fault = (visible & v_faulty[:, :, None, None]).any(-1, keepdim=True)
     result = result.masked_fill(sees_fault, torch.nan)
-    out.copy_(restore_output(result, cache).reshape(batch, num_q_heads, q_len, cache.v_head_dim))
+    out.copy_(restore_output(result, storage).reshape(batch, num_q_heads, q_len, storage.v_head_dim))
 
 
-def copy(cache: KvCacheQuant, src: torch.Tensor, dst: torch.Tensor) -> None:
-    for store in (cache.k, cache.v, cache.k_scales, cache.v_scales):
+def copy(storage: KvCacheQuant, src: torch.Tensor, dst: torch.Tensor) -> None:
+    for store in (storage.k, storage.v, storage.k_scales, storage.v_scales):
         store[:, dst.long()] = store[:, src.long()]

@@ -116,24 +116,24 @@ def append_constants(head_dim: int, v_dim: int, block_size: int, rotated: bool, 
 def launch_append(
     k_new: torch.Tensor,
     v_new: torch.Tensor,
-    cache: KvCacheQuant,
+    storage: KvCacheQuant,
     block_table: torch.Tensor,
     context_lens_before: torch.Tensor,
 ) -> None:
     """`reference.append` on a GPU, one launch."""
-    layout, head_strides = layer_of(cache)
+    layout, head_strides = layer_of(storage)
     block_table, context_lens_before = check_append(layout, k_new, v_new, block_table, context_lens_before)
     k_new, v_new = in_32_bits(k_new), in_32_bits(v_new)
     batch, heads, new_tokens, _ = k_new.shape
     rows = 16 if new_tokens > 1 else 1
     append_kernel[(-(-new_tokens // rows), heads, batch)](
-        cache.k,
-        cache.v,
-        cache.k_scales,
-        cache.v_scales,
+        storage.k,
+        storage.v,
+        storage.k_scales,
+        storage.v_scales,
         k_new,
         v_new,
-        cache.key_center,
+        storage.key_center,
         block_table,
         context_lens_before,
         new_tokens,
@@ -143,5 +143,5 @@ def launch_append(
         *k_new.stride(),
         *v_new.stride(),
         block_table.stride()[0],
-        **append_constants(layout.head_dim, layout.v_head_dim, layout.block_size, cache.rotation is not None, rows),
+        **append_constants(layout.head_dim, layout.v_head_dim, layout.block_size, storage.rotation is not None, rows),
     )

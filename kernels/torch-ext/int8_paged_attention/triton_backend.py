@@ -10,8 +10,8 @@ import torch
 import triton
 
 from .checks import MAX_NATIVE_HEAD_DIM
+from .first_tokens import FirstTokens
 from .reference import copy, empty, gather
-from .sink_tokens import SinkTokens
 from .storage import KvCacheQuant
 from .triton_append import launch_append
 from .triton_decode import launch_decode
@@ -48,19 +48,19 @@ def multiplies_int8(chip: Chip) -> bool:
 def append(
     k_new: torch.Tensor,
     v_new: torch.Tensor,
-    cache: KvCacheQuant,
+    storage: KvCacheQuant,
     block_table: torch.Tensor,
     context_lens_before: torch.Tensor,
 ) -> None:
     if not k_new.numel() or not block_table.shape[1]:
         return
-    launch_on(k_new.device, launch_append, k_new, v_new, cache, block_table, context_lens_before)
+    launch_on(k_new.device, launch_append, k_new, v_new, storage, block_table, context_lens_before)
 
 
 def decode(
     out: torch.Tensor,
     q: torch.Tensor,
-    cache: KvCacheQuant,
+    storage: KvCacheQuant,
     block_table: torch.Tensor,
     context_lens: torch.Tensor,
     scale: float,
@@ -69,12 +69,12 @@ def decode(
     key_mask_start: int,
     window: int | None,
     softcap: float | None,
-    sinks: torch.Tensor | None,
-    sink_tokens: SinkTokens | None = None,
+    sink_logits: torch.Tensor | None,
+    first_tokens: FirstTokens | None = None,
 ) -> None:
     if not out.numel():
         return
-    if not cache.num_blocks or not block_table.shape[1]:
+    if not storage.num_blocks or not block_table.shape[1]:
         out.zero_()
         return
     chip = chip_of(out.device)
@@ -82,8 +82,8 @@ def decode(
     if INTERPRETED:
         exact, q = _interpretable(out), _interpretable(q)
     launch_on(
-        out.device, launch_decode, exact, q, cache, block_table, context_lens, scale, kv_start, key_mask,
-        key_mask_start, window, softcap, sinks, sink_tokens, chip=chip, integer=multiplies_int8(chip),
+        out.device, launch_decode, exact, q, storage, block_table, context_lens, scale, kv_start, key_mask,
+        key_mask_start, window, softcap, sink_logits, first_tokens, chip=chip, integer=multiplies_int8(chip),
     )  # fmt: skip
     if exact is not out:
         out.copy_(exact)
@@ -94,7 +94,7 @@ def extend(
     q: torch.Tensor,
     k_new: torch.Tensor,
     v_new: torch.Tensor,
-    cache: KvCacheQuant,
+    storage: KvCacheQuant,
     block_table: torch.Tensor,
     past_lens: torch.Tensor,
     scale: float,
@@ -102,16 +102,16 @@ def extend(
     key_mask: torch.Tensor | None,
     window: int | None,
     softcap: float | None,
-    sinks: torch.Tensor | None,
-    sink_tokens: SinkTokens | None = None,
+    sink_logits: torch.Tensor | None,
+    first_tokens: FirstTokens | None = None,
 ) -> None:
     """Attention of a chunk over the past in the blocks and over itself; the arguments are `launch_extend`'s."""
     if not out.numel():
         return
     exact, q, k_new, v_new = (_interpretable(x) for x in (out, q, k_new, v_new))
     launch_on(
-        out.device, launch_extend, exact, q, k_new, v_new, cache, block_table, past_lens, scale, kv_start, key_mask,
-        window, softcap, sinks, sink_tokens,
+        out.device, launch_extend, exact, q, k_new, v_new, storage, block_table, past_lens, scale, kv_start, key_mask,
+        window, softcap, sink_logits, first_tokens,
     )  # fmt: skip
     if exact is not out:
         out.copy_(exact)

@@ -11,11 +11,11 @@ import triton
 
 from .checks import clamp_mask_start, clamp_window
 from .conditioning import hadamard_block
+from .first_tokens import FirstTokens
 from .layouts import check_decode
-from .sink_tokens import SinkTokens
 from .storage import KvCacheQuant
 from .triton_join import launch_join
-from .triton_layouts import in_32_bits, layer_of, sink_layout
+from .triton_layouts import first_layout, in_32_bits, layer_of
 from .triton_split import CHUNK, STREAMS, decode_kernel
 from .triton_tiles import PART
 from .triton_tuning import Chip, Config, config_for
@@ -61,7 +61,7 @@ def decode_constants(
 def launch_decode(
     out: torch.Tensor,
     q: torch.Tensor,
-    cache: KvCacheQuant,
+    storage: KvCacheQuant,
     block_table: torch.Tensor,
     context_lens: torch.Tensor,
     scale: float,
@@ -70,8 +70,8 @@ def launch_decode(
     key_mask_start: int,
     window: int | None,
     softcap: float | None,
-    sinks: torch.Tensor | None,
-    sink_tokens: SinkTokens | None = None,
+    sink_logits: torch.Tensor | None,
+    first_tokens: FirstTokens | None = None,
     *,
     chip: Chip,
     integer: bool = True,
@@ -84,9 +84,9 @@ def launch_decode(
         integer: multiply int8 with int8; False multiplies in float16, for chips whose matrix unit knows no int8.
         config: instead of the chip's own.
     """
-    layout, head_strides = layer_of(cache)
-    block_table, context_lens, kv_start, key_mask, sinks = check_decode(
-        layout, out, q, block_table, context_lens, kv_start, key_mask, softcap, sinks, sink_layout(sink_tokens)
+    layout, head_strides = layer_of(storage)
+    block_table, context_lens, kv_start, key_mask, sink_logits = check_decode(
+        layout, out, q, block_table, context_lens, kv_start, key_mask, softcap, sink_logits, first_layout(first_tokens)
     )
     # At most 16 rows, so that a copy costs nothing.
     q = in_32_bits(q, axes=2)
@@ -96,26 +96,26 @@ def launch_decode(
     if window is not None:
         window = clamp_window(window, table_width * block_size)
     key_mask_start = 0 if key_mask is None else clamp_mask_start(key_mask_start, key_mask, table_width * block_size)
-    rotated = cache.rotation is not None
+    rotated = storage.rotation is not None
     blocks_start = kv_start
-    if sink_tokens is not None:
-        blocks_start = sink_tokens.stop if kv_start is None else torch.maximum(sink_tokens.stop, kv_start)
+    if first_tokens is not None:
+        blocks_start = first_tokens.stop if kv_start is None else torch.maximum(first_tokens.stop, kv_start)
     row_tiles, wanted, constants = decode_constants(
         num_q_heads // kv_heads, q_len, head_dim, v_dim, block_size, rotated, integer, chip, config
     )
     chunks = -(-table_width * block_size // CHUNK)
     splits = max(1, min(chunks, -(-wanted // (batch * kv_heads * row_tiles))))
     sums = torch.empty(batch * num_q_heads * q_len * splits * (v_dim + 2), dtype=torch.float32, device=q.device)
-    # Without softcap and sinks the keys' centre moves all scores of a row alike, and softmax does not see it.
-    absolute = softcap is not None or sinks is not None
+    # Without softcap and sink_logits the keys' centre moves all scores of a row alike, and softmax does not see it.
+    absolute = softcap is not None or sink_logits is not None
     decode_kernel[(splits, kv_heads * row_tiles, batch)](
         sums,
         q,
-        cache.k,
-        cache.v,
-        cache.k_scales,
-        cache.v_scales,
-        cache.key_center if absolute else None,
+        storage.k,
+        storage.v,
+        storage.k_scales,
+        storage.v_scales,
+        storage.key_center if absolute else None,
         block_table,
         context_lens,
         blocks_start,
@@ -137,8 +137,8 @@ def launch_decode(
         **constants,
     )
     launch_join(
-        out, sums, q, cache, context_lens, scale, kv_start, key_mask, key_mask_start, window, softcap, sinks,
-        sink_tokens, splits,
+        out, sums, q, storage, context_lens, scale, kv_start, key_mask, key_mask_start, window, softcap, sink_logits,
+        first_tokens, splits,
     )  # fmt: skip
 
 
@@ -160,13 +160,13 @@ def time_decode(
     slots = (kv_heads, batch * width, block_size)
     k, v = (torch.zeros(*slots, dim, dtype=torch.int8, device=device) for dim in (head_dim, v_dim))
     scales = torch.ones(slots, dtype=torch.float16, device=device)
-    cache = KvCacheQuant(k, v, scales, scales.clone(), "triton", "v_transposed", "hadamard" if rotated else None)
+    storage = KvCacheQuant(k, v, scales, scales.clone(), "triton", "v_transposed", "hadamard" if rotated else None)
     table = torch.arange(batch * width, dtype=torch.int32, device=device).view(batch, width)
     lens = torch.full((batch,), tokens, dtype=torch.int32, device=device)
     q = torch.ones(batch, kv_heads * group, 1, head_dim, dtype=torch.float16, device=device)
     options = (head_dim**-0.5, None, None, 0, None, None, None)
     call = partial(
-        launch_decode, q.new_empty(*q.shape[:3], v_dim), q, cache, table, lens, *options,
+        launch_decode, q.new_empty(*q.shape[:3], v_dim), q, storage, table, lens, *options,
         chip=chip, integer=integer, config=config,
     )  # fmt: skip
     return triton.testing.do_bench(call, return_mode="median")

@@ -10,9 +10,9 @@ import triton
 import triton.language as tl
 
 from .conditioning import hadamard_block
-from .sink_tokens import SinkTokens
+from .first_tokens import FirstTokens
 from .storage import KvCacheQuant
-from .triton_layouts import sink_pointers
+from .triton_layouts import first_pointers
 from .triton_primitives import LOG2_E, exponent_shift, hadamard, sink_positions, tanh
 
 
@@ -137,7 +137,7 @@ def reduce_kernel(
 
 @functools.lru_cache(maxsize=1024)
 def join_constants(
-    group: int, head_dim: int, v_dim: int, rotated: bool, sink_tokens: int, windowed: bool, capped: bool
+    group: int, head_dim: int, v_dim: int, rotated: bool, first_tokens: int, windowed: bool, capped: bool
 ) -> dict[str, Any]:
     """The kernel's constants and options, worked out once per kind of call."""
     return dict(
@@ -148,8 +148,8 @@ def join_constants(
         GROUP=group,
         HEAD_DIM=head_dim,
         K_DIMS=triton.next_power_of_2(head_dim),
-        SINK_TOKENS=sink_tokens,
-        SINK_TILE=triton.next_power_of_2(sink_tokens),
+        SINK_TOKENS=first_tokens,
+        SINK_TILE=triton.next_power_of_2(first_tokens),
         HAS_WINDOW=windowed,
         HAS_SOFTCAP=capped,
         num_warps=4,
@@ -161,7 +161,7 @@ def launch_join(
     out: torch.Tensor,
     partial: torch.Tensor,
     q: torch.Tensor,
-    cache: KvCacheQuant,
+    storage: KvCacheQuant,
     context_lens: torch.Tensor,
     scale: float,
     kv_start: torch.Tensor | None,
@@ -169,8 +169,8 @@ def launch_join(
     key_mask_start: int,
     window: int | None,
     softcap: float | None,
-    sinks: torch.Tensor | None,
-    sink_tokens: SinkTokens | None,
+    sink_logits: torch.Tensor | None,
+    first_tokens: FirstTokens | None,
     num_splits: int,
 ) -> None:
     """Write ``out`` ``[batch, num_q_heads, q_len, v_head_dim]`` from the sums that the splits have left in ``partial``.
@@ -178,28 +178,28 @@ def launch_join(
     The other arguments are those of `reference.decode`, as `launch_decode` has checked them, and the number of splits.
     """
     batch, num_q_heads, q_len, v_dim = out.shape
-    rotated = cache.rotation is not None
-    if sink_tokens is None:
-        for_sink_tokens: tuple = (None,) * 10 + (0.0, 0.0) + (0,) * 8
+    rotated = storage.rotation is not None
+    if first_tokens is None:
+        for_first_tokens: tuple = (None,) * 10 + (0.0, 0.0) + (0,) * 8
         constants = join_constants(1, 1, v_dim, rotated, 1, False, False)
     else:
-        center = cache.key_center if softcap is None and sinks is None else None
+        center = storage.key_center if softcap is None and sink_logits is None else None
         mask = (0, 0) if key_mask is None else (key_mask.shape[1], key_mask.stride(0))
-        for_sink_tokens = (
-            q, *sink_pointers(sink_tokens), center, context_lens, kv_start, key_mask, float(scale),
+        for_first_tokens = (
+            q, *first_pointers(first_tokens), center, context_lens, kv_start, key_mask, float(scale),
             float(softcap or 0.0), key_mask_start, *mask, window or 0, *q.stride(),
         )  # fmt: skip
-        group, head_dim = num_q_heads // cache.k.shape[0], q.shape[3]
+        group, head_dim = num_q_heads // storage.k.shape[0], q.shape[3]
         special = (window is not None, softcap is not None)
-        constants = join_constants(group, head_dim, v_dim, rotated, sink_tokens.k.shape[2], *special)
+        constants = join_constants(group, head_dim, v_dim, rotated, first_tokens.k.shape[2], *special)
     reduce_kernel[(batch * num_q_heads * q_len,)](
         out,
         partial,
-        sinks,
+        sink_logits,
         num_q_heads,
         q_len,
         num_splits,
         *out.stride()[:3],
-        *for_sink_tokens,
+        *for_first_tokens,
         **constants,
     )

@@ -8,15 +8,15 @@ from __future__ import annotations
 
 import torch
 
-from .layouts import LayerLayout, OncePerObject, SinkLayout, check_first_tokens, check_layer
-from .sink_tokens import SinkTokens
+from .first_tokens import FirstTokens
+from .layouts import FirstTokensLayout, LayerLayout, OncePerObject, check_first_tokens, check_layer
 from .storage import KvCacheQuant
 
 TILE_ORDER = "v_transposed"
 
 
-def _make_layer(cache: KvCacheQuant) -> tuple[LayerLayout, tuple[int, int, int, int]]:
-    layout = check_layer(cache, "triton", TILE_ORDER)
+def _make_layer(storage: KvCacheQuant) -> tuple[LayerLayout, tuple[int, int, int, int]]:
+    layout = check_layer(storage, "triton", TILE_ORDER)
     slots = layout.num_blocks * layout.block_size
     return layout, (slots * layout.head_dim, slots * layout.v_head_dim, slots, slots)
 
@@ -24,19 +24,19 @@ def _make_layer(cache: KvCacheQuant) -> tuple[LayerLayout, tuple[int, int, int, 
 #: Sizes of a layer's storage, checked once, and how many elements lie from head to head of its keys, values and their
 #: scales.
 layer_of = OncePerObject(_make_layer)
-_sink_layout = OncePerObject(check_first_tokens)
+_first_layout = OncePerObject(check_first_tokens)
 
 
-def sink_layout(sink_tokens: SinkTokens | None) -> SinkLayout | None:
+def first_layout(first_tokens: FirstTokens | None) -> FirstTokensLayout | None:
     """Sizes of first tokens, checked once."""
-    return None if sink_tokens is None else _sink_layout(sink_tokens)
+    return None if first_tokens is None else _first_layout(first_tokens)
 
 
-def sink_pointers(sink_tokens: SinkTokens | None) -> tuple[torch.Tensor | None, ...]:
+def first_pointers(first_tokens: FirstTokens | None) -> tuple[torch.Tensor | None, ...]:
     """The tensors of first tokens, in the kernels' order, or five times ``None``."""
-    if sink_tokens is None:
+    if first_tokens is None:
         return (None,) * 5
-    return sink_tokens.k, sink_tokens.v, sink_tokens.row, sink_tokens.first, sink_tokens.stop
+    return first_tokens.k, first_tokens.v, first_tokens.row, first_tokens.first, first_tokens.stop
 
 
 def in_32_bits(x: torch.Tensor, axes: int = 1) -> torch.Tensor:
