@@ -26,7 +26,7 @@ from _machine_code import MULTIPROCESSORS, audit_cubin, audit_hsaco, tool
 from _triton_offline import TARGETS, compiling_for
 from tqdm import tqdm
 
-from hf_int8_paged.kernels import FirstTokens, KvCacheQuant
+from hf_int8_paged.kernels import FirstTokens, KvCacheQuant, Scoring, Tokens
 from hf_int8_paged.kernels.triton_decode import launch_decode
 from hf_int8_paged.kernels.triton_tiles import TOKENS
 from hf_int8_paged.kernels.triton_tuning import Chip
@@ -65,7 +65,7 @@ def audit(
     first_tokens = FirstTokens(rows, rows, lens, lens, lens, limit=1)
     with compiling_for(TARGETS[chip]) as compiled:
         launch_decode(
-            torch.empty_like(q), q, storage, table, lens, head_dim**-0.5, None, None, 0, None, None, None, first_tokens,
+            torch.empty_like(q), q, storage, Tokens.at(table, lens), Scoring(head_dim**-0.5), first_tokens,
             chip=Chip(chip, 132), integer=integer,
         )  # fmt: skip
     kernel = next(kernel for name, kernel in compiled if name == "decode_kernel")

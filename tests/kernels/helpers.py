@@ -14,7 +14,9 @@ from typing import Any
 import numpy as np
 import torch
 
-from hf_int8_paged.kernels import FirstTokens, KvCacheQuant, alloc_paged_int8_layer
+from hf_int8_paged.kernels import KvCacheQuant, alloc_paged_int8_layer
+
+from .first_token_cases import first_places, first_positions, keep_first
 
 POISON = 127  # int8 value of a slot that nobody may read; its scale is NaN
 FLOAT16_MAX = np.float32(65504)
@@ -205,9 +207,8 @@ def make_case(
     if sink_logits:
         options["sink_logits"] = torch.from_numpy(rng.standard_normal(kv_heads * group)).to(dtype).to(device)
     if first_tokens:
-        options["first_tokens"] = make_first_tokens(
-            rng, k, v, keys, values, lens, first_tokens, first_at, dtype, device
-        )
+        places = first_places(rng, lens, first_tokens, first_at)
+        options["first_tokens"] = keep_first(places, ((k, keys), (v, values)), first_tokens, dtype, device)
     case = Case(
         storage=storage,
         block_table=torch.from_numpy(table).to(device),
@@ -221,42 +222,6 @@ def make_case(
     )
     poison_unseen(case)
     return case
-
-
-def make_first_tokens(
-    rng: np.random.Generator,
-    k: np.ndarray,
-    v: np.ndarray,
-    keys: np.ndarray,
-    values: np.ndarray,
-    lens: Sequence[int],
-    count: int,
-    first: Sequence[int],
-    dtype: torch.dtype,
-    device: torch.device,
-) -> FirstTokens:
-    """The first tokens of every sequence in full precision, which ``keys`` and ``values`` get too, in place. They stand
-    in permuted rows, and rows and tokens that nobody may read hold NaN."""
-    batch = len(lens)
-    places = np.zeros((3, batch), np.int32)  # row, first, stop
-    places[0] = rng.permutation(batch + 1)[:batch]
-    places[1] = first if len(first) else 0
-    places[2] = np.minimum(places[1] + count, lens)
-    rows = []
-    for source, dense in ((k, keys), (v, values)):
-        kept = torch.full((batch + 1, source.shape[1], count, source.shape[3]), torch.nan, dtype=dtype)
-        for b, (row, begin, stop) in enumerate(places.T.tolist()):
-            kept[row, :, : stop - begin] = torch.from_numpy(source[b, :, begin:stop]).to(dtype)
-            dense[b, :, begin:stop] = kept[row, :, : stop - begin].double().numpy()
-        rows.append(kept.to(device))
-    row, begin, stop = torch.from_numpy(places).to(device)
-    return FirstTokens(*rows, row, begin, stop, limit=int(places[2].max()))
-
-
-def first_positions(case: Case, sequence: int) -> tuple[int, int]:
-    """Position of the first first token, and after the last."""
-    held = case.options.get("first_tokens")
-    return (0, 0) if held is None else (int(held.first[sequence]), int(held.stop[sequence]))
 
 
 def store_rows(
@@ -280,7 +245,7 @@ def visible_keys(case: Case) -> list[list[np.ndarray]]:
     seen: list[list[np.ndarray]] = []
     for b, n in enumerate(lens):
         j = np.arange(n)
-        first, stop = first_positions(case, b)
+        first, stop = first_positions(case.options, b)
         visible = ((table[b, j // block_size] >= 0) & (j >= stop)) | ((j >= first) & (j < stop))
         if kv_start is not None:
             visible &= j >= int(kv_start[b])
@@ -298,7 +263,8 @@ def visible_keys(case: Case) -> list[list[np.ndarray]]:
 def poison_unseen(case: Case) -> None:
     """Poison the slots of tokens that no query row sees: outside a window, before kv_start, masked, first tokens."""
     lens, seen = case.context_lens.tolist(), visible_keys(case)
-    unread = [set(range(n)).difference(*seen[b]).union(range(first_positions(case, b)[1])) for b, n in enumerate(lens)]
+    kept = [range(first_positions(case.options, b)[1]) for b in range(len(lens))]
+    unread = [set(range(n)).difference(*seen[b]).union(kept[b]) for b, n in enumerate(lens)]
     places = [case.slot_of(b, p) for b, positions in enumerate(unread) for p in sorted(positions)]
     poison_slots(case.storage, [(block, slot) for block, slot in places if block >= 0])
 

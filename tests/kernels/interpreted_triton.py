@@ -13,6 +13,8 @@ import triton.language as tl
 
 from hf_int8_paged.kernels import (
     KvCacheQuant,
+    Scoring,
+    Tokens,
     gather_dense,
     int8_kv_append_paged,
     int8_paged_decode_attention,
@@ -188,7 +190,7 @@ def test_strides_whose_products_pass_2_to_the_31(axis: int) -> None:
     answers = []
     for queries, keys, values in ((q, *new), (wide_q, *wide_new)):
         out = torch.empty_like(q)
-        triton_backend.extend(out, queries, keys, values, storage, table, lens, scale, *[None] * 5)
+        triton_backend.attend(out, queries, storage, Tokens.at(table, lens), Scoring(scale), (keys, values))
         int8_kv_append_paged(keys, values, storage, table, lens - rows)
         decoded = int8_paged_decode_attention(queries, storage, table, lens, scale)
         answers.append((out, decoded, *gather_dense(storage, table, lens)))

@@ -16,6 +16,8 @@ import torch
 
 from hf_int8_paged.kernels import (
     KvCacheQuant,
+    Scoring,
+    Tokens,
     alloc_paged_int8_layer,
     cpu,
     cpu_library,
@@ -187,9 +189,10 @@ def test_direct_calls_check_lengths_and_the_blocks_they_use(ids: list[int], leng
     table, lens = torch.tensor([[3, 4], ids], dtype=torch.int32), torch.tensor([5, length], dtype=torch.int32)
     rows, out = torch.randn(2, 2, 1, 64), torch.zeros(2, 2, 1, 64)
     with pytest.raises(ValueError, match=message):
-        cpu.append(rows, rows, storage, table, lens)
+        cpu.append(rows, rows, storage, Tokens.at(table, lens))
+    tokens = Tokens.at(table, lens + 1 if length >= 0 else lens)
     with pytest.raises(ValueError, match=message if length != 32 else "got 33"):
-        cpu.decode(out, rows, storage, table, lens + 1 if length >= 0 else lens, 0.1, None, None, 0, None, None, None)
+        cpu.attend(out, rows, storage, tokens, Scoring(0.1))
     after = snapshot(storage)
     assert all((before[name] == after[name]).all() for name in before)
     assert not out.any()
@@ -208,7 +211,8 @@ def test_calls_do_not_keep_a_cache_alive() -> None:
     storage = layer(num_blocks=2 * HUGE_PAGE // (2 * 16 * 64))
     table, lens = torch.zeros(1, 1, dtype=torch.int32), torch.zeros(1, dtype=torch.int32)
     rows = torch.randn(1, 2, 1, 64)
-    cpu.append(rows, rows, storage, table, lens)
+    tokens = Tokens.at(table, lens)
+    cpu.append(rows, rows, storage, tokens)
     address = storage.k.data_ptr()
     assert is_mapped(address)
     del storage

@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 import torch
 
-from hf_int8_paged.kernels import FirstTokens, KvCacheQuant
+from hf_int8_paged.kernels import FirstTokens, KvCacheQuant, Scoring, Tokens
 
 ROOT = Path(__file__).parents[2]
 sys.path.append(str(ROOT / "eval"))
@@ -93,6 +93,11 @@ def layer(head_dim: int, v_head_dim: int, block_size: int, rotation: str | None)
     )
 
 
+def records(table: torch.Tensor, lens: torch.Tensor, options: dict[str, Any]) -> tuple[Tokens, Scoring]:
+    tokens = Tokens(table, lens, lens, options.get("window"), options.get("kv_start"))
+    return tokens, Scoring(0.1, *(options.get(name) for name in ("softcap", "sink_logits", "key_mask")))
+
+
 #: head_dim, v_head_dim, block_size, rotation, query heads, q_len, dtype, options
 VARIANTS: dict[str, tuple[Any, ...]] = {
     "plain": (128, 128, 16, "hadamard", 8, 1, torch.bfloat16, {}),
@@ -125,20 +130,16 @@ def test_every_kernel_compiles_ahead_of_time(gpu: str, variant: str) -> None:
     table, lens = torch.zeros(2, 300 // block_size, dtype=torch.int32), torch.zeros(2, dtype=torch.int32)
     new = [torch.empty(2, 2, q_len, dim, dtype=dtype) for dim in (head_dim, v_head_dim)]
     q, out = (torch.empty(2, heads, q_len, dim, dtype=dtype) for dim in (head_dim, v_head_dim))
-    absent: dict[str, Any] = dict.fromkeys(("kv_start", "key_mask", "window", "softcap", "sink_logits"))
     rows = [torch.empty(2, 2, 3, dim, dtype=dtype) for dim in (head_dim, v_head_dim)]
     first_tokens = FirstTokens(*rows, lens, lens, lens, limit=3)
+    tokens, scoring = records(table, lens, options)
     with compiling_for(TARGETS[gpu]) as compiled:
-        launch_append(*new, storage, table, lens)
+        launch_append(*new, storage, tokens)
         for integer in (True, False):
-            launch_decode(
-                out, q, storage, table, lens, 0.1,
-                key_mask_start=0, first_tokens=first_tokens if integer else None, chip=Chip(gpu, 100), integer=integer,
-                **{**absent, **options},
-            )  # fmt: skip
-        seen = {name: options.get(name) for name in ("kv_start", "key_mask", "window", "softcap", "sink_logits")}
+            held = first_tokens if integer else None
+            launch_decode(out, q, storage, tokens, scoring, held, chip=Chip(gpu, 100), integer=integer)
         for held in (first_tokens, None):
-            launch_extend(out, q, *new, storage, table, lens, 0.1, **seen, first_tokens=held)
+            launch_extend(out, q, storage, tokens, scoring, (new[0], new[1]), held)
     names = ["append_kernel", *2 * ["decode_kernel", "reduce_kernel"], *2 * ["extend_kernel"]]
     assert [name for name, _ in compiled] == names
     binary = "hsaco" if gpu == "gfx942" else "cubin"
@@ -160,25 +161,20 @@ def test_launches_read_nothing_from_the_device(variant: str, monkeypatch: pytest
     monkeypatch.setattr(JITFunction, "run", lambda self, *args, grid, **_: launches.append((self.__name__, grid)))
     monkeypatch.setattr(triton_backend, "chip_of", lambda device: Chip("sm_90", 132))
     head_dim, v_head_dim, block_size, rotation, heads, q_len, dtype, options = VARIANTS[variant]
-    names = ("kv_start", "key_mask", "window", "softcap", "sink_logits")
     with FakeTensorMode(allow_non_fake_inputs=False), torch.device("cuda"):
         storage = layer(head_dim, v_head_dim, block_size, rotation)
         table, lens = torch.zeros(2, 300 // block_size, dtype=torch.int32), torch.zeros(2, dtype=torch.int32)
         new = [torch.empty(2, 2, q_len, dim, dtype=dtype) for dim in (head_dim, v_head_dim)]
         q, out = (torch.empty(2, heads, q_len, dim, dtype=dtype) for dim in (head_dim, v_head_dim))
-        given = [options.get(name) for name in names]
-        kv_start, key_mask, window, softcap, sink_logits = (
-            torch.zeros(x.shape, dtype=x.dtype) if isinstance(x, torch.Tensor) else x for x in given
-        )
+        fake = {
+            n: torch.zeros(x.shape, dtype=x.dtype) if isinstance(x, torch.Tensor) else x for n, x in options.items()
+        }
+        tokens, scoring = records(table, lens, fake)
         assert out.device.type == "cuda"
-        triton_backend.append(*new, storage, table, lens)
+        triton_backend.append(*new, storage, tokens)
         rows = [torch.empty(2, 2, 3, dim, dtype=dtype) for dim in (head_dim, v_head_dim)]
         held = FirstTokens(*rows, lens, lens, lens, limit=3)
-        triton_backend.decode(
-            out, q, storage, table, lens, 0.1, kv_start, key_mask, 0, window, softcap, sink_logits, held
-        )
-        triton_backend.extend(
-            out, q, *new, storage, table, lens, 0.1, kv_start, key_mask, window, softcap, sink_logits, held
-        )
+        triton_backend.attend(out, q, storage, tokens, scoring, None, held)
+        triton_backend.attend(out, q, storage, tokens, scoring, (new[0], new[1]), held)
     assert [name for name, _ in launches] == ["append_kernel", "decode_kernel", "reduce_kernel", "extend_kernel"]
     assert all(type(size) is int for _, grid in launches for size in grid)

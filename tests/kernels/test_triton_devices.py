@@ -13,7 +13,7 @@ from triton.backends.compiler import GPUTarget
 from triton.runtime import driver
 from triton.runtime.jit import JITFunction
 
-from hf_int8_paged.kernels import FirstTokens, KvCacheQuant, triton_backend, triton_device
+from hf_int8_paged.kernels import FirstTokens, KvCacheQuant, Scoring, Tokens, triton_backend, triton_device
 
 pytestmark = pytest.mark.skipif(
     os.environ.get("TRITON_INTERPRET") == "1", reason="the interpreter knows neither devices nor streams"
@@ -86,9 +86,10 @@ def run_a_layer(device: str) -> None:
         new, q = torch.empty(2, 2, 3, 64), torch.empty(2, 4, 3, 64)
         out, row = torch.empty_like(q), torch.empty(2, 2, 1, 64)
         held = FirstTokens(row, row, lens, lens, lens, limit=1)
-        triton_backend.append(new, new, storage, table, lens)
-        triton_backend.decode(out, q, storage, table, lens, 0.1, None, None, 0, None, None, None, held)
-        triton_backend.extend(out, q, new, new, storage, table, lens, 0.1, None, None, None, None, None, held)
+        tokens, scoring = Tokens(table, lens, lens), Scoring(0.1)
+        triton_backend.append(new, new, storage, tokens)
+        triton_backend.attend(out, q, storage, tokens, scoring, None, held)
+        triton_backend.attend(out, q, storage, tokens, scoring, (new, new), held)
 
 
 KERNELS = ("append_kernel", "decode_kernel", "reduce_kernel", "extend_kernel")

@@ -1,7 +1,7 @@
 """Paged int8 KV cache kernels: allocate, append, attend, gather, copy.
 
 Pure functions over tensors; they know neither transformers nor a cache class. The names follow the INT8 KV cache of
-a Rust inference engine. The memory layout is defined in `storage`, the arithmetic in `reference`.
+a Rust inference engine. The memory layout is defined in `storage`, the arithmetic in `reference` and `formats`.
 """
 
 from __future__ import annotations
@@ -9,7 +9,16 @@ from __future__ import annotations
 import torch
 
 from .allocation import alloc_paged_int8_layer
-from .backends import BACKENDS, backend_of, load_backend, resolve_backend, why_unavailable
+from .backends import (
+    BACKENDS,
+    Backend,
+    backend_of,
+    load_backend,
+    register_backend,
+    resolve_backend,
+    why_unavailable,
+)
+from .calls import MAX_DECODE_ROWS, Scoring, Tokens
 from .checks import (
     FLOAT_DTYPES,
     MAX_HEAD_DIM,
@@ -21,27 +30,37 @@ from .checks import (
     check_tensor,
 )
 from .conditioning import ROTATIONS, mean_key
-from .decode_attention import MAX_DECODE_ROWS, int8_paged_decode_attention
+from .decode_attention import int8_paged_decode_attention
 from .first_tokens import MAX_FIRST_TOKENS, FirstTokens
+from .formats import FORMATS, Format, register_format
+from .ragged_attention import int8_paged_ragged_attention
 from .storage import TILE_ORDERS, KvCacheQuant
 
 __all__ = [
     "BACKENDS",
     "FLOAT_DTYPES",
+    "FORMATS",
     "MAX_DECODE_ROWS",
     "MAX_FIRST_TOKENS",
     "MAX_HEAD_DIM",
     "ROTATIONS",
     "TILE_ORDERS",
+    "Backend",
+    "FirstTokens",
+    "Format",
     "KvCacheQuant",
-    "SinkTokens",
+    "Scoring",
+    "Tokens",
     "alloc_paged_int8_layer",
     "copy_blocks",
     "gather_dense",
     "int8_kv_append_paged",
     "int8_paged_decode_attention",
+    "int8_paged_ragged_attention",
     "load_backend",
     "mean_key",
+    "register_backend",
+    "register_format",
     "resolve_backend",
     "why_unavailable",
 ]
@@ -84,7 +103,7 @@ def int8_kv_append_paged(
     check_tensor(context_lens_before, "context_lens_before", shape=(batch,), dtypes=(torch.int32,), device=device)
     check_block_ids(block_table, "block_table", storage.num_blocks)
     check_lengths(context_lens_before, "context_lens_before", max_blocks * storage.block_size, new_tokens=tokens)
-    backend_of(storage, backend).append(k_new, v_new, storage, block_table, context_lens_before)
+    backend_of(storage, backend).append(k_new, v_new, storage, Tokens.at(block_table, context_lens_before))
 
 
 def gather_dense(
@@ -129,7 +148,7 @@ def gather_dense(
         raise ValueError(f"dtype must be float32, float16 or bfloat16, got {dtype}")
     if first_tokens is not None:
         check_first_tokens(first_tokens, storage, len(block_table))
-    k, v = backend_of(storage, backend).gather(storage, block_table, lens, start, stop, dtype)
+    k, v = backend_of(storage, backend).gather(storage, Tokens.at(block_table, lens), start, stop, dtype)
     return (k, v) if first_tokens is None else first_tokens.put_both(k, v, start)
 
 

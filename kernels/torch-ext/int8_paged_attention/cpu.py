@@ -1,7 +1,8 @@
 """The CPU backend: C kernels in `cpu_src`, called through ctypes.
 
 A call is one packed struct, which `cpu_records` makes of tensors whose layout it has checked; what is constant for a
-layer is packed once. The C code checks values, for nothing: lengths, the block ids it uses, places of first tokens.
+layer, or for a step, is packed once. The C code checks values, for nothing: lengths, the block ids it uses, places of
+first tokens.
 """
 
 from __future__ import annotations
@@ -11,7 +12,8 @@ import warnings
 
 import torch
 
-from . import cpu_library
+from . import cpu_library, reference
+from .calls import Scoring, Tokens
 from .checks import MAX_NATIVE_HEAD_DIM, check_block_ids, check_first_places, check_lengths
 from .cpu_memory import empty
 from .cpu_records import (
@@ -24,14 +26,18 @@ from .cpu_records import (
     layer_record,
 )
 from .first_tokens import FirstTokens
+from .formats import INT8
+from .ragged import attend_ragged
 from .storage import KvCacheQuant
 
 __all__ = [
+    "FORMATS",
+    "LONG_CHUNKS",
     "NAME",
     "TILE_ORDER",
     "append",
+    "attend",
     "copy",
-    "decode",
     "empty",
     "gather",
     "hadamard",
@@ -42,6 +48,8 @@ __all__ = [
 ]
 
 NAME = "cpu"
+FORMATS = (INT8.name,)
+LONG_CHUNKS = False
 
 _LIBRARY = cpu_library.load()
 _NO_MEMORY, _BAD_RANGE, _BAD_SINK_TOKEN = -3, -4, -5
@@ -70,58 +78,51 @@ def _warn_once(missing: str) -> None:
     warnings.warn(f"int8 paged attention on the CPU runs on slow reference code: {missing}", stacklevel=3)
 
 
-def append(
-    k_new: torch.Tensor,
-    v_new: torch.Tensor,
-    storage: KvCacheQuant,
-    block_table: torch.Tensor,
-    context_lens_before: torch.Tensor,
-) -> None:
-    layer, layout = layer_record(storage)
-    call, held = append_record(layout, k_new, v_new, block_table, context_lens_before)
+def append(k_new: torch.Tensor, v_new: torch.Tensor, storage: KvCacheQuant, tokens: Tokens) -> None:
+    """`reference.append` in C."""
+    layer, layout = storage.notes.get(NAME) or layer_record(storage)
+    call, _held = append_record(layout, k_new, v_new, tokens)
     error = _LIBRARY.append(layer, call)
     if error:
-        _raise(error, storage, *held[2:], new_tokens=k_new.shape[2])
+        _raise(error, storage, tokens.block_table, tokens.context_lens_before, new_tokens=k_new.shape[2])
 
 
-def decode(
+def attend(
     out: torch.Tensor,
     q: torch.Tensor,
     storage: KvCacheQuant,
-    block_table: torch.Tensor,
-    context_lens: torch.Tensor,
-    scale: float,
-    kv_start: torch.Tensor | None,
-    key_mask: torch.Tensor | None,
-    key_mask_start: int,
-    window: int | None,
-    softcap: float | None,
-    sink_logits: torch.Tensor | None,
+    tokens: Tokens,
+    scoring: Scoring,
+    fresh: tuple[torch.Tensor, torch.Tensor] | None = None,
     first_tokens: FirstTokens | None = None,
 ) -> None:
-    layer, layout = layer_record(storage)
-    call, held = decode_record(
-        layout, out, q, block_table, context_lens, scale, kv_start, key_mask, key_mask_start, window, softcap,
-        sink_logits, first_tokens,
-    )  # fmt: skip
+    """`reference.attend`, from the blocks in C. There is no C kernel for fresh keys and values (``LONG_CHUNKS``)."""
+    if tokens.cu_seqlens_q is not None:
+        return attend_ragged(attend, out, q, storage, tokens, scoring, fresh, first_tokens)
+    if fresh is not None:
+        return reference.attend(out, q, storage, tokens, scoring, fresh, first_tokens)
+    layer, layout = storage.notes.get(NAME) or layer_record(storage)
+    call, _held = decode_record(layout, out, q, tokens, scoring, first_tokens)
     error = _LIBRARY.decode(layer, call)
     if error:
-        _raise(error, storage, held[2], held[3], first_tokens=first_tokens)
+        _raise(error, storage, tokens.block_table, tokens.context_lens, first_tokens=first_tokens)
 
 
 def gather(
-    storage: KvCacheQuant, block_table: torch.Tensor, lens: torch.Tensor, start: int, stop: int, dtype: torch.dtype
+    storage: KvCacheQuant, tokens: Tokens, start: int, stop: int, dtype: torch.dtype
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    layer, layout = layer_record(storage)
-    call, k, v, held = gather_record(layout, block_table, lens, start, stop, dtype)
+    """`reference.gather` in C."""
+    layer, layout = storage.notes.get(NAME) or layer_record(storage)
+    call, k, v = gather_record(layout, tokens, start, stop, dtype)
     error = _LIBRARY.gather(layer, call)
     if error:
-        _raise(error, storage, *held)
+        _raise(error, storage, tokens.block_table, tokens.context_lens)
     return k, v
 
 
 def copy(storage: KvCacheQuant, src: torch.Tensor, dst: torch.Tensor) -> None:
-    layer, layout = layer_record(storage)
+    """`reference.copy` in C."""
+    layer, layout = storage.notes.get(NAME) or layer_record(storage)
     source, destination, count, held = copy_arguments(layout, src, dst)
     if _LIBRARY.copy(layer, source, destination, count):
         raise ValueError(f"src and dst must hold block ids from 0 to {storage.num_blocks - 1}, got {held}")

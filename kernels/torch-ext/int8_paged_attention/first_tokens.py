@@ -6,9 +6,11 @@ or a few per sequence cost next to nothing. They are kept as the model computed 
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
+
+from .notes import Notes
 
 #: Most first tokens per sequence.
 MAX_FIRST_TOKENS = 16
@@ -38,6 +40,7 @@ class FirstTokens:
     first: torch.Tensor
     stop: torch.Tensor
     limit: int
+    notes: Notes = field(default_factory=Notes, init=False, repr=False)
 
     @property
     def num_tokens(self) -> int:

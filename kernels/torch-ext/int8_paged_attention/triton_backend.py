@@ -1,6 +1,6 @@
 """The Triton backend: NVIDIA and AMD GPUs, Intel GPUs by Triton's own support, and any device under TRITON_INTERPRET=1.
 
-Append and decode are kernels of their own. Gather and copy are torch's, as in the reference: they serve the paths
+Append and attention are kernels of their own. Gather and copy are torch's, as in the reference: they serve the paths
 that are not taken per token.
 """
 
@@ -9,8 +9,11 @@ from __future__ import annotations
 import torch
 import triton
 
+from .calls import Scoring, Tokens
 from .checks import MAX_NATIVE_HEAD_DIM
 from .first_tokens import FirstTokens
+from .formats import INT8
+from .ragged import attend_ragged
 from .reference import copy, empty, gather
 from .storage import KvCacheQuant
 from .triton_append import launch_append
@@ -20,9 +23,11 @@ from .triton_extend import launch_extend
 from .triton_layouts import TILE_ORDER
 from .triton_tuning import Chip
 
-__all__ = ["NAME", "TILE_ORDER", "append", "copy", "decode", "empty", "extend", "gather", "unavailable"]
+__all__ = ["FORMATS", "LONG_CHUNKS", "NAME", "TILE_ORDER", "append", "attend", "copy", "empty", "gather", "unavailable"]
 
 NAME = "triton"
+FORMATS = (INT8.name,)
+LONG_CHUNKS = True
 OLDEST_TRITON = (3, 6)
 #: 32639 * 127 * 256 < 2**31: the largest product of a query in steps with a key row.
 WIDEST_ROW = 256
@@ -45,74 +50,42 @@ def multiplies_int8(chip: Chip) -> bool:
     return not (chip.name.startswith("sm_") and int(chip.name[3:]) < 80)
 
 
-def append(
-    k_new: torch.Tensor,
-    v_new: torch.Tensor,
-    storage: KvCacheQuant,
-    block_table: torch.Tensor,
-    context_lens_before: torch.Tensor,
-) -> None:
-    if not k_new.numel() or not block_table.shape[1]:
+def append(k_new: torch.Tensor, v_new: torch.Tensor, storage: KvCacheQuant, tokens: Tokens) -> None:
+    """`reference.append` on a GPU."""
+    if not k_new.numel() or not tokens.block_table.shape[1]:
         return
-    launch_on(k_new.device, launch_append, k_new, v_new, storage, block_table, context_lens_before)
+    launch_on(k_new.device, launch_append, k_new, v_new, storage, tokens)
 
 
-def decode(
+def attend(
     out: torch.Tensor,
     q: torch.Tensor,
     storage: KvCacheQuant,
-    block_table: torch.Tensor,
-    context_lens: torch.Tensor,
-    scale: float,
-    kv_start: torch.Tensor | None,
-    key_mask: torch.Tensor | None,
-    key_mask_start: int,
-    window: int | None,
-    softcap: float | None,
-    sink_logits: torch.Tensor | None,
+    tokens: Tokens,
+    scoring: Scoring,
+    fresh: tuple[torch.Tensor, torch.Tensor] | None = None,
     first_tokens: FirstTokens | None = None,
 ) -> None:
+    """`reference.attend` on a GPU."""
+    if tokens.cu_seqlens_q is not None:
+        return attend_ragged(attend, out, q, storage, tokens, scoring, fresh, first_tokens)
     if not out.numel():
         return
-    if not storage.num_blocks or not block_table.shape[1]:
-        out.zero_()
-        return
-    chip = chip_of(out.device)
     exact = out
     if INTERPRETED:
         exact, q = _interpretable(out), _interpretable(q)
-    launch_on(
-        out.device, launch_decode, exact, q, storage, block_table, context_lens, scale, kv_start, key_mask,
-        key_mask_start, window, softcap, sink_logits, first_tokens, chip=chip, integer=multiplies_int8(chip),
-    )  # fmt: skip
-    if exact is not out:
-        out.copy_(exact)
-
-
-def extend(
-    out: torch.Tensor,
-    q: torch.Tensor,
-    k_new: torch.Tensor,
-    v_new: torch.Tensor,
-    storage: KvCacheQuant,
-    block_table: torch.Tensor,
-    past_lens: torch.Tensor,
-    scale: float,
-    kv_start: torch.Tensor | None,
-    key_mask: torch.Tensor | None,
-    window: int | None,
-    softcap: float | None,
-    sink_logits: torch.Tensor | None,
-    first_tokens: FirstTokens | None = None,
-) -> None:
-    """Attention of a chunk over the past in the blocks and over itself; the arguments are `launch_extend`'s."""
-    if not out.numel():
-        return
-    exact, q, k_new, v_new = (_interpretable(x) for x in (out, q, k_new, v_new))
-    launch_on(
-        out.device, launch_extend, exact, q, k_new, v_new, storage, block_table, past_lens, scale, kv_start, key_mask,
-        window, softcap, sink_logits, first_tokens,
-    )  # fmt: skip
+    if fresh is not None:
+        if INTERPRETED:
+            fresh = _interpretable(fresh[0]), _interpretable(fresh[1])
+        launch_on(out.device, launch_extend, exact, q, storage, tokens, scoring, fresh, first_tokens)
+    elif not storage.num_blocks or not tokens.block_table.shape[1]:
+        exact.zero_()
+    else:
+        chip = chip_of(out.device)
+        launch_on(
+            out.device, launch_decode, exact, q, storage, tokens, scoring, first_tokens,
+            chip=chip, integer=multiplies_int8(chip),
+        )  # fmt: skip
     if exact is not out:
         out.copy_(exact)
 

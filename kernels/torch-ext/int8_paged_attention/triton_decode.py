@@ -9,13 +9,14 @@ from typing import Any
 import torch
 import triton
 
+from .calls import Scoring, Tokens
 from .checks import clamp_mask_start, clamp_window
 from .conditioning import hadamard_block
 from .first_tokens import FirstTokens
-from .layouts import check_decode
+from .layouts import check_attend
 from .storage import KvCacheQuant
 from .triton_join import launch_join
-from .triton_layouts import first_layout, in_32_bits, layer_of
+from .triton_layouts import NOTE, Rows, first_layout, in_32_bits, layer_of, tokens_of
 from .triton_split import CHUNK, STREAMS, decode_kernel
 from .triton_tiles import PART
 from .triton_tuning import Chip, Config, config_for
@@ -23,29 +24,21 @@ from .triton_tuning import Chip, Config, config_for
 
 @functools.lru_cache(maxsize=1024)
 def decode_constants(
-    group: int,
-    q_len: int,
-    head_dim: int,
-    v_dim: int,
-    block_size: int,
-    rotated: bool,
-    integer: bool,
-    chip: Chip,
-    config: Config | None,
+    kind: Rows, group: int, q_len: int, integer: bool, chip: Chip, config: Config | None
 ) -> tuple[int, int, dict[str, Any]]:
     """Row tiles, programs that the chip should have, and constants and options, worked out once per kind of call."""
     rows = 8 if group * q_len <= 8 else 16
     if config is None:
-        measure = partial(time_decode, chip, head_dim, v_dim, group, block_size, rotated, integer)
-        config = config_for(chip, head_dim, group, integer and not rotated, measure)
+        measure = partial(time_decode, chip, kind, group, integer)
+        config = config_for(chip, kind.head_dim, group, integer and not kind.rotated, measure)
     constants = dict(
         GROUP=group,
-        HEAD_DIM=head_dim,
-        V_DIM=v_dim,
-        DIMS=max(PART.value, triton.next_power_of_2(head_dim)),
-        V_PART=max(16, min(PART.value, triton.next_power_of_2(v_dim))),
-        ROTATED=hadamard_block(head_dim) if rotated else 1,
-        BLOCK_SIZE=block_size,
+        HEAD_DIM=kind.head_dim,
+        V_DIM=kind.v_dim,
+        DIMS=max(PART.value, triton.next_power_of_2(kind.head_dim)),
+        V_PART=max(16, min(PART.value, triton.next_power_of_2(kind.v_dim))),
+        ROTATED=hadamard_block(kind.head_dim) if kind.rotated else 1,
+        BLOCK_SIZE=kind.block_size,
         ROWS=rows,
         STREAMS=STREAMS,
         INTEGER=integer,
@@ -62,51 +55,41 @@ def launch_decode(
     out: torch.Tensor,
     q: torch.Tensor,
     storage: KvCacheQuant,
-    block_table: torch.Tensor,
-    context_lens: torch.Tensor,
-    scale: float,
-    kv_start: torch.Tensor | None,
-    key_mask: torch.Tensor | None,
-    key_mask_start: int,
-    window: int | None,
-    softcap: float | None,
-    sink_logits: torch.Tensor | None,
+    tokens: Tokens,
+    scoring: Scoring,
     first_tokens: FirstTokens | None = None,
     *,
     chip: Chip,
     integer: bool = True,
     config: Config | None = None,
 ) -> None:
-    """`reference.decode` on a GPU: two launches, whose grids depend on shapes alone.
+    """`reference.attend` from the blocks on a GPU: two launches, whose grids depend on shapes alone.
 
     Args:
         chip: its multiprocessors decide into how many splits the context falls.
         integer: multiply int8 with int8; False multiplies in float16, for chips whose matrix unit knows no int8.
         config: instead of the chip's own.
     """
-    layout, head_strides = layer_of(storage)
-    block_table, context_lens, kv_start, key_mask, sink_logits = check_decode(
-        layout, out, q, block_table, context_lens, kv_start, key_mask, softcap, sink_logits, first_layout(first_tokens)
-    )
+    layout, kind, head_strides = storage.notes.get(NOTE) or layer_of(storage)
+    held = tokens.notes.get(NOTE) or tokens_of(tokens)
+    key_mask, sink_logits = check_attend(layout, held, out, q, scoring, first_layout(first_tokens))
+    scale, softcap, _, _, key_mask_start = scoring
     # At most 16 rows, so that a copy costs nothing.
     q = in_32_bits(q, axes=2)
-    batch, num_q_heads, q_len, head_dim = q.shape
+    batch, num_q_heads, q_len, _ = q.shape
     _, kv_heads, num_blocks, block_size, _, v_dim = layout
-    table_width = block_table.shape[1]
+    table_width, window, kv_start = held.max_blocks, tokens.window, tokens.kv_start
     if window is not None:
         window = clamp_window(window, table_width * block_size)
     key_mask_start = 0 if key_mask is None else clamp_mask_start(key_mask_start, key_mask, table_width * block_size)
-    rotated = storage.rotation is not None
     blocks_start = kv_start
     if first_tokens is not None:
         blocks_start = first_tokens.stop if kv_start is None else torch.maximum(first_tokens.stop, kv_start)
-    row_tiles, wanted, constants = decode_constants(
-        num_q_heads // kv_heads, q_len, head_dim, v_dim, block_size, rotated, integer, chip, config
-    )
+    row_tiles, wanted, constants = decode_constants(kind, num_q_heads // kv_heads, q_len, integer, chip, config)
     chunks = -(-table_width * block_size // CHUNK)
     splits = max(1, min(chunks, -(-wanted // (batch * kv_heads * row_tiles))))
     sums = torch.empty(batch * num_q_heads * q_len * splits * (v_dim + 2), dtype=torch.float32, device=q.device)
-    # Without softcap and sink_logits the keys' centre moves all scores of a row alike, and softmax does not see it.
+    # Without softcap and sink logits the keys' centre moves all scores of a row alike, and softmax does not see it.
     absolute = softcap is not None or sink_logits is not None
     decode_kernel[(splits, kv_heads * row_tiles, batch)](
         sums,
@@ -116,8 +99,8 @@ def launch_decode(
         storage.k_scales,
         storage.v_scales,
         storage.key_center if absolute else None,
-        block_table,
-        context_lens,
+        tokens.block_table,
+        tokens.context_lens,
         blocks_start,
         key_mask,
         float(scale),
@@ -130,43 +113,39 @@ def launch_decode(
         window or 0,
         *q.stride(),
         *head_strides,
-        block_table.stride()[0],
+        held.table_stride,
         0 if key_mask is None else key_mask.stride()[0],
         HAS_WINDOW=window is not None,
         HAS_SOFTCAP=softcap is not None,
         **constants,
     )
-    launch_join(
-        out, sums, q, storage, context_lens, scale, kv_start, key_mask, key_mask_start, window, softcap, sink_logits,
-        first_tokens, splits,
-    )  # fmt: skip
+    if first_tokens is not None or sink_logits is not None:
+        scoring = Scoring(scale, softcap, sink_logits, key_mask, key_mask_start)
+    launch_join(out, sums, q, storage, tokens, scoring, first_tokens, splits)
 
 
 def time_decode(
     chip: Chip,
-    head_dim: int,
-    v_dim: int,
+    kind: Rows,
     group: int,
-    block_size: int,
-    rotated: bool,
     integer: bool,
     config: Config,
     device: str = "cuda",
     sizes: tuple[int, int, int] = (8, 8, 4096),
 ) -> float:
     """Milliseconds of decode attention with ``config``, for this many sequences, KV heads and tokens of each."""
-    batch, kv_heads, tokens = sizes
-    width = tokens // block_size
-    slots = (kv_heads, batch * width, block_size)
-    k, v = (torch.zeros(*slots, dim, dtype=torch.int8, device=device) for dim in (head_dim, v_dim))
+    batch, kv_heads, length = sizes
+    width = length // kind.block_size
+    slots = (kv_heads, batch * width, kind.block_size)
+    k, v = (torch.zeros(*slots, dim, dtype=torch.int8, device=device) for dim in kind[:2])
     scales = torch.ones(slots, dtype=torch.float16, device=device)
-    storage = KvCacheQuant(k, v, scales, scales.clone(), "triton", "v_transposed", "hadamard" if rotated else None)
+    rotation = "hadamard" if kind.rotated else None
+    storage = KvCacheQuant(k, v, scales, scales.clone(), "triton", "v_transposed", rotation)
     table = torch.arange(batch * width, dtype=torch.int32, device=device).view(batch, width)
-    lens = torch.full((batch,), tokens, dtype=torch.int32, device=device)
-    q = torch.ones(batch, kv_heads * group, 1, head_dim, dtype=torch.float16, device=device)
-    options = (head_dim**-0.5, None, None, 0, None, None, None)
+    tokens = Tokens.at(table, torch.full((batch,), length, dtype=torch.int32, device=device))
+    q = torch.ones(batch, kv_heads * group, 1, kind.head_dim, dtype=torch.float16, device=device)
     call = partial(
-        launch_decode, q.new_empty(*q.shape[:3], v_dim), q, storage, table, lens, *options,
+        launch_decode, q.new_empty(*q.shape[:3], kind.v_dim), q, storage, tokens, Scoring(kind.head_dim**-0.5),
         chip=chip, integer=integer, config=config,
     )  # fmt: skip
     return triton.testing.do_bench(call, return_mode="median")

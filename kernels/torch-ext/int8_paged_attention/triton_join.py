@@ -9,6 +9,8 @@ import torch
 import triton
 import triton.language as tl
 
+from .calls import Scoring, Tokens
+from .checks import clamp_window
 from .conditioning import hadamard_block
 from .first_tokens import FirstTokens
 from .storage import KvCacheQuant
@@ -162,20 +164,14 @@ def launch_join(
     partial: torch.Tensor,
     q: torch.Tensor,
     storage: KvCacheQuant,
-    context_lens: torch.Tensor,
-    scale: float,
-    kv_start: torch.Tensor | None,
-    key_mask: torch.Tensor | None,
-    key_mask_start: int,
-    window: int | None,
-    softcap: float | None,
-    sink_logits: torch.Tensor | None,
+    tokens: Tokens,
+    scoring: Scoring,
     first_tokens: FirstTokens | None,
     num_splits: int,
 ) -> None:
     """Write ``out`` ``[batch, num_q_heads, q_len, v_head_dim]`` from the sums that the splits have left in ``partial``.
 
-    The other arguments are those of `reference.decode`, as `launch_decode` has checked them, and the number of splits.
+    The other arguments are those of `reference.attend`, as `launch_decode` has checked them, and the number of splits.
     """
     batch, num_q_heads, q_len, v_dim = out.shape
     rotated = storage.rotation is not None
@@ -183,10 +179,14 @@ def launch_join(
         for_first_tokens: tuple = (None,) * 10 + (0.0, 0.0) + (0,) * 8
         constants = join_constants(1, 1, v_dim, rotated, 1, False, False)
     else:
+        scale, softcap, sink_logits, key_mask, key_mask_start = scoring
+        window = tokens.window
         center = storage.key_center if softcap is None and sink_logits is None else None
         mask = (0, 0) if key_mask is None else (key_mask.shape[1], key_mask.stride(0))
+        if window is not None:
+            window = clamp_window(window, tokens.block_table.shape[1] * storage.block_size)
         for_first_tokens = (
-            q, *first_pointers(first_tokens), center, context_lens, kv_start, key_mask, float(scale),
+            q, *first_pointers(first_tokens), center, tokens.context_lens, tokens.kv_start, key_mask, float(scale),
             float(softcap or 0.0), key_mask_start, *mask, window or 0, *q.stride(),
         )  # fmt: skip
         group, head_dim = num_q_heads // storage.k.shape[0], q.shape[3]
@@ -195,7 +195,7 @@ def launch_join(
     reduce_kernel[(batch * num_q_heads * q_len,)](
         out,
         partial,
-        sink_logits,
+        scoring[2],
         num_q_heads,
         q_len,
         num_splits,
