@@ -94,8 +94,8 @@ def triton_layer_launching_nothing() -> Iterator[tuple[Callable[[], None], list[
     would have launched."""
     from triton.runtime.jit import JITFunction
 
-    from hf_int8_paged.kernels import triton_backend
-    from hf_int8_paged.kernels.triton_tuning import Chip
+    from hf_int8_paged.kernels.triton import backend as triton_backend
+    from hf_int8_paged.kernels.triton.tuning import Chip
 
     chips = {torch.device("cpu"): Chip("sm_90", 132)}
     slots = (8, 64, 16)

@@ -27,9 +27,9 @@ from _triton_offline import TARGETS, compiling_for
 from tqdm import tqdm
 
 from hf_int8_paged.kernels import FirstTokens, KvCacheQuant, Scoring, Tokens
-from hf_int8_paged.kernels.triton_decode import launch_decode
-from hf_int8_paged.kernels.triton_tiles import TOKENS
-from hf_int8_paged.kernels.triton_tuning import Chip
+from hf_int8_paged.kernels.triton.decode import launch_decode
+from hf_int8_paged.kernels.triton.tiles import TOKENS
+from hf_int8_paged.kernels.triton.tuning import Chip
 
 HEAD_DIMS, GROUPS, BLOCK_SIZES = (64, 128, 256), (1, 4, 8), (16, 64)
 DTYPES = (torch.float16, torch.bfloat16)

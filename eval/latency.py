@@ -30,7 +30,8 @@ import torch
 from _common import device_called, positive, provenance, write_json
 from torch.nn.functional import scaled_dot_product_attention
 
-from hf_int8_paged.kernels import Scoring, Tokens, alloc_paged_int8_layer, cpu, load_backend
+from hf_int8_paged.kernels import Scoring, Tokens, alloc_paged_int8_layer, load_backend
+from hf_int8_paged.kernels.cpu import backend as cpu
 
 BLOCK_SIZE = 16
 LLC_MULTIPLE = 4

@@ -16,7 +16,7 @@ from torch._subclasses.fake_tensor import DataDependentOutputException, FakeTens
 from torch.fx.experimental.proxy_tensor import make_fx
 
 from hf_int8_paged import PagedInt8Cache
-from hf_int8_paged.kernels import triton_backend
+from hf_int8_paged.kernels.triton import backend as triton_backend
 from tests.models import tiny_model
 
 #: Operators whose result has a shape that depends on values, or is a value.

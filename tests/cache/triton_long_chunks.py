@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from hf_int8_paged import PagedInt8Cache
-from hf_int8_paged.kernels import triton_backend
+from hf_int8_paged.kernels.triton import backend as triton_backend
 from hf_int8_paged.layers import PagedInt8Layer
 from tests.kernels.conftest import on_the_device
 from tests.kernels.helpers import device_of

@@ -8,13 +8,8 @@ import pytest
 import torch
 
 from hf_int8_paged import PagedInt8Cache
-from hf_int8_paged.kernels import (
-    Scoring,
-    Tokens,
-    int8_kv_append_paged,
-    int8_paged_decode_attention,
-    triton_backend,
-)
+from hf_int8_paged.kernels import Scoring, Tokens, int8_kv_append_paged, int8_paged_decode_attention
+from hf_int8_paged.kernels.triton import backend as triton_backend
 from tests.kernels.helpers import Case, device_of, make_case, poisoned_layer, snapshot
 from tests.models import random_ids, tiny_model
 

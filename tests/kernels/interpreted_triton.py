@@ -18,9 +18,9 @@ from hf_int8_paged.kernels import (
     gather_dense,
     int8_kv_append_paged,
     int8_paged_decode_attention,
-    triton_backend,
 )
-from hf_int8_paged.kernels.triton_tuning import Chip
+from hf_int8_paged.kernels.triton import backend as triton_backend
+from hf_int8_paged.kernels.triton.tuning import Chip
 
 from .attention_oracle import dense_attention
 from .conftest import on_the_device

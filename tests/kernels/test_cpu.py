@@ -19,13 +19,13 @@ from hf_int8_paged.kernels import (
     Scoring,
     Tokens,
     alloc_paged_int8_layer,
-    cpu,
-    cpu_library,
     int8_kv_append_paged,
     int8_paged_decode_attention,
 )
 from hf_int8_paged.kernels.conditioning import hadamard
-from hf_int8_paged.kernels.cpu_memory import HUGE_PAGE
+from hf_int8_paged.kernels.cpu import backend as cpu
+from hf_int8_paged.kernels.cpu import library as cpu_library
+from hf_int8_paged.kernels.cpu.memory import HUGE_PAGE
 
 from .attention_oracle import assert_close, error_bound
 from .conftest import CPU, backends_here
@@ -58,7 +58,7 @@ def attend(case: Case) -> torch.Tensor:
 @pytest.mark.slow
 @pytest.mark.parametrize("isa", cpu.isas())
 def test_the_environment_forces_an_instruction_set(isa: str) -> None:
-    code = "from hf_int8_paged.kernels import cpu; print(cpu.selected_isa())"
+    code = "from hf_int8_paged.kernels.cpu import backend as cpu; print(cpu.selected_isa())"
     assert run_python(code, HF_INT8_PAGED_CPU_ISA=isa).stdout.strip() == isa
 
 
@@ -129,7 +129,8 @@ def test_any_number_of_threads_gives_the_same_attention(name: str) -> None:
 def test_without_torchs_threads_one_thread_does_everything() -> None:
     code = """
 import torch
-from hf_int8_paged.kernels import cpu, cpu_library
+from hf_int8_paged.kernels.cpu import backend as cpu
+from hf_int8_paged.kernels.cpu import library as cpu_library
 library = cpu._LIBRARY
 torch.set_num_threads(2)
 library._c.int8_paged_set_threads(None, None)

@@ -10,7 +10,9 @@ from pathlib import Path
 
 import pytest
 
-from hf_int8_paged.kernels import alloc_paged_int8_layer, cpu, cpu_library
+from hf_int8_paged.kernels import alloc_paged_int8_layer
+from hf_int8_paged.kernels.cpu import backend as cpu
+from hf_int8_paged.kernels.cpu import library as cpu_library
 
 ROOT = Path(__file__).parent.parent.parent
 

@@ -12,16 +12,10 @@ import pytest
 import torch
 from torch.testing._internal.two_tensor import TwoTensor
 
-from hf_int8_paged.kernels import (
-    FirstTokens,
-    KvCacheQuant,
-    Scoring,
-    Tokens,
-    cpu,
-    cpu_library,
-    cpu_records,
-    load_backend,
-)
+from hf_int8_paged.kernels import FirstTokens, KvCacheQuant, Scoring, Tokens, load_backend
+from hf_int8_paged.kernels.cpu import backend as cpu
+from hf_int8_paged.kernels.cpu import library as cpu_library
+from hf_int8_paged.kernels.cpu import records as cpu_records
 
 from .conftest import CPU, backends_here
 from .helpers import device_of, poisoned_layer, snapshot

@@ -120,10 +120,10 @@ VARIANTS: dict[str, tuple[Any, ...]] = {
 def test_every_kernel_compiles_ahead_of_time(gpu: str, variant: str) -> None:
     from _triton_offline import TARGETS, compiling_for
 
-    from hf_int8_paged.kernels.triton_append import launch_append
-    from hf_int8_paged.kernels.triton_decode import launch_decode
-    from hf_int8_paged.kernels.triton_extend import launch_extend
-    from hf_int8_paged.kernels.triton_tuning import Chip
+    from hf_int8_paged.kernels.triton.append import launch_append
+    from hf_int8_paged.kernels.triton.decode import launch_decode
+    from hf_int8_paged.kernels.triton.extend import launch_extend
+    from hf_int8_paged.kernels.triton.tuning import Chip
 
     head_dim, v_head_dim, block_size, rotation, heads, q_len, dtype, options = VARIANTS[variant]
     storage = layer(head_dim, v_head_dim, block_size, rotation)
@@ -154,8 +154,8 @@ def test_launches_read_nothing_from_the_device(variant: str, monkeypatch: pytest
     from torch._subclasses.fake_tensor import FakeTensorMode
     from triton.runtime.jit import JITFunction
 
-    from hf_int8_paged.kernels import triton_backend
-    from hf_int8_paged.kernels.triton_tuning import Chip
+    from hf_int8_paged.kernels.triton import backend as triton_backend
+    from hf_int8_paged.kernels.triton.tuning import Chip
 
     launches: list[tuple[str, Any]] = []
     monkeypatch.setattr(JITFunction, "run", lambda self, *args, grid, **_: launches.append((self.__name__, grid)))

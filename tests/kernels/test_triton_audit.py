@@ -159,7 +159,7 @@ def test_extend_reads_no_single_bytes_and_does_not_spill_in_its_loop(chip: str, 
     from _triton_offline import TARGETS, compiling_for
 
     from hf_int8_paged.kernels import FirstTokens, KvCacheQuant, Scoring, Tokens
-    from hf_int8_paged.kernels.triton_extend import launch_extend
+    from hf_int8_paged.kernels.triton.extend import launch_extend
 
     slots = (2, 64, 16)
     k, v = (torch.empty(*slots, head_dim, dtype=torch.int8) for _ in range(2))

@@ -13,7 +13,9 @@ from triton.backends.compiler import GPUTarget
 from triton.runtime import driver
 from triton.runtime.jit import JITFunction
 
-from hf_int8_paged.kernels import FirstTokens, KvCacheQuant, Scoring, Tokens, triton_backend, triton_device
+from hf_int8_paged.kernels import FirstTokens, KvCacheQuant, Scoring, Tokens
+from hf_int8_paged.kernels.triton import backend as triton_backend
+from hf_int8_paged.kernels.triton import device as triton_device
 
 pytestmark = pytest.mark.skipif(
     os.environ.get("TRITON_INTERPRET") == "1", reason="the interpreter knows neither devices nor streams"

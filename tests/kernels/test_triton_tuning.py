@@ -8,9 +8,10 @@ from pathlib import Path
 import pytest
 import torch
 
-from hf_int8_paged.kernels import triton_decode, triton_tuning
-from hf_int8_paged.kernels.triton_layouts import Rows
-from hf_int8_paged.kernels.triton_tuning import Chip, Config, config_for
+from hf_int8_paged.kernels.triton import decode as triton_decode
+from hf_int8_paged.kernels.triton import tuning as triton_tuning
+from hf_int8_paged.kernels.triton.layouts import Rows
+from hf_int8_paged.kernels.triton.tuning import Chip, Config, config_for
 
 CHIP = Chip("sm_90", 132)
 

@@ -71,12 +71,14 @@ class Backend(Protocol):
 
 
 if TYPE_CHECKING:
-    from . import cpu, reference, triton_backend
+    from . import reference
+    from .cpu import backend as cpu
+    from .triton import backend as triton
 
     #: Here mypy compares every backend of the package with the protocol.
-    _IN_THE_PACKAGE: tuple[Backend, ...] = (reference, cpu, triton_backend)
+    _IN_THE_PACKAGE: tuple[Backend, ...] = (reference, cpu, triton)
 
-_MODULES = {"reference": ".reference", "cpu": ".cpu", "triton": ".triton_backend"}
+_MODULES = {"reference": ".reference", "cpu": ".cpu.backend", "triton": ".triton.backend"}
 #: Names of the backends that come with the package.
 BACKENDS = tuple(_MODULES)
 #: Backends by device type, the preferred one first.

@@ -9,12 +9,12 @@ import torch
 import triton
 import triton.language as tl
 
-from .calls import Tokens
-from .conditioning import hadamard_block
-from .layouts import check_append
-from .storage import KvCacheQuant
-from .triton_layouts import NOTE, Rows, in_32_bits, layer_of, tokens_of
-from .triton_primitives import hadamard, quantize_rows
+from ..calls import Tokens
+from ..conditioning import hadamard_block
+from ..layouts import check_append
+from ..storage import KvCacheQuant
+from .layouts import NOTE, Rows, in_32_bits, layer_of, tokens_of
+from .primitives import hadamard, quantize_rows
 
 
 @triton.jit

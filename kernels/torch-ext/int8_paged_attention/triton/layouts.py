@@ -10,9 +10,9 @@ from typing import NamedTuple
 
 import torch
 
-from .calls import Tokens
-from .first_tokens import FirstTokens
-from .layouts import (
+from ..calls import Tokens
+from ..first_tokens import FirstTokens
+from ..layouts import (
     FirstTokensLayout,
     LayerLayout,
     TokensLayout,
@@ -20,7 +20,7 @@ from .layouts import (
     check_layer,
     check_tokens,
 )
-from .storage import KvCacheQuant
+from ..storage import KvCacheQuant
 
 TILE_ORDER = "v_transposed"
 

@@ -1,6 +1,6 @@
-"""The CPU backend: C kernels in `cpu_src`, called through ctypes.
+"""The CPU backend: C kernels in `src`, called through ctypes.
 
-A call is one packed struct, which `cpu_records` makes of tensors whose layout it has checked; what is constant for a
+A call is one packed struct, which `records` makes of tensors whose layout it has checked; what is constant for a
 layer, or for a step, is packed once. The C code checks values, for nothing: lengths, the block ids it uses, places of
 first tokens.
 """
@@ -12,11 +12,16 @@ import warnings
 
 import torch
 
-from . import cpu_library, reference
-from .calls import Scoring, Tokens
-from .checks import MAX_NATIVE_HEAD_DIM, check_block_ids, check_first_places, check_lengths
-from .cpu_memory import empty
-from .cpu_records import (
+from .. import reference
+from ..calls import Scoring, Tokens
+from ..checks import MAX_NATIVE_HEAD_DIM, check_block_ids, check_first_places, check_lengths
+from ..first_tokens import FirstTokens
+from ..formats import INT8
+from ..ragged import attend_ragged
+from ..storage import KvCacheQuant
+from . import library
+from .memory import empty
+from .records import (
     TILE_ORDER,
     append_record,
     copy_arguments,
@@ -25,10 +30,6 @@ from .cpu_records import (
     hadamard_arguments,
     layer_record,
 )
-from .first_tokens import FirstTokens
-from .formats import INT8
-from .ragged import attend_ragged
-from .storage import KvCacheQuant
 
 __all__ = [
     "FORMATS",
@@ -51,7 +52,7 @@ NAME = "cpu"
 FORMATS = (INT8.name,)
 LONG_CHUNKS = False
 
-_LIBRARY = cpu_library.load()
+_LIBRARY = library.load()
 _NO_MEMORY, _BAD_RANGE, _BAD_SINK_TOKEN = -3, -4, -5
 
 

@@ -1,4 +1,4 @@
-"""The records that cross to C: the structs of cpu_src/int8_paged.h, packed from tensors that `layouts` has checked.
+"""The records that cross to C: the structs of src/int8_paged.h, packed from tensors that `layouts` has checked.
 
 No other code packs an address. A record names memory without owning it, so what it was made of is returned with it, to
 be held until the C function has returned.
@@ -11,8 +11,8 @@ from typing import NamedTuple
 
 import torch
 
-from .calls import Scoring, Tokens, rows_contiguous
-from .checks import (
+from ..calls import Scoring, Tokens, rows_contiguous
+from ..checks import (
     FLOAT_DTYPES,
     MAX_NATIVE_HEAD_DIM,
     check_contiguous,
@@ -21,8 +21,8 @@ from .checks import (
     clamp_mask_start,
     clamp_window,
 )
-from .first_tokens import FirstTokens
-from .layouts import (
+from ..first_tokens import FirstTokens
+from ..layouts import (
     FirstTokensLayout,
     LayerLayout,
     TokensLayout,
@@ -33,7 +33,7 @@ from .layouts import (
     check_layer,
     check_tokens,
 )
-from .storage import KvCacheQuant
+from ..storage import KvCacheQuant
 
 #: The structs in the order of int8_paged_record_size; every field is 8 bytes wide.
 RECORDS = {

@@ -1,4 +1,4 @@
-"""Decode attention in Triton: split over the context (`triton_split`), then joined (`triton_join`)."""
+"""Decode attention in Triton: split over the context (`split`), then joined (`join`)."""
 
 from __future__ import annotations
 
@@ -9,17 +9,17 @@ from typing import Any
 import torch
 import triton
 
-from .calls import Scoring, Tokens
-from .checks import clamp_mask_start, clamp_window
-from .conditioning import hadamard_block
-from .first_tokens import FirstTokens
-from .layouts import check_attend
-from .storage import KvCacheQuant
-from .triton_join import launch_join
-from .triton_layouts import NOTE, Rows, first_layout, in_32_bits, layer_of, tokens_of
-from .triton_split import CHUNK, STREAMS, decode_kernel
-from .triton_tiles import PART
-from .triton_tuning import Chip, Config, config_for
+from ..calls import Scoring, Tokens
+from ..checks import clamp_mask_start, clamp_window
+from ..conditioning import hadamard_block
+from ..first_tokens import FirstTokens
+from ..layouts import check_attend
+from ..storage import KvCacheQuant
+from .join import launch_join
+from .layouts import NOTE, Rows, first_layout, in_32_bits, layer_of, tokens_of
+from .split import CHUNK, STREAMS, decode_kernel
+from .tiles import PART
+from .tuning import Chip, Config, config_for
 
 
 @functools.lru_cache(maxsize=1024)

@@ -9,19 +9,19 @@ from __future__ import annotations
 import torch
 import triton
 
-from .calls import Scoring, Tokens
-from .checks import MAX_NATIVE_HEAD_DIM
-from .first_tokens import FirstTokens
-from .formats import INT8
-from .ragged import attend_ragged
-from .reference import copy, empty, gather
-from .storage import KvCacheQuant
-from .triton_append import launch_append
-from .triton_decode import launch_decode
-from .triton_device import INTERPRETED, chip_of, launch_on
-from .triton_extend import launch_extend
-from .triton_layouts import TILE_ORDER
-from .triton_tuning import Chip
+from ..calls import Scoring, Tokens
+from ..checks import MAX_NATIVE_HEAD_DIM
+from ..first_tokens import FirstTokens
+from ..formats import INT8
+from ..ragged import attend_ragged
+from ..reference import copy, empty, gather
+from ..storage import KvCacheQuant
+from .append import launch_append
+from .decode import launch_decode
+from .device import INTERPRETED, chip_of, launch_on
+from .extend import launch_extend
+from .layouts import TILE_ORDER
+from .tuning import Chip
 
 __all__ = ["FORMATS", "LONG_CHUNKS", "NAME", "TILE_ORDER", "append", "attend", "copy", "empty", "gather", "unavailable"]
 

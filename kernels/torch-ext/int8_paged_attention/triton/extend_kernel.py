@@ -10,7 +10,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from .triton_primitives import LOG2_E, block_ids, exponent_shift, hadamard, tanh
+from .primitives import LOG2_E, block_ids, exponent_shift, hadamard, tanh
 
 
 @triton.jit

@@ -9,13 +9,13 @@ import torch
 import triton
 import triton.language as tl
 
-from .calls import Scoring, Tokens
-from .checks import clamp_window
-from .conditioning import hadamard_block
-from .first_tokens import FirstTokens
-from .storage import KvCacheQuant
-from .triton_layouts import first_pointers
-from .triton_primitives import LOG2_E, exponent_shift, hadamard, sink_positions, tanh
+from ..calls import Scoring, Tokens
+from ..checks import clamp_window
+from ..conditioning import hadamard_block
+from ..first_tokens import FirstTokens
+from ..storage import KvCacheQuant
+from .layouts import first_pointers
+from .primitives import LOG2_E, exponent_shift, hadamard, sink_positions, tanh
 
 
 @triton.jit

@@ -1,19 +1,19 @@
 """Attention with fresh keys and values in Triton: a chunk of new rows over a past in int8 blocks, one launch
-(`triton_extend_kernel`)."""
+(`extend_kernel`)."""
 
 from __future__ import annotations
 
 import torch
 import triton
 
-from .calls import Scoring, Tokens
-from .checks import clamp_mask_start, clamp_window
-from .conditioning import hadamard_block
-from .first_tokens import FirstTokens
-from .layouts import check_append, check_options, check_queries
-from .storage import KvCacheQuant
-from .triton_extend_kernel import extend_kernel
-from .triton_layouts import NOTE, first_layout, first_pointers, in_32_bits, layer_of, tokens_of
+from ..calls import Scoring, Tokens
+from ..checks import clamp_mask_start, clamp_window
+from ..conditioning import hadamard_block
+from ..first_tokens import FirstTokens
+from ..layouts import check_append, check_options, check_queries
+from ..storage import KvCacheQuant
+from .extend_kernel import extend_kernel
+from .layouts import NOTE, first_layout, first_pointers, in_32_bits, layer_of, tokens_of
 
 
 def launch_extend(
