@@ -7,10 +7,11 @@ from dataclasses import replace
 import torch
 
 from .kernels import Backend, FirstTokens, KvCacheQuant, Scoring
+from .layer_checks import of_one_dtype
 from .layer_group import Group
 from .once import dense_read
 from .sequences import Sequences
-from .sink_places import SinkPlaces
+from .sink_places import SinkPlaces, first_rows
 
 
 class LayerReader:
@@ -70,6 +71,17 @@ class LayerReader:
         if self._first_tokens is None or self._first_tokens[0] is not places:
             self._first_tokens = places, FirstTokens(*self._first_rows, *places.on(self._device), places.limit)
         return self._first_tokens[1]
+
+    def _keep_first_tokens(self, key_states: torch.Tensor, value_states: torch.Tensor) -> None:
+        """Keep the first of a prompt's tokens in full precision, as many as the cache was asked for."""
+        places = self.sequences.sinks
+        if places is None:
+            return
+        first = places.on(key_states.device)[1] if places.first.any() else None
+        count = min(self.sequences.sink_tokens, key_states.shape[2])
+        rows = of_one_dtype(key_states, value_states)
+        self._first_rows = first_rows(rows[0], first, count), first_rows(rows[1], first, count)
+        self._first_tokens = None
 
     @property
     def sink_nbytes(self) -> int:

@@ -17,7 +17,6 @@ from .once import say_once
 from .pool import MIN_CENTER_TOKENS
 from .prompts import is_same, same_prompts
 from .sequences import Sequences
-from .sink_places import first_rows
 from .views import Content, PagedView
 
 
@@ -283,16 +282,6 @@ class PagedInt8Layer(LayerReader, CacheLayerMixin):
             tokens = Tokens.at(tokens.block_table[first], tokens.context_lens_before[first], tokens.window)
         with self.sequences.writer:
             self._backend.append(*of_one_dtype(key_states, value_states), self.storage, tokens)
-
-    def _keep_first_tokens(self, key_states: torch.Tensor, value_states: torch.Tensor) -> None:
-        places = self.sequences.sinks
-        if places is None:
-            return
-        first = places.on(key_states.device)[1] if places.first.any() else None
-        count = min(self.sequences.sink_tokens, key_states.shape[2])
-        rows = of_one_dtype(key_states, value_states)
-        self._first_rows = first_rows(rows[0], first, count), first_rows(rows[1], first, count)
-        self._first_tokens = None
 
     def stored(self, *, values: bool) -> PagedView | None:
         """A lazy view of the stored keys or values, or ``None`` before the first token."""

@@ -280,16 +280,8 @@ class Caches(RuleBasedStateMachine):
 def run_operations(backend: str, conditioned: bool, examples: int, steps: int) -> type[Caches]:
     """Run the state machine; its class counts."""
     kind = type("Caches", (Caches,), {"backend": backend, "conditioned": conditioned})
-    run_state_machine_as_test(
-        kind,
-        settings=settings(
-            max_examples=examples,
-            stateful_step_count=steps,
-            deadline=None,
-            derandomize=True,
-            suppress_health_check=list(HealthCheck),
-        ),
-    )
+    always: dict[str, Any] = {"deadline": None, "derandomize": True, "suppress_health_check": list(HealthCheck)}
+    run_state_machine_as_test(kind, settings=settings(max_examples=examples, stateful_step_count=steps, **always))
     return kind
 
 

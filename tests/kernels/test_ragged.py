@@ -18,7 +18,7 @@ from hf_int8_paged.kernels.ragged import groups_of
 
 from .attention_oracle import dense_attention, error_bound
 from .fresh_oracle import FLOAT32_ERROR, attention_over_fresh
-from .helpers import SEED, Case, device_of, int32_on, make_case
+from .helpers import SEED, Case, device_of, int32_on, make_case, snapshot
 
 #: rows of each sequence's chunk; tokens before it
 ROWS, PAST = (1, 5, 0, 1, 33, 2, 20, 5), (37, 20, 9, 64, 45, 0, 0, 71)
@@ -120,6 +120,29 @@ def test_equal_rows_are_one_call_whatever_the_lengths(backend: str, monkeypatch:
     assert calls == [(5, 4, 64), (5, 4, 1, 64)], "the packed call, and one of all sequences within it"
     monkeypatch.undo()
     assert torch.equal(packed_out, int8_paged_decode_attention(*case.arguments)[:, :, 0])
+
+
+def test_packed_rows_are_appended_as_if_each_sequence_came_alone(backend: str) -> None:
+    device, lens = device_of(backend), (20, 3, 33)
+    case = make_case(backend, lens=lens, rotation="hadamard")
+    rng, counts = torch.Generator().manual_seed(SEED), (1, 7, 1)
+    k_new, v_new = (torch.randn(9, 2, 64, generator=rng).to(device) for _ in range(2))
+    starts = torch.tensor([0, 1, 8, 9], **int32_on(backend))
+    before = snapshot(case.storage)
+    serving = load_backend(backend)
+    tokens = Tokens(case.block_table, case.context_lens, case.context_lens, cu_seqlens_q=starts)
+    serving.append(k_new, v_new, case.storage, tokens)
+    together = snapshot(case.storage)
+    for name in ("k", "v", "k_scales", "v_scales"):
+        stored = getattr(case.storage, name)
+        stored.copy_(torch.from_numpy(before[name]).view(stored.dtype))
+    for b, (first, count) in enumerate(zip((0, 1, 8), counts)):
+        rows, one = slice(first, first + count), slice(b, b + 1)
+        alone = Tokens.at(case.block_table[one], case.context_lens[one])
+        serving.append(k_new[rows].transpose(0, 1)[None], v_new[rows].transpose(0, 1)[None], case.storage, alone)
+    apart = snapshot(case.storage)
+    assert all((together[name] == apart[name]).all() for name in apart)
+    assert any((together[name] != before[name]).any() for name in apart)
 
 
 @pytest.mark.parametrize(

@@ -32,8 +32,9 @@ class Tokens:
         context_lens: int32 ``[batch]``, contiguous: tokens of each sequence after it, the step's own included.
         window: sliding window in tokens, a row's own position included, at least 1; ``None`` without one.
         kv_start: int32 ``[batch]``, contiguous: first position to read; ``None`` reads from 0.
-        cu_seqlens_q: int32 ``[batch + 1]``: rows ``cu_seqlens_q[b]`` to ``cu_seqlens_q[b + 1]`` of a packed query are
-            those of sequence b. ``None``: all sequences have the same number of rows, in an axis of their own.
+        cu_seqlens_q: int32 ``[batch + 1]``: rows ``cu_seqlens_q[b]`` to ``cu_seqlens_q[b + 1]`` of packed queries, and
+            of packed new keys and values, are those of sequence b. ``None``: all sequences have the same number of
+            rows, in an axis of their own.
     """
 
     block_table: torch.Tensor

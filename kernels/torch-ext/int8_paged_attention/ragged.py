@@ -14,6 +14,7 @@ import torch
 
 from .calls import MAX_DECODE_ROWS, Scoring, Tokens
 from .first_tokens import FirstTokens
+from .storage import KvCacheQuant
 
 
 class Group(NamedTuple):
@@ -70,11 +71,22 @@ def _make_groups(tokens: Tokens) -> list[Group]:
     return groups
 
 
+def append_ragged(
+    append: Callable[..., None], k_new: torch.Tensor, v_new: torch.Tensor, storage: KvCacheQuant, tokens: Tokens
+) -> None:
+    """``Backend.append`` of packed rows, ``[total_rows, num_kv_heads, dim]``, by calls of ``append`` for rows that are
+    not packed."""
+    for group in groups_of(tokens):
+        append(
+            unpacked(k_new[group.rows], group.q_len), unpacked(v_new[group.rows], group.q_len), storage, group.tokens
+        )
+
+
 def attend_ragged(
     attend: Callable[..., None],
     out: torch.Tensor,
     q: torch.Tensor,
-    storage: object,
+    storage: KvCacheQuant,
     tokens: Tokens,
     scoring: Scoring,
     fresh: tuple[torch.Tensor, torch.Tensor] | None,

@@ -15,7 +15,7 @@ from .conditioning import (
 from .first_tokens import FirstTokens
 from .formats import FORMATS as FORMATS
 from .formats import format_called
-from .ragged import attend_ragged
+from .ragged import append_ragged, attend_ragged
 from .storage import KvCacheQuant, tiles_to_rows, write_rows
 
 NAME = "reference"
@@ -40,8 +40,11 @@ def append(k_new: torch.Tensor, v_new: torch.Tensor, storage: KvCacheQuant, toke
         k_new: ``[batch, num_kv_heads, new_tokens, head_dim]``, float32, float16 or bfloat16.
         v_new: ``[batch, num_kv_heads, new_tokens, v_head_dim]``, same dtype.
         storage: the layer's, modified in place.
-        tokens: the first new token stands at ``tokens.context_lens_before``.
+        tokens: the first new token stands at ``tokens.context_lens_before``. With ``cu_seqlens_q`` the rows are packed:
+            ``[total_rows, num_kv_heads, dim]``.
     """
+    if tokens.cu_seqlens_q is not None:
+        return append_ragged(append, k_new, v_new, storage, tokens)
     positions = tokens.context_lens_before.long()[:, None] + torch.arange(k_new.shape[2], device=storage.device)
     blocks = tokens.block_table.long().gather(1, positions // storage.block_size)  # [batch, new_tokens]
     kept = ((blocks >= 0) & (blocks < storage.num_blocks)).flatten()

@@ -17,7 +17,7 @@ from ..calls import Scoring, Tokens
 from ..checks import MAX_NATIVE_HEAD_DIM, check_block_ids, check_first_places, check_lengths
 from ..first_tokens import FirstTokens
 from ..formats import INT8
-from ..ragged import attend_ragged
+from ..ragged import append_ragged, attend_ragged
 from ..storage import KvCacheQuant
 from . import library
 from .memory import empty
@@ -53,7 +53,7 @@ FORMATS = (INT8.name,)
 LONG_CHUNKS = False
 
 _LIBRARY = library.load()
-_NO_MEMORY, _BAD_RANGE, _BAD_SINK_TOKEN = -3, -4, -5
+_NO_MEMORY, _BAD_RANGE, _BAD_FIRST_TOKEN = -3, -4, -5
 
 
 def unavailable(device: torch.device, block_size: int, head_dim: int, v_head_dim: int) -> str | None:
@@ -81,6 +81,8 @@ def _warn_once(missing: str) -> None:
 
 def append(k_new: torch.Tensor, v_new: torch.Tensor, storage: KvCacheQuant, tokens: Tokens) -> None:
     """`reference.append` in C."""
+    if tokens.cu_seqlens_q is not None:
+        return append_ragged(append, k_new, v_new, storage, tokens)
     layer, layout = storage.notes.get(NAME) or layer_record(storage)
     call, _held = append_record(layout, k_new, v_new, tokens)
     error = _LIBRARY.append(layer, call)
@@ -167,7 +169,7 @@ def _raise(
     """Turn an error code into the exception that the public functions raise."""
     if error == _NO_MEMORY:
         raise MemoryError("no memory for the partial results of decode attention")
-    if error == _BAD_SINK_TOKEN and first_tokens is not None:
+    if error == _BAD_FIRST_TOKEN and first_tokens is not None:
         check_first_places(first_tokens)
     if error != _BAD_RANGE:
         check_lengths(lengths, "lengths", block_table.shape[1] * storage.block_size - new_tokens)

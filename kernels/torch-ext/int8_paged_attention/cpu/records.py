@@ -40,7 +40,7 @@ RECORDS = {
     "Layer": struct.Struct("=11q"),
     "AppendCall": struct.Struct("=15q"),
     "DecodeCall": struct.Struct("=16qd6qd9q"),
-    "SinkTokens": struct.Struct("=8q"),
+    "FirstTokens": struct.Struct("=8q"),
     "GatherCall": struct.Struct("=10q"),
 }
 TILE_ORDER = "dot4"
@@ -49,7 +49,7 @@ _pack_append = RECORDS["AppendCall"].pack
 # Without the FirstTokens at its end, which are packed on their own.
 _pack_decode = struct.Struct("=16qd6qdq").pack
 _pack_gather = RECORDS["GatherCall"].pack
-_NO_FIRST_TOKENS = bytes(RECORDS["SinkTokens"].size)
+_NO_FIRST_TOKENS = bytes(RECORDS["FirstTokens"].size)
 
 
 #: Under this name what is packed of an object stands in its notes.
@@ -78,7 +78,7 @@ def _first_record(first_tokens: FirstTokens) -> tuple[bytes, FirstTokensLayout]:
     k, v, row, first, stop = (getattr(first_tokens, name) for name in ("k", "v", "row", "first", "stop"))
     # A row that nobody has is an address too: without one there would be no first tokens.
     addresses = (_address(k) or 1, *(_address(x) for x in (v, row, first, stop)))
-    packed = RECORDS["SinkTokens"].pack(*addresses, k.shape[0], k.shape[2], _DTYPES[k.dtype])
+    packed = RECORDS["FirstTokens"].pack(*addresses, k.shape[0], k.shape[2], _DTYPES[k.dtype])
     first_tokens.notes[_NOTE] = packed, layout
     return packed, layout
 

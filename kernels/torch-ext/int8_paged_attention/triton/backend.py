@@ -13,7 +13,7 @@ from ..calls import Scoring, Tokens
 from ..checks import MAX_NATIVE_HEAD_DIM
 from ..first_tokens import FirstTokens
 from ..formats import INT8
-from ..ragged import attend_ragged
+from ..ragged import append_ragged, attend_ragged
 from ..reference import copy, empty, gather
 from ..storage import KvCacheQuant
 from .append import launch_append
@@ -52,6 +52,8 @@ def multiplies_int8(chip: Chip) -> bool:
 
 def append(k_new: torch.Tensor, v_new: torch.Tensor, storage: KvCacheQuant, tokens: Tokens) -> None:
     """`reference.append` on a GPU."""
+    if tokens.cu_seqlens_q is not None:
+        return append_ragged(append, k_new, v_new, storage, tokens)
     if not k_new.numel() or not tokens.block_table.shape[1]:
         return
     launch_on(k_new.device, launch_append, k_new, v_new, storage, tokens)

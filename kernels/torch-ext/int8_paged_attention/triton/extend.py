@@ -84,7 +84,7 @@ def launch_extend(
         BLOCK_SIZE=kind.block_size,
         ROWS=rows,
         TOKENS=columns,
-        SINK_TOKENS=first_tokens.num_tokens if first_tokens is not None else 0,
+        FIRST_TOKENS=first_tokens.num_tokens if first_tokens is not None else 0,
         HAS_WINDOW=window is not None,
         HAS_SOFTCAP=softcap is not None,
         num_warps=4,
@@ -95,6 +95,6 @@ def launch_extend(
 
 def from_position_0(key_mask: torch.Tensor, start: int) -> torch.Tensor:
     """A mask ``[batch, columns]`` whose first column is position ``start``, as one that begins at position 0."""
-    if start <= 0:
-        return key_mask[:, -start:]
-    return torch.nn.functional.pad(key_mask, (start, 0))
+    if start > 0:
+        return torch.nn.functional.pad(key_mask, (start, 0))
+    return key_mask[:, -start:] if start else key_mask

@@ -15,26 +15,26 @@ from ..conditioning import hadamard_block
 from ..first_tokens import FirstTokens
 from ..storage import KvCacheQuant
 from .layouts import first_pointers
-from .primitives import LOG2_E, exponent_shift, hadamard, sink_positions, tanh
+from .primitives import LOG2_E, exponent_shift, first_positions, hadamard, tanh
 
 
 @triton.jit
 def reduce_kernel(
     out_ptr,  # [batch, q_heads, q_len, V_DIM]
     partial_ptr,  # as the decode kernel leaves it
-    sinks_ptr,  # [q_heads]
+    sink_logits_ptr,  # [q_heads]
     num_q_heads,
     q_len,
     num_splits,
     out_batch_stride,
     out_head_stride,
     out_row_stride,
-    q_ptr,  # [batch, q_heads, q_len, HEAD_DIM]; this and what follows for sink tokens only, None and 0 without
-    sink_k_ptr,  # [rows, kv_heads, SINK_TOKENS, HEAD_DIM]
-    sink_v_ptr,  # [rows, kv_heads, SINK_TOKENS, V_DIM]
-    sink_row_ptr,  # [batch]
-    sink_first_ptr,
-    sink_stop_ptr,
+    q_ptr,  # [batch, q_heads, q_len, HEAD_DIM]; this and what follows for first tokens only, None and 0 without
+    first_tokens_k_ptr,  # [rows, kv_heads, FIRST_TOKENS, HEAD_DIM]
+    first_tokens_v_ptr,  # [rows, kv_heads, FIRST_TOKENS, V_DIM]
+    first_tokens_row_ptr,  # [batch]
+    first_tokens_first_ptr,
+    first_tokens_stop_ptr,
     key_center_ptr,  # [kv_heads, HEAD_DIM], where scores are only compared and those of the blocks lack its part
     context_lens_ptr,  # [batch]
     kv_start_ptr,
@@ -56,12 +56,12 @@ def reduce_kernel(
     GROUP: tl.constexpr,
     HEAD_DIM: tl.constexpr,
     K_DIMS: tl.constexpr,
-    SINK_TOKENS: tl.constexpr,
-    SINK_TILE: tl.constexpr,  # SINK_TOKENS, rounded up to a power of two
+    FIRST_TOKENS: tl.constexpr,
+    FIRST_TILE: tl.constexpr,  # FIRST_TOKENS, rounded up to a power of two
     HAS_WINDOW: tl.constexpr,
     HAS_SOFTCAP: tl.constexpr,
 ):
-    """Join the splits of one query row, apply its sink, rotate back, add the sink tokens, divide."""
+    """Join the splits of one query row, apply its sink, rotate back, add the first tokens, divide."""
     row = tl.program_id(0).to(tl.int64)
     head = row // q_len % num_q_heads
     stats_ptr = partial_ptr + tl.num_programs(0).to(tl.int64) * num_splits * V_DIM
@@ -69,8 +69,8 @@ def reduce_kernel(
     splits = tl.arange(0, SPLIT_TILE)
     top = float("-inf")
     total = 0.0
-    if sinks_ptr is not None:
-        top = tl.load(sinks_ptr + head).to(tl.float32) * LOG2_E
+    if sink_logits_ptr is not None:
+        top = tl.load(sink_logits_ptr + head).to(tl.float32) * LOG2_E
         total = 1.0
     acc = tl.zeros((DIMS,), tl.float32)
     for first in range(0, num_splits, SPLIT_TILE):
@@ -89,33 +89,33 @@ def reduce_kernel(
         top = new_top
     if ROTATED > 1:
         acc = tl.reshape(hadamard(tl.reshape(acc, (1, DIMS)), 1, DIMS, ROTATED), (DIMS,))
-    if sink_k_ptr is not None:
+    if first_tokens_k_ptr is not None:
         sequence, i = row // (q_len * num_q_heads), row % q_len
         position = tl.load(context_lens_ptr + sequence) - q_len + i
-        tokens, seen = sink_positions(
+        tokens, seen = first_positions(
             sequence,
-            sink_first_ptr,
-            sink_stop_ptr,
+            first_tokens_first_ptr,
+            first_tokens_stop_ptr,
             kv_start_ptr,
             key_mask_ptr,
             key_mask_start,
             key_mask_width,
             key_mask_stride,
-            SINK_TOKENS,
-            SINK_TILE,
+            FIRST_TOKENS,
+            FIRST_TILE,
         )
         seen &= tokens <= position
         if HAS_WINDOW:
             seen &= tokens > position - window
-        at = tl.load(sink_row_ptr + sequence).to(tl.int64) * (num_q_heads // GROUP) + head // GROUP
-        at = at * SINK_TOKENS + tl.arange(0, SINK_TILE)
+        at = tl.load(first_tokens_row_ptr + sequence).to(tl.int64) * (num_q_heads // GROUP) + head // GROUP
+        at = at * FIRST_TOKENS + tl.arange(0, FIRST_TILE)
         k_dims = tl.arange(0, K_DIMS)
         q_row_ptr = q_ptr + sequence * q_batch_stride + head * q_head_stride + i * q_row_stride
         q = tl.load(q_row_ptr + k_dims * q_dim_stride, mask=k_dims < HEAD_DIM, other=0.0).to(tl.float32)
         mask = seen[:, None] & (k_dims < HEAD_DIM)[None, :]
-        k = tl.load(sink_k_ptr + at[:, None] * HEAD_DIM + k_dims[None, :], mask=mask, other=0.0).to(tl.float32)
+        k = tl.load(first_tokens_k_ptr + at[:, None] * HEAD_DIM + k_dims[None, :], mask=mask, other=0.0).to(tl.float32)
         mask = seen[:, None] & (dims < V_DIM)[None, :]
-        v = tl.load(sink_v_ptr + at[:, None] * V_DIM + dims[None, :], mask=mask, other=0.0).to(tl.float32)
+        v = tl.load(first_tokens_v_ptr + at[:, None] * V_DIM + dims[None, :], mask=mask, other=0.0).to(tl.float32)
         # A fault in a key or a value spoils the score, and with it the rows that see it.
         fault = tl.sum(k * 0.0, axis=1) + tl.sum(v * 0.0, axis=1)
         if key_center_ptr is not None:
@@ -150,8 +150,8 @@ def join_constants(
         GROUP=group,
         HEAD_DIM=head_dim,
         K_DIMS=triton.next_power_of_2(head_dim),
-        SINK_TOKENS=first_tokens,
-        SINK_TILE=triton.next_power_of_2(first_tokens),
+        FIRST_TOKENS=first_tokens,
+        FIRST_TILE=triton.next_power_of_2(first_tokens),
         HAS_WINDOW=windowed,
         HAS_SOFTCAP=capped,
         num_warps=4,
