@@ -25,7 +25,7 @@ MATRIX_OPTIONS ?=
 TRITON_TESTS := tests/kernels/interpreted_triton.py tests/kernels/triton_extend.py tests/cache/triton_long_chunks.py
 
 # Reinstalled when one of these changes; Python sources are used in place.
-SOURCES := pyproject.toml constraints.txt $(wildcard setup.py) $(wildcard kernels/torch-ext/*/cpu_src/*)
+SOURCES := pyproject.toml constraints.txt $(wildcard setup.py) $(wildcard kernels/torch-ext/*/cpu/src/*)
 DEV := $(VENV)/.installed-dev
 # The development environment contains everything that the demo needs.
 DEMO := $(if $(wildcard $(DEV)),$(DEV),$(VENV)/.installed-demo)

@@ -14,7 +14,7 @@ from setuptools.command.build_ext import build_ext
 #: Address of the public repository, "https://github.com/owner/name"; empty while there is none. With it registries show
 #: the pictures and links of the README; without it their text, as relative links lead nowhere there.
 REPOSITORY = ""
-SOURCES = Path("kernels/torch-ext/int8_paged_attention/cpu_src")
+SOURCES = Path("kernels/torch-ext/int8_paged_attention/cpu/src")
 # Float operations are neither fused nor reordered: every backend must produce the same int8 values and scales.
 FLAGS = ["-O3", "-std=gnu11", "-ffp-contract=off", "-fno-math-errno", "-fno-trapping-math", "-fvisibility=hidden"]
 
@@ -58,7 +58,7 @@ if __name__ == "__main__":
         else {},
         ext_modules=[
             Extension(
-                "hf_int8_paged.kernels._int8_paged_cpu",
+                "hf_int8_paged.kernels.cpu._int8_paged_cpu",
                 sources=sorted(str(path) for path in SOURCES.glob("*.c")),
                 depends=sorted(str(path) for path in SOURCES.glob("*.h")),
                 extra_compile_args=[*FLAGS, "-Wno-psabi"],

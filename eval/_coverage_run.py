@@ -213,24 +213,24 @@ def _logits(model: PreTrainedModel, inputs: dict[str, Any], cache: Cache, tokens
 
 @contextmanager
 def _counted() -> Iterator[Counter]:
-    """Counts decode calls and dense copies made from blocks."""
+    """Counts calls of attention kernels and dense copies made from blocks."""
     calls: Counter = Counter()
-    decode, dense = PagedInt8Layer.decode, PagedView.dense
+    attend, dense = PagedInt8Layer.attend, PagedView.dense
 
-    def counted_decode(self, *args, **kwargs):
+    def counted_attend(self, *args, **kwargs):
         calls["kernel"] += 1
-        return decode(self, *args, **kwargs)
+        return attend(self, *args, **kwargs)
 
     def counted_dense(self):
         fresh = self.content.fresh
         calls["dense view"] += fresh is None or fresh[0].shape[2] < self.shape[2]
         return dense(self)
 
-    PagedInt8Layer.decode, PagedView.dense = counted_decode, counted_dense  # type: ignore[method-assign]
+    PagedInt8Layer.attend, PagedView.dense = counted_attend, counted_dense  # type: ignore[method-assign]
     try:
         yield calls
     finally:
-        PagedInt8Layer.decode, PagedView.dense = decode, dense  # type: ignore[method-assign]
+        PagedInt8Layer.attend, PagedView.dense = attend, dense  # type: ignore[method-assign]
 
 
 def _routes(cache: Cache, calls: Counter) -> list[str]:

@@ -24,7 +24,7 @@ from transformers.cache_utils import (
 
 from hf_int8_paged.kernels import MAX_DECODE_ROWS, mean_key
 from hf_int8_paged.kernels.conditioning import hadamard
-from hf_int8_paged.kernels.reference import quantize_rows
+from hf_int8_paged.kernels.formats import INT8
 from hf_int8_paged.layer_types import layer_types
 from hf_int8_paged.pool import MIN_CENTER_TOKENS
 
@@ -32,7 +32,7 @@ from hf_int8_paged.pool import MIN_CENTER_TOKENS
 def fake_quantize(x: torch.Tensor, rotation: str | None = None, center: torch.Tensor | None = None) -> torch.Tensor:
     """Rows ``[batch, heads, tokens, dim]`` conditioned, quantized, dequantized and restored."""
     rows = x.float() if center is None else x.float() - center[:, None]
-    q, scales = quantize_rows(hadamard(rows) if rotation else rows)
+    q, scales = INT8.quantize(hadamard(rows) if rotation else rows)
     rows = q.float() * scales.float()[..., None]
     rows = hadamard(rows) if rotation else rows
     return (rows if center is None else rows + center[:, None]).to(x.dtype)

@@ -11,7 +11,7 @@ from transformers import PreTrainedConfig
 from transformers.cache_utils import Cache, DynamicLayer
 
 from hf_int8_paged.kernels.conditioning import hadamard
-from hf_int8_paged.kernels.reference import quantize_rows
+from hf_int8_paged.kernels.formats import INT8
 from hf_int8_paged.layer_types import layer_types
 
 #: Fewest tokens of a prompt whose mean key is taken as the centre.
@@ -19,7 +19,7 @@ CENTER_TOKENS = 16
 
 
 def int8_per_row(x: torch.Tensor) -> torch.Tensor:
-    q, scales = quantize_rows(x)
+    q, scales = INT8.quantize(x)
     return q.float() * scales.float()[..., None]
 
 

@@ -12,7 +12,7 @@ from transformers import LlamaConfig
 
 from hf_int8_paged import PagedInt8Cache
 from hf_int8_paged.attention import int8_paged_attention
-from hf_int8_paged.kernels import KvCacheQuant, SinkTokens, alloc_paged_int8_layer, load_backend
+from hf_int8_paged.kernels import FirstTokens, KvCacheQuant, Scoring, Tokens, alloc_paged_int8_layer, load_backend
 
 LAYERS = 30
 #: Heads of keys and values, queries of each, width: of SmolLM2-135M, of an 8B Llama, of Gemma 3 1B.
@@ -50,16 +50,16 @@ class Step:
 
     def kernels_alone(self) -> Callable[[], None]:
         """The same launches and nothing else."""
-        backend: Any = load_backend("cpu")
-        table = torch.arange(2, dtype=torch.int32)[None]
+        backend, scoring = load_backend("cpu"), Scoring(0.125)
         before, after = (torch.tensor([n], dtype=torch.int32) for n in (_PROMPT, _PROMPT + 1))
+        tokens = Tokens(torch.arange(2, dtype=torch.int32)[None], before, after)
         out, row, query = torch.empty(1, 9, 1, 64), self.row, self.query
         storages = [layer.storage for layer in self.cache.layers]
 
         def launch() -> None:
             for storage in storages:
-                backend.append(row, row, storage, table, before)
-                backend.decode(out, query, storage, table, after, 0.125, None, None, 0, None, None, None)
+                backend.append(row, row, storage, tokens)
+                backend.attend(out, query, storage, tokens, scoring)
 
         return launch
 
@@ -68,7 +68,7 @@ def layer_over_a_past(
     kv_heads: int, group: int, head_dim: int, conditioned: bool, tokens: int = 500
 ) -> Callable[[], None]:
     """The native kernels of one layer and step: append and decode over a past, with both transforms or neither."""
-    backend: Any = load_backend("cpu")
+    backend, scoring = load_backend("cpu"), Scoring(0.1)
     table, before = torch.arange(32, dtype=torch.int32)[None], torch.tensor([tokens], dtype=torch.int32)
     prompt = torch.randn(1, kv_heads, tokens, head_dim)
     row, query = torch.randn(1, kv_heads, 1, head_dim), torch.randn(1, kv_heads * group, 1, head_dim)
@@ -77,11 +77,12 @@ def layer_over_a_past(
     storage = alloc_paged_int8_layer(
         32, 16, kv_heads, head_dim, backend="cpu", rotation=rotation, center_keys=conditioned
     )
-    backend.append(prompt, prompt, storage, table, torch.zeros(1, dtype=torch.int32))
+    backend.append(prompt, prompt, storage, Tokens.at(table, torch.zeros(1, dtype=torch.int32)))
+    step = Tokens(table, before, after)
 
     def launch() -> None:
-        backend.append(row, row, storage, table, before)
-        backend.decode(out, query, storage, table, after, 0.1, None, None, 0, None, None, None)
+        backend.append(row, row, storage, step)
+        backend.attend(out, query, storage, step, scoring)
 
     launch()  # what is made once per layer has been made
     return launch
@@ -93,22 +94,23 @@ def triton_layer_launching_nothing() -> Iterator[tuple[Callable[[], None], list[
     would have launched."""
     from triton.runtime.jit import JITFunction
 
-    from hf_int8_paged.kernels import triton_backend
-    from hf_int8_paged.kernels.triton_tuning import Chip
+    from hf_int8_paged.kernels.triton import backend as triton_backend
+    from hf_int8_paged.kernels.triton.tuning import Chip
 
     chips = {torch.device("cpu"): Chip("sm_90", 132)}
     slots = (8, 64, 16)
     k, v = (torch.empty(*slots, 128, dtype=torch.int8) for _ in range(2))
     scales = torch.empty(2, *slots, dtype=torch.float16)
-    cache = KvCacheQuant(k, v, scales[0], scales[1], "triton", "v_transposed", "hadamard", torch.zeros(8, 128))
+    storage = KvCacheQuant(k, v, scales[0], scales[1], "triton", "v_transposed", "hadamard", torch.zeros(8, 128))
     new, q = torch.empty(1, 8, 1, 128), torch.empty(1, 32, 1, 128)
     out, table, lens = torch.empty_like(q), torch.zeros(1, 64, dtype=torch.int32), torch.zeros(1, dtype=torch.int32)
-    held = SinkTokens(new, new, lens, lens, lens, limit=1)
+    held = FirstTokens(new, new, lens, lens, lens, limit=1)
+    tokens, scoring = Tokens(table, lens, lens), Scoring(0.1)
     launched: list[Any] = []
 
     def layer() -> None:
-        triton_backend.append(new, new, cache, table, lens)
-        triton_backend.decode(out, q, cache, table, lens, 0.1, None, None, 0, None, None, None, held)
+        triton_backend.append(new, new, storage, tokens)
+        triton_backend.attend(out, q, storage, tokens, scoring, None, held)
 
     with (
         patch.object(JITFunction, "run", lambda self, *args, **kwargs: launched.append(self)),

@@ -29,7 +29,8 @@ from _workloads import (
     turns_of_beams,
 )
 
-from hf_int8_paged.kernels import cpu, why_unavailable
+from hf_int8_paged.kernels import why_unavailable
+from hf_int8_paged.kernels.cpu import backend as cpu
 
 
 class Budget(NamedTuple):

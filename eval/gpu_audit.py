@@ -26,10 +26,10 @@ from _machine_code import MULTIPROCESSORS, audit_cubin, audit_hsaco, tool
 from _triton_offline import TARGETS, compiling_for
 from tqdm import tqdm
 
-from hf_int8_paged.kernels import KvCacheQuant, SinkTokens
-from hf_int8_paged.kernels.triton_decode import launch_decode
-from hf_int8_paged.kernels.triton_tiles import TOKENS
-from hf_int8_paged.kernels.triton_tuning import Chip
+from hf_int8_paged.kernels import FirstTokens, KvCacheQuant, Scoring, Tokens
+from hf_int8_paged.kernels.triton.decode import launch_decode
+from hf_int8_paged.kernels.triton.tiles import TOKENS
+from hf_int8_paged.kernels.triton.tuning import Chip
 
 HEAD_DIMS, GROUPS, BLOCK_SIZES = (64, 128, 256), (1, 4, 8), (16, 64)
 DTYPES = (torch.float16, torch.bfloat16)
@@ -46,11 +46,11 @@ def audit(
     rotation: str | None = "hadamard",
     integer: bool = True,
 ) -> dict[str, Any]:
-    """Compile the decode kernel as its launcher would on ``chip``, with one sink token per sequence as caches have by
+    """Compile the decode kernel as its launcher would on ``chip``, with one first token per sequence as caches have by
     default, and return its figures."""
     kv_heads, num_blocks = 2, 64
     slots = (kv_heads, num_blocks, block_size)
-    cache = KvCacheQuant(
+    storage = KvCacheQuant(
         k=torch.empty(*slots, head_dim, dtype=torch.int8),
         v=torch.empty(*slots, head_dim, dtype=torch.int8),
         k_scales=torch.empty(slots, dtype=torch.float16),
@@ -62,10 +62,10 @@ def audit(
     q = torch.empty(2, kv_heads * group, 1, head_dim, dtype=dtype)
     table, lens = torch.empty(2, num_blocks, dtype=torch.int32), torch.empty(2, dtype=torch.int32)
     rows = torch.empty(2, kv_heads, 1, head_dim, dtype=dtype)
-    sink_tokens = SinkTokens(rows, rows, lens, lens, lens, limit=1)
+    first_tokens = FirstTokens(rows, rows, lens, lens, lens, limit=1)
     with compiling_for(TARGETS[chip]) as compiled:
         launch_decode(
-            torch.empty_like(q), q, cache, table, lens, head_dim**-0.5, None, None, 0, None, None, None, sink_tokens,
+            torch.empty_like(q), q, storage, Tokens.at(table, lens), Scoring(head_dim**-0.5), first_tokens,
             chip=Chip(chip, 132), integer=integer,
         )  # fmt: skip
     kernel = next(kernel for name, kernel in compiled if name == "decode_kernel")

@@ -30,7 +30,8 @@ import torch
 from _common import device_called, positive, provenance, write_json
 from torch.nn.functional import scaled_dot_product_attention
 
-from hf_int8_paged.kernels import alloc_paged_int8_layer, cpu, load_backend
+from hf_int8_paged.kernels import Scoring, Tokens, alloc_paged_int8_layer, load_backend
+from hf_int8_paged.kernels.cpu import backend as cpu
 
 BLOCK_SIZE = 16
 LLC_MULTIPLE = 4
@@ -121,17 +122,17 @@ def int8_calls(case: Case, count: int, *, q: torch.Tensor, random_order: bool = 
     lens = torch.full((case.batch,), case.context, dtype=torch.int32, device=q.device)
     out = torch.empty_like(q)
     for _ in range(count):
-        cache = alloc_paged_int8_layer(
+        storage = alloc_paged_int8_layer(
             case.batch * blocks, BLOCK_SIZE, case.kv_heads, case.head_dim, device=q.device, rotation="hadamard"
         )
-        for values, scales in ((cache.k, cache.k_scales), (cache.v, cache.v_scales)):
+        for values, scales in ((storage.k, storage.k_scales), (storage.v, storage.v_scales)):
             values.random_(-127, 128)
             scales.uniform_(0.015, 0.03)
         ids = torch.randperm(case.batch * blocks) if random_order else torch.arange(case.batch * blocks)
         table = ids.to(torch.int32).view(case.batch, blocks).to(q.device)
         # As the cache calls it at every step, past the public function's argument checks.
-        decode = load_backend(cache.backend).decode
-        calls.append(partial(decode, out, q, cache, table, lens, case.head_dim**-0.5, None, None, 0, None, None, None))
+        attend = load_backend(storage.backend).attend
+        calls.append(partial(attend, out, q, storage, Tokens.at(table, lens), Scoring(case.head_dim**-0.5)))
     return calls
 
 

@@ -4,15 +4,16 @@
 keys and values                        route
 =====================================  =================================================================
 first prompt                           SDPA on the fresh full-precision keys and values
-few rows over a context                decode attention straight from the int8 blocks
-long chunk over a context              extend attention over the int8 blocks and the fresh chunk, if the backend has
-                                       it; else SDPA on the dequantized past and the fresh chunk
+few rows over a context                attention straight from the int8 blocks
+long chunk over a context              attention over the int8 blocks and the fresh chunk, if the backend has a kernel
+                                       for it; else SDPA on the dequantized past and the fresh chunk
 unusual mask, or not our cache         SDPA on dense keys and values: same answer, slower
 =====================================  =================================================================
 """
 
 from __future__ import annotations
 
+import functools
 import sys
 from typing import Any
 
@@ -22,7 +23,7 @@ from transformers.integrations.flex_attention import flex_attention_forward
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
 from .dense_attention import dense_attention
-from .kernels import MAX_DECODE_ROWS
+from .kernels import MAX_DECODE_ROWS, Scoring
 from .mask_function import Pattern, int8_paged_mask, pattern_of
 from .masks import causal_rows, with_bias, with_selected_keys
 from .once import hint_at_another_cache, no_weights
@@ -38,6 +39,7 @@ def int8_paged_attention(
     key: torch.Tensor,
     value: torch.Tensor,
     attention_mask: torch.Tensor | None,
+    *,
     dropout: float = 0.0,
     scaling: float | None = None,
     is_causal: bool | None = None,
@@ -106,8 +108,8 @@ def int8_paged_attention(
         if isinstance(key, PagedView):
             # A cache that grows: what reads its block tables is no part of a graph.
             return _attention_outside_graphs(
-                module, query, key, value, attention_mask, dropout, scaling, is_causal, softcap, s_aux, position_bias,
-                sinks,
+                module, query, key, value, attention_mask, dropout=dropout, scaling=scaling, is_causal=is_causal,
+                softcap=softcap, s_aux=s_aux, position_bias=position_bias, sinks=sinks,
             )  # fmt: skip
         layer = layer_of(key, value)
         if layer is not None and query.shape[2] > 1 and attention_mask is None:
@@ -117,7 +119,7 @@ def int8_paged_attention(
             scale = query.shape[-1] ** -0.5 if scaling is None else scaling
             of_all_heads = attention_mask is None or attention_mask.shape[1] == 1
             if of_all_heads and (mask is None or mask.dtype == torch.bool):
-                return layer.decode(query, scale, 0, mask, 0, softcap, s_aux), None
+                return layer.attend(query, Scoring(scale, softcap, s_aux, mask), 0), None
     elif isinstance(key, PagedView) and isinstance(value, PagedView):
         content = key.content
         window = content.layer.window
@@ -130,11 +132,15 @@ def int8_paged_attention(
             scale = query.shape[-1] ** -0.5 if scaling is None else scaling
             if key_mask is not None and content.fresh is None and query.shape[2] <= MAX_DECODE_ROWS:
                 content.check_epoch()
-                return content.layer.decode(query, scale, content.stop, *key_mask, softcap, s_aux), None
+                scoring = plain_scoring(scale, softcap)
+                if s_aux is not None or key_mask[0] is not None:
+                    scoring = Scoring(scale, softcap, s_aux, *key_mask)
+                return content.layer.attend(query, scoring, content.stop), None
             if key_mask is not None and content.fresh is not None and _may_extend(content, query):
                 content.check_epoch()
-                fresh = [x.to(query.dtype) for x in content.fresh]
-                extended = content.layer.extend(query, *fresh, scale, content.stop, key_mask[0], softcap, s_aux)
+                fresh = content.fresh[0].to(query.dtype), content.fresh[1].to(query.dtype)
+                scoring = Scoring(scale, softcap, s_aux, *key_mask)
+                extended = content.layer.attend(query, scoring, content.stop, fresh)
         if extended is None:
             columns, (key, value) = key.shape[2], (key.tokens(), value.tokens())
             if attention_mask is not None and attention_mask.shape[-1] == columns:
@@ -167,8 +173,15 @@ def int8_paged_attention(
             attention_mask = causal_rows(q_len, kv_len, query.device)
         attention_mask = with_bias(attention_mask, position_bias)
     sinks = s_aux if sinks is None else sinks
-    return dense_attention(query, key, value, attention_mask, dropout, scaling, causal, softcap, sinks), None
+    out = dense_attention(
+        query, key, value, attention_mask,
+        dropout=dropout, scaling=scaling, causal=causal, softcap=softcap, sinks=sinks,
+    )  # fmt: skip
+    return out, None
 
+
+#: `Scoring` of a factor and a softcap alone: all layers of most models share one.
+plain_scoring = functools.lru_cache(maxsize=256)(Scoring)
 
 #: The same for keys and values of a cache that grows, within a compiled forward pass: the graph breaks here.
 _attention_outside_graphs = torch.compiler.disable(int8_paged_attention)
@@ -208,7 +221,7 @@ def _may_extend(content: Content, query: torch.Tensor) -> bool:
     """Whether the rows are the newest tokens, over a past, the layer's backend has a kernel for that, and the dtypes
     are those that SDPA would take."""
     assert content.fresh is not None
-    if not query.shape[2] == content.fresh[0].shape[2] < content.stop or not content.layer.extends:
+    if not query.shape[2] == content.fresh[0].shape[2] < content.stop or not content.layer.long_chunks:
         return False
     if torch.is_grad_enabled() and query.requires_grad:
         return False

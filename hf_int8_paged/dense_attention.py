@@ -13,6 +13,7 @@ def dense_attention(
     key: torch.Tensor,
     value: torch.Tensor,
     mask: torch.Tensor | None,
+    *,
     dropout: float,
     scaling: float | None,
     causal: bool,

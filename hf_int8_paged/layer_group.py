@@ -2,22 +2,13 @@
 
 from __future__ import annotations
 
-from typing import NamedTuple
-
 import numpy as np
 import torch
 
 from .block_allocator import HOLE
 from .block_table import BlockTable
+from .kernels import Tokens
 from .views import PagedView
-
-
-class StepTensors(NamedTuple):
-    """Block ids, int32 ``[batch, columns]``, and context lengths before and after the step, int32 ``[batch]``."""
-
-    block_table: torch.Tensor
-    lens_before: torch.Tensor
-    lens: torch.Tensor
 
 
 class Group:
@@ -37,7 +28,7 @@ class Group:
         self.epoch = 0
         #: Layers that share the table.
         self.num_layers = 0
-        self._step_tensors: dict[torch.device, StepTensors] = {}
+        self._tokens: dict[torch.device, Tokens] = {}
         self._blank_views: list[tuple[PagedView, PagedView]] = []
         self._blank_kind: tuple = ()
 
@@ -53,7 +44,7 @@ class Group:
 
     def changed(self) -> None:
         """Note that lengths or blocks are no longer what they were at the last step."""
-        self._step_tensors.clear()
+        self._tokens.clear()
         self._blank_views.clear()
 
     def blank_views(
@@ -83,19 +74,20 @@ class Group:
             ]
         return self._blank_views.pop()
 
-    def step_tensors(self, device: torch.device, start: int) -> StepTensors:
-        """What the kernels need to know of the sequences, on ``device``: made once per step for all layers.
+    def tokens(self, device: torch.device, start: int) -> Tokens:
+        """Where the sequences' tokens are, on ``device``: made once per step for all layers.
 
         Args:
             device: where the layer's blocks are.
             start: position of the step's first token.
         """
-        tensors = self._step_tensors.get(device)
-        if tensors is None:
+        tokens = self._tokens.get(device)
+        if tokens is None:
             batch = self.table.batch_size
-            tensors = self._step_tensors[device] = StepTensors(
+            tokens = self._tokens[device] = Tokens(
                 self.table.ids_on(device),
                 torch.full((batch,), start, dtype=torch.int32, device=device),
                 torch.full((batch,), self.table.length, dtype=torch.int32, device=device),
+                self.window,
             )
-        return tensors
+        return tokens

@@ -2,15 +2,16 @@
 
 from __future__ import annotations
 
-from types import ModuleType
+from dataclasses import replace
 
 import torch
 
-from .kernels import KvCacheQuant, SinkTokens
+from .kernels import Backend, FirstTokens, KvCacheQuant, Scoring
+from .layer_checks import of_one_dtype
 from .layer_group import Group
 from .once import dense_read
 from .sequences import Sequences
-from .sink_places import SinkPlaces
+from .sink_places import SinkPlaces, first_rows
 
 
 class LayerReader:
@@ -26,7 +27,7 @@ class LayerReader:
     #: What concatenated keys, and values, would have.
     _dtypes: tuple[torch.dtype, ...]
     _device: torch.device
-    _backend: ModuleType
+    _backend: Backend
     _backend_name: str
     _key_shape: tuple[int, int]
     _value_shape: tuple[int, int]
@@ -36,8 +37,8 @@ class LayerReader:
         self.sequences = sequences
         self.group = group
         #: Keys and values of the sequences' first tokens, never written to: forks share them.
-        self._sink_rows: tuple[torch.Tensor, torch.Tensor] | None = None
-        self._sink_tokens: tuple[SinkPlaces, SinkTokens] | None = None
+        self._first_rows: tuple[torch.Tensor, torch.Tensor] | None = None
+        self._first_tokens: tuple[SinkPlaces, FirstTokens] | None = None
 
     @property
     def storage(self) -> KvCacheQuant:
@@ -57,106 +58,78 @@ class LayerReader:
 
     def gather(self, start: int, stop: int, dtype: torch.dtype) -> tuple[torch.Tensor, torch.Tensor]:
         """Dense keys and values of positions ``start`` to ``stop``, ``[batch, num_kv_heads, stop - start, dim]``."""
-        step = self.group.step_tensors(self._device, self.sequences.step_start)
-        keys, values = self._backend.gather(self.storage, step.block_table, step.lens, start, stop, dtype)
-        sink_tokens = self.sink_tokens(start)
-        return (keys, values) if sink_tokens is None else sink_tokens.put_both(keys, values, start)
+        tokens = self.group.tokens(self._device, self.sequences.step_start)
+        keys, values = self._backend.gather(self.storage, tokens, start, stop, dtype)
+        first_tokens = self.first_tokens(start)
+        return (keys, values) if first_tokens is None else first_tokens.put_both(keys, values, start)
 
-    def sink_tokens(self, first_visible: int) -> SinkTokens | None:
+    def first_tokens(self, first_visible: int) -> FirstTokens | None:
         """The first tokens in full precision, or ``None`` if all stand before position ``first_visible``."""
         places = self.sequences.sinks
-        if places is None or first_visible >= places.limit or self._sink_rows is None:
+        if places is None or first_visible >= places.limit or self._first_rows is None:
             return None
-        if self._sink_tokens is None or self._sink_tokens[0] is not places:
-            self._sink_tokens = places, SinkTokens(*self._sink_rows, *places.on(self._device), places.limit)
-        return self._sink_tokens[1]
+        if self._first_tokens is None or self._first_tokens[0] is not places:
+            self._first_tokens = places, FirstTokens(*self._first_rows, *places.on(self._device), places.limit)
+        return self._first_tokens[1]
+
+    def _keep_first_tokens(self, key_states: torch.Tensor, value_states: torch.Tensor) -> None:
+        """Keep the first of a prompt's tokens in full precision, as many as the cache was asked for."""
+        places = self.sequences.sinks
+        if places is None:
+            return
+        first = places.on(key_states.device)[1] if places.first.any() else None
+        count = min(self.sequences.sink_tokens, key_states.shape[2])
+        rows = of_one_dtype(key_states, value_states)
+        self._first_rows = first_rows(rows[0], first, count), first_rows(rows[1], first, count)
+        self._first_tokens = None
 
     @property
     def sink_nbytes(self) -> int:
         """Bytes of the tokens in full precision."""
-        return sum(x.nbytes for x in self._sink_rows or ())
+        return sum(x.nbytes for x in self._first_rows or ())
 
-    def decode(
+    def attend(
         self,
         query: torch.Tensor,
-        scale: float,
+        scoring: Scoring,
         stop: int,
-        key_mask: torch.Tensor | None,
-        key_mask_start: int,
-        softcap: float | None,
-        sinks: torch.Tensor | None,
+        fresh: tuple[torch.Tensor, torch.Tensor] | None = None,
     ) -> torch.Tensor:
-        """Attention of the newest rows straight from the blocks.
+        """Attention of the newest rows: over the blocks, which hold their own tokens too, or over the past in the
+        blocks and, causally, over ``fresh`` keys and values of their own.
 
         Args:
             query: ``[batch, num_q_heads, q_len, head_dim]``, at positions ``stop - q_len`` to ``stop``.
-            scale: factor on q.k.
+            scoring: factor, softcap, sink logits and key mask.
             stop: tokens in the context, the query's own included.
-            key_mask: bool ``[batch, columns]`` or ``None``, as in ``int8_paged_decode_attention``.
-            key_mask_start: position of the mask's first column.
-            softcap: bound on the scores, or ``None``.
-            sinks: ``[num_q_heads]`` or ``None``.
+            fresh: keys ``[batch, num_kv_heads, q_len, head_dim]`` and values ``[batch, num_kv_heads, q_len,
+                v_head_dim]`` of the rows, of the query's dtype; only where `long_chunks` says so.
 
         Returns:
             ``[batch, q_len, num_q_heads, v_head_dim]``, contiguous.
         """
         batch, num_q_heads, q_len, _ = query.shape
-        step = self.group.step_tensors(self._device, self.sequences.step_start)
-        lens = step.lens if stop == self.sequences.length else torch.full_like(step.lens, stop)
+        sequences, group = self.sequences, self.group
+        start, tokens = stop - q_len, group.tokens(self._device, sequences.step_start)
+        if stop != sequences.length or (fresh is not None and start != sequences.step_start):
+            lens = torch.full_like(tokens.context_lens, stop)
+            tokens = replace(tokens, context_lens=lens, context_lens_before=lens - q_len)
         out = query.new_empty(batch, q_len, num_q_heads, self._value_shape[1])
-        self._backend.decode(
+        self._backend.attend(
             out.transpose(1, 2),
             query,
             self.storage,
-            step.block_table,
-            lens,
-            scale,
-            None,
-            key_mask,
-            key_mask_start,
-            self.group.window,
-            softcap,
-            sinks,
-            self.sink_tokens(self.group.first_visible(stop - q_len)),
+            tokens,
+            scoring,
+            fresh,
+            self.first_tokens(group.first_visible(start)),
         )
         return out
 
     @property
-    def extends(self) -> bool:
+    def long_chunks(self) -> bool:
         """Whether the backend has a kernel for long chunks over a past in blocks."""
-        return hasattr(self._backend, "extend")
-
-    def extend(
-        self,
-        query: torch.Tensor,
-        keys: torch.Tensor,
-        values: torch.Tensor,
-        scale: float,
-        stop: int,
-        key_mask: torch.Tensor | None,
-        softcap: float | None,
-        sinks: torch.Tensor | None,
-    ) -> torch.Tensor:
-        """Attention of a chunk over the past in the blocks, and causally over itself in full precision.
-
-        Args:
-            query: ``[batch, num_q_heads, chunk, head_dim]``, at positions ``stop - chunk`` to ``stop``.
-            keys: the chunk's own, ``[batch, num_kv_heads, chunk, head_dim]``.
-            values: ``[batch, num_kv_heads, chunk, v_head_dim]``.
-
-        The others are those of `decode`; the key mask starts at position 0. Returns
-        ``[batch, chunk, num_q_heads, v_head_dim]``, contiguous.
-        """
-        batch, num_q_heads, chunk, _ = query.shape
-        step = self.group.step_tensors(self._device, self.sequences.step_start)
-        past = stop - chunk
-        lens = step.lens_before if past == self.sequences.step_start else torch.full_like(step.lens_before, past)
-        out = query.new_empty(batch, chunk, num_q_heads, self._value_shape[1])
-        self._backend.extend(
-            out.transpose(1, 2), query, keys, values, self.storage, step.block_table, lens, scale,
-            None, key_mask, self.group.window, softcap, sinks, self.sink_tokens(self.group.first_visible(past)),
-        )  # fmt: skip
-        return out
+        return self._backend.LONG_CHUNKS
 
     def note_dense_read(self) -> None:
         """Say once that another attention implementation reads a dequantized copy."""

@@ -4,20 +4,19 @@ from __future__ import annotations
 
 import copy
 import logging
+from dataclasses import replace
 
 import torch
 from transformers.cache_utils import CacheLayerMixin
 
 from .assignment import assign
-from .kernels import load_backend
+from .kernels import Tokens, load_backend
 from .layer_checks import check_first_states, check_states, dense_dtypes, of_one_dtype, way_back
-from .layer_group import StepTensors
 from .layer_reader import LayerReader
 from .once import say_once
 from .pool import MIN_CENTER_TOKENS
 from .prompts import is_same, same_prompts
 from .sequences import Sequences
-from .sink_places import first_rows
 from .views import Content, PagedView
 
 
@@ -139,7 +138,7 @@ class PagedInt8Layer(LayerReader, CacheLayerMixin):
         if start == 0:
             self.lazy_initialization(key_states, value_states)
             self._centered_now = self._center(key_states, sequences.prompt_tokens)
-            self._keep_sink_tokens(key_states, value_states)
+            self._keep_first_tokens(key_states, value_states)
         elif start < sequences.padding + MIN_CENTER_TOKENS <= stop:
             self._center_late(key_states, start)
         learning = torch.is_grad_enabled() and (key_states.requires_grad or value_states.requires_grad)
@@ -149,7 +148,7 @@ class PagedInt8Layer(LayerReader, CacheLayerMixin):
                 "PagedInt8Cache stores keys and values without gradient, so nothing is learned through the cache; "
                 "run generation under torch.no_grad().",
             )
-        self._append(key_states, value_states, group.step_tensors(self._device, start))
+        self._append(key_states, value_states, group.tokens(self._device, start))
         if (key_states.dtype, value_states.dtype) != self._dtypes:
             held = zip(self._dtypes, (key_states.dtype, value_states.dtype))
             self._dtypes = tuple(torch.promote_types(*pair) for pair in held)
@@ -242,9 +241,9 @@ class PagedInt8Layer(LayerReader, CacheLayerMixin):
         """
         if not self.sequences.drop_padding(tokens) or fresh is None:
             return
-        self._keep_sink_tokens(*fresh)
+        self._keep_first_tokens(*fresh)
         if self._centered_now and self._center(fresh[0], self.sequences.prompt_tokens, again=True):
-            self._append(*fresh, self.group.step_tensors(self._device, 0))
+            self._append(*fresh, self.group.tokens(self._device, 0))
 
     # -- internals -------------------------------------------------------------------------------------------------
 
@@ -266,34 +265,23 @@ class PagedInt8Layer(LayerReader, CacheLayerMixin):
 
     def store_anew(self, keys: torch.Tensor, values: torch.Tensor, start: int) -> None:
         """Quantize tokens that the layer holds already and store them once more, from position ``start`` on."""
-        step = self.group.step_tensors(self._device, self.sequences.step_start)
-        self._append(keys, values, step._replace(lens_before=torch.full_like(step.lens_before, start)))
+        tokens = self.group.tokens(self._device, self.sequences.step_start)
+        lens = torch.full_like(tokens.context_lens_before, start)
+        self._append(keys, values, replace(tokens, context_lens_before=lens))
 
     def forget_first_tokens(self) -> None:
         """Read the first tokens from the blocks from now on, as all others."""
-        self._sink_rows = self._sink_tokens = None
+        self._first_rows = self._first_tokens = None
 
-    def _append(self, key_states: torch.Tensor, value_states: torch.Tensor, step: StepTensors) -> None:
+    def _append(self, key_states: torch.Tensor, value_states: torch.Tensor, tokens: Tokens) -> None:
         if key_states.requires_grad or value_states.requires_grad:
             key_states, value_states = key_states.detach(), value_states.detach()
-        block_table, lens = step.block_table, step.lens_before
         if self.sequences.same_as is not None:
             first = sorted(set(self.sequences.same_as))
-            key_states, value_states, block_table, lens = (
-                x[first] for x in (key_states, value_states, block_table, lens)
-            )
+            key_states, value_states = key_states[first], value_states[first]
+            tokens = Tokens.at(tokens.block_table[first], tokens.context_lens_before[first], tokens.window)
         with self.sequences.writer:
-            self._backend.append(*of_one_dtype(key_states, value_states), self.storage, block_table, lens)
-
-    def _keep_sink_tokens(self, key_states: torch.Tensor, value_states: torch.Tensor) -> None:
-        places = self.sequences.sinks
-        if places is None:
-            return
-        first = places.on(key_states.device)[1] if places.first.any() else None
-        count = min(self.sequences.sink_tokens, key_states.shape[2])
-        rows = of_one_dtype(key_states, value_states)
-        self._sink_rows = first_rows(rows[0], first, count), first_rows(rows[1], first, count)
-        self._sink_tokens = None
+            self._backend.append(*of_one_dtype(key_states, value_states), self.storage, tokens)
 
     def stored(self, *, values: bool) -> PagedView | None:
         """A lazy view of the stored keys or values, or ``None`` before the first token."""

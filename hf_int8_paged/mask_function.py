@@ -37,6 +37,7 @@ def int8_paged_mask(
     mask_function: Callable = causal_mask_function,
     attention_mask: torch.Tensor | None = None,
     local_size: int | None = None,
+    *,
     allow_is_causal_skip: bool = True,
     **kwargs: Any,
 ) -> torch.Tensor | None:

@@ -12,7 +12,7 @@ from typing import Any, NamedTuple
 import torch
 from transformers import PreTrainedConfig
 
-from .kernels import MAX_SINK_TOKENS, ROTATIONS, resolve_backend, why_unavailable
+from .kernels import MAX_FIRST_TOKENS, ROTATIONS, resolve_backend, why_unavailable
 
 
 class PoolOptions(NamedTuple):
@@ -88,8 +88,8 @@ def check_cache_options(
         _limit("max_cache_len", max_cache_len),
         _integer("sink_tokens", sink_tokens),
     )
-    if not 0 <= options.sink_tokens <= MAX_SINK_TOKENS:
-        raise ValueError(f"sink_tokens must be between 0 and {MAX_SINK_TOKENS}, got {sink_tokens}")
+    if not 0 <= options.sink_tokens <= MAX_FIRST_TOKENS:
+        raise ValueError(f"sink_tokens must be between 0 and {MAX_FIRST_TOKENS}, got {sink_tokens}")
     given = [name for name, value, default in zip(PoolOptions._fields, pool_options, PoolOptions()) if value != default]
     if pool_given and given:
         raise ValueError(

@@ -236,6 +236,7 @@ def _grown(old: KvCacheQuant, num_blocks: int) -> KvCacheQuant:
         backend=old.backend,
         tile_order=old.tile_order,
         rotation=old.rotation,
+        format=old.format,
     )
     for field in ("k", "v", "k_scales", "v_scales"):
         getattr(new, field)[:, : old.num_blocks].copy_(getattr(old, field))

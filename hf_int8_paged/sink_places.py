@@ -9,7 +9,7 @@ import torch
 
 
 class SinkPlaces:
-    """Places of the sink tokens of a batch; `kernels.SinkTokens` explains them. Never changes: every operation makes
+    """Places of the sink tokens of a batch; `kernels.FirstTokens` explains them. Never changes: every operation makes
     another one, so that forks may share it.
 
     Args:

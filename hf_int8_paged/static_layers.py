@@ -64,7 +64,14 @@ class PagedInt8StaticLayer(StaticReader, CacheLayerMixin):  # type: ignore[misc]
         self.may_be_empty = True
         #: Whether the last step was the first, and whether the keys' centre is the mean of its keys.
         self._in_first_step = self._centered_now = False
-        self._options: tuple[Any, ...] = (window, block_size, backend, rotation, center_keys, sink_tokens)
+        self._options: dict[str, Any] = {
+            "window": window,
+            "block_size": block_size,
+            "backend": backend,
+            "rotation": rotation,
+            "center_keys": center_keys,
+            "sink_tokens": sink_tokens,
+        }
         sequences.layers.append(self)
 
     # -- what transformers calls -----------------------------------------------------------------------------------
@@ -77,7 +84,7 @@ class PagedInt8StaticLayer(StaticReader, CacheLayerMixin):  # type: ignore[misc]
         dtypes = (key_states.dtype, value_states.dtype)
         sizes = (sequences.max_batch_size, sequences.max_cache_len)
         with torch.inference_mode(False):  # tensors made in inference mode could not be written to outside it
-            self.memory = StaticMemory(shape, dtypes, *sizes, *self._options)
+            self.memory = StaticMemory(shape, dtypes, *sizes, **self._options)
         self.dtypes, self.is_initialized, self.may_be_empty = dtypes, True, True
         self.length = self.first_held = 0
         self.epoch += 1

@@ -11,7 +11,7 @@ from typing import NamedTuple
 import torch
 
 from . import compiled_ops
-from .kernels import alloc_paged_int8_layer, load_backend
+from .kernels import Scoring, Tokens, alloc_paged_int8_layer, load_backend
 from .layer_checks import of_one_dtype
 from .static_sinks import StaticSinks
 
@@ -54,6 +54,7 @@ class StaticMemory:
         dtypes: tuple[torch.dtype, torch.dtype],
         max_batch_size: int,
         max_cache_len: int,
+        *,
         window: int | None,
         block_size: int,
         backend: str | None,
@@ -82,6 +83,7 @@ class StaticMemory:
             rotation=rotation,
             center_keys=center_keys,
         )
+        compiled_ops.remember(self.storage)
         # Positions of a window that were never written are masked, not skipped, by other attention implementations.
         self.storage.k_scales.zero_()
         self.storage.v_scales.zero_()
@@ -104,35 +106,27 @@ class StaticMemory:
     def append(self, keys: torch.Tensor, values: torch.Tensor, table: torch.Tensor, lens_before: torch.Tensor) -> None:
         """Quantize and write new rows. Where the table has -1, nothing is written."""
         keys, values = of_one_dtype(keys, values)
-        compiled_ops.append(keys.detach(), values.detach(), *self.tensors, table, lens_before, *self.names)
+        compiled_ops.append(keys.detach(), values.detach(), *compiled_ops.flat(self.storage), table, lens_before)
 
     def gather(self, batch: int, start: int, stop: int, dtype: torch.dtype) -> tuple[torch.Tensor, torch.Tensor]:
         """Dense keys and values of positions ``start`` to ``stop``, ``[batch, num_kv_heads, stop - start, dim]``."""
-        keys, values = load_backend(self.storage.backend).gather(
-            self.storage, self.table[:batch], self.lens[:batch], start, stop, dtype
-        )
+        tokens = Tokens.at(self.table[:batch], self.lens[:batch])
+        keys, values = load_backend(self.storage.backend).gather(self.storage, tokens, start, stop, dtype)
         return (keys, values) if self.sinks is None else self.sinks.tokens(batch).put_both(keys, values, start)
 
     def gather_all(self, batch: int, dtype: torch.dtype) -> tuple[torch.Tensor, torch.Tensor]:
         """The same for all positions, as an operator that a compiler drops where its result is not used."""
         return compiled_ops.gather_dense(
-            *self.tensors, self.table[:batch], self.lens[:batch], *self._sink_tensors(batch), self.max_cache_len, dtype,
-            *self.names,
+            *compiled_ops.flat(self.storage), self.table[:batch], self.lens[:batch], self.max_cache_len, dtype,
+            *self._flat_first_tokens(batch),
         )  # fmt: skip
 
-    def decode(
-        self,
-        query: torch.Tensor,
-        scale: float,
-        key_mask: torch.Tensor | None,
-        softcap: float | None,
-        sinks: torch.Tensor | None,
-    ) -> torch.Tensor:
-        """Attention of the newest rows straight from the blocks; see `PagedInt8Layer.decode`."""
-        batch = query.shape[0]
-        return compiled_ops.decode(
-            query, *self.tensors, self.table[:batch], self.lens[:batch], key_mask, sinks, *self._sink_tensors(batch),
-            scale, self.window, softcap, *self.names,
+    def attend(self, query: torch.Tensor, scoring: Scoring) -> torch.Tensor:
+        """Attention of the newest rows straight from the blocks; see `PagedInt8Layer.attend`."""
+        batch, (scale, softcap, sink_logits, key_mask, _) = query.shape[0], scoring
+        return compiled_ops.attend(
+            query, *compiled_ops.flat(self.storage), self.table[:batch], self.lens[:batch], self.window,
+            *self._flat_first_tokens(batch), scale, softcap, sink_logits, key_mask,
         )  # fmt: skip
 
     def select(self, rows: list[int]) -> None:
@@ -158,15 +152,14 @@ class StaticMemory:
         return s.k, s.v, s.k_scales, s.v_scales, s.key_center
 
     @property
-    def names(self) -> tuple[str, str, str | None]:
-        return self.storage.backend, self.storage.tile_order, self.storage.rotation
-
-    @property
     def sink_nbytes(self) -> int:
         """Bytes of the tokens in full precision."""
         return 0 if self.sinks is None else self.sinks.nbytes
 
-    def _sink_tensors(self, batch: int) -> tuple[torch.Tensor | None, torch.Tensor | None, torch.Tensor | None, int]:
+    def _flat_first_tokens(
+        self, batch: int
+    ) -> tuple[torch.Tensor | None, torch.Tensor | None, torch.Tensor | None, int]:
+        """First tokens as the operators take them."""
         if self.sinks is None:
             return None, None, None, self.max_cache_len
         keys, values = self.sinks.rows

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import torch
 
-from .kernels import KvCacheQuant
+from .kernels import KvCacheQuant, Scoring
 from .once import dense_read
 from .static_memory import StaticMemory
 from .static_sequences import StaticSequences
@@ -123,20 +123,21 @@ class StaticReader:
         keys, values = self._memory.gather(self.sequences.batch_size, start, stop, dtype)
         return keys, values if self.sequences.known else torch.where(self._memory.fits, values, torch.nan)
 
-    def decode(
+    #: Long chunks read a dense copy of the past.
+    long_chunks = False
+
+    def attend(
         self,
         query: torch.Tensor,
-        scale: float,
+        scoring: Scoring,
         stop: int,
-        key_mask: torch.Tensor | None,
-        key_mask_start: int,
-        softcap: float | None,
-        sinks: torch.Tensor | None,
+        fresh: tuple[torch.Tensor, torch.Tensor] | None = None,
     ) -> torch.Tensor:
-        """Attention of the newest rows straight from the blocks; see `PagedInt8Layer.decode`. NaN after a step that
+        """Attention of the newest rows straight from the blocks; see `PagedInt8Layer.attend`. NaN after a step that
         only the device counted and that did not fit."""
-        assert key_mask_start == 0
-        out = self._memory.decode(query, scale, key_mask, softcap, sinks)
+        assert scoring.key_mask_start == 0
+        assert fresh is None
+        out = self._memory.attend(query, scoring)
         if torch.compiler.is_compiling() or not self.sequences.known:
             return torch.where(self._memory.fits, out, torch.nan)
         return out

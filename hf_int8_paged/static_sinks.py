@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import torch
 
-from .kernels import SinkTokens
+from .kernels import FirstTokens
 from .sink_places import first_rows
 
 
@@ -24,7 +24,7 @@ class StaticSinks:
     ):
         heads, *dims, device = shape
         self.rows = tuple(torch.zeros(batch, heads, count, dim, dtype=dtype, device=device) for dim in dims)
-        #: int32 ``[3, batch]``: row, first and stop of `SinkTokens`.
+        #: int32 ``[3, batch]``: row, first and stop of `FirstTokens`.
         self.places = torch.zeros(3, batch, dtype=torch.int32, device=device)
         self.places[0] = torch.arange(batch, device=device)
         self.max_cache_len = max_cache_len
@@ -61,11 +61,11 @@ class StaticSinks:
         """Forget those from position ``length`` on; see `SinkPlaces.truncate`."""
         self.places[1:].clamp_(max=length)
 
-    def tokens(self, batch: int) -> SinkTokens:
+    def tokens(self, batch: int) -> FirstTokens:
         """Those of the first ``batch`` sequences."""
         keys, values = self.rows
         row, first, stop = self.places[:, :batch]
-        return SinkTokens(keys, values, row, first, stop, self.max_cache_len)
+        return FirstTokens(keys, values, row, first, stop, self.max_cache_len)
 
     @property
     def tensors(self) -> tuple[torch.Tensor, ...]:

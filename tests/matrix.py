@@ -36,7 +36,8 @@ SOURCES = ("hf_int8_paged", "kernels", "tests", "eval/*.py", "examples", "setup.
 #: Printed by an environment's Python: what the table says of it.
 ASK = """
 import importlib.metadata, json, platform
-from hf_int8_paged.kernels import cpu, why_unavailable
+from hf_int8_paged.kernels import why_unavailable
+from hf_int8_paged.kernels.cpu import backend as cpu
 import torch
 names = ("torch", "transformers", "accelerate", "triton")
 found = {name: importlib.metadata.version(name) for name in names}

@@ -174,7 +174,7 @@ def test_info_survives_an_instruction_set_that_the_processor_lacks():
 def test_info_says_what_is_missing_and_how_to_get_it():
     code = """
 import importlib.metadata, importlib.util, pathlib, sys
-from hf_int8_paged.kernels import cpu_library
+from hf_int8_paged.kernels.cpu import library as cpu_library
 cpu_library.PATH = pathlib.Path("/nowhere/lib.so")
 sys.modules["triton"] = None
 found, version = importlib.util.find_spec, importlib.metadata.version

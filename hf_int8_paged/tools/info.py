@@ -11,7 +11,8 @@ from typing import Any
 
 import torch
 
-from ..kernels import BACKENDS, cpu_library, resolve_backend, why_unavailable
+from ..kernels import BACKENDS, resolve_backend, why_unavailable
+from ..kernels.cpu import library as cpu_library
 
 _DEMO_MODULES = ("filelock", "gguf", "platformdirs", "rich")
 

@@ -55,7 +55,7 @@ def made_mask(cache: PagedInt8Cache, q_len: int, padding: torch.Tensor, window: 
         pattern,
         padding[:, : past + q_len],
         window,
-        bool(padding.all()),
+        allow_is_causal_skip=bool(padding.all()),
     )
 
 

@@ -120,11 +120,13 @@ class SpyBackend:
     def __init__(self):
         self.calls: list[tuple[str, torch.device]] = []
 
-    def append(self, k_new, v_new, cache, block_table, context_lens_before):
-        self._record("append", cache.k, k_new, v_new, block_table, context_lens_before)
+    def append(self, k_new, v_new, storage, tokens):
+        self._record("append", storage.k, k_new, v_new, *vars(tokens).values())
 
-    def decode(self, out, q, cache, block_table, context_lens, *options):
-        self._record("decode", cache.k, out, q, block_table, context_lens, *options)
+    def attend(self, out, q, storage, tokens, scoring, fresh, first_tokens):
+        assert fresh is None
+        first = [] if first_tokens is None else vars(first_tokens).values()
+        self._record("attend", storage.k, out, q, *vars(tokens).values(), *scoring, *first)
 
     def _record(self, name, *tensors):
         (device,) = {x.device for x in tensors if isinstance(x, torch.Tensor)}
@@ -159,4 +161,4 @@ def test_decode_never_waits_for_the_device(name, padded, monkeypatch):
             )
     assert counted.seen == {}
     device = torch.device("meta")
-    assert spy.calls == [("append", device), ("decode", device)] * len(cache.layers) * 3
+    assert spy.calls == [("append", device), ("attend", device)] * len(cache.layers) * 3

@@ -34,9 +34,9 @@ def test_the_c_kernels_serve_every_decode_step(name, dtype, monkeypatch):
     model = tiny_model(name).to(dtype)
     model.set_attn_implementation("int8_paged")
     backend, calls, dense_reads = load_backend("cpu"), [], []
-    decode, gather = backend.decode, backend.gather
-    monkeypatch.setattr(backend, "decode", lambda *args: calls.append(args[1].shape[2]) or decode(*args))
-    monkeypatch.setattr(backend, "gather", lambda *args: dense_reads.append(args[3:5]) or gather(*args))
+    attend, gather = backend.attend, backend.gather
+    monkeypatch.setattr(backend, "attend", lambda *args: calls.append(args[1].shape[2]) or attend(*args))
+    monkeypatch.setattr(backend, "gather", lambda *args: dense_reads.append(args[2:4]) or gather(*args))
     monkeypatch.setattr(PagedView, "readable", lambda self: pytest.fail("an operation read the dense keys"))
     cache = PagedInt8Cache(model.config)
     generate(model, random_ids(2, 37), cache)

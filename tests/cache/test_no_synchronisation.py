@@ -16,7 +16,7 @@ from torch._subclasses.fake_tensor import DataDependentOutputException, FakeTens
 from torch.fx.experimental.proxy_tensor import make_fx
 
 from hf_int8_paged import PagedInt8Cache
-from hf_int8_paged.kernels import triton_backend
+from hf_int8_paged.kernels.triton import backend as triton_backend
 from tests.models import tiny_model
 
 #: Operators whose result has a shape that depends on values, or is a value.
@@ -43,7 +43,7 @@ def traced_step(name: str, masked: bool, monkeypatch: pytest.MonkeyPatch) -> Cou
 @pytest.mark.parametrize("name", ["llama", "mistral", "gemma2"])
 def test_a_decode_step_reads_no_value(name: str, masked: bool, monkeypatch: pytest.MonkeyPatch) -> None:
     called = traced_step(name, masked, monkeypatch)
-    assert called["hf_int8_paged.append.default"] == called["hf_int8_paged.decode.default"] == 2
+    assert called["hf_int8_paged.append.default"] == called["hf_int8_paged.attend.default"] == 2
     assert not called["hf_int8_paged.gather_dense.default"]
     assert not [target for target in called if target.split(".")[1] in WAITING]
 

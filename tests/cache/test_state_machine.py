@@ -27,7 +27,7 @@ from hypothesis.stateful import (
 from transformers import Gemma2Config
 
 from hf_int8_paged import CacheFullError, PagedInt8Cache, PagedInt8Pool
-from hf_int8_paged.kernels import MAX_DECODE_ROWS
+from hf_int8_paged.kernels import MAX_DECODE_ROWS, Scoring
 from hf_int8_paged.layers import PagedInt8Layer
 from tests.models import fake_quantize
 
@@ -243,7 +243,7 @@ class Caches(RuleBasedStateMachine):
             query = torch.randn(len(new), 4, count, 16, generator=generator)
             visible = visible_keys(count, keys.content.start, layer.length, layer.group.window)
             other = Attention(query, keys.dense(), values.dense(), visible, 0.25)
-            out = layer.decode(query, 0.25, layer.length, None, 0, None, None)
+            out = layer.attend(query, Scoring(0.25), layer.length)
             assert_same_attention(out, keys, values, other)
             type(self).readings += 1
 
@@ -280,16 +280,8 @@ class Caches(RuleBasedStateMachine):
 def run_operations(backend: str, conditioned: bool, examples: int, steps: int) -> type[Caches]:
     """Run the state machine; its class counts."""
     kind = type("Caches", (Caches,), {"backend": backend, "conditioned": conditioned})
-    run_state_machine_as_test(
-        kind,
-        settings=settings(
-            max_examples=examples,
-            stateful_step_count=steps,
-            deadline=None,
-            derandomize=True,
-            suppress_health_check=list(HealthCheck),
-        ),
-    )
+    always: dict[str, Any] = {"deadline": None, "derandomize": True, "suppress_health_check": list(HealthCheck)}
+    run_state_machine_as_test(kind, settings=settings(max_examples=examples, stateful_step_count=steps, **always))
     return kind
 
 

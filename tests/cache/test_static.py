@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import gc
+import weakref
+
 import pytest
 import torch
 from torch._dynamo.utils import counters
@@ -142,30 +145,47 @@ def test_decoding_compiles_with_inductor():
     assert counters["stats"]["unique_graphs"] == 1
 
 
-def operator_arguments() -> tuple[list, list]:
+def flat_storage() -> tuple:
     storage = alloc_paged_int8_layer(4, 16, 2, 32, backend="reference")
     for tensor in (storage.k, storage.v, storage.k_scales, storage.v_scales):
         tensor.fill_(1)
-    tensors = [storage.k, storage.v, storage.k_scales, storage.v_scales, None]
-    return tensors, ["reference", "row_major", None]
+    return compiled_ops.flat(storage)
 
 
 def test_operators_declare_what_they_do():
     """Schema, fakes and mutations, by torch's own check."""
-    tensors, names = operator_arguments()
+    storage = flat_storage()
     table = torch.tensor([[0, 1], [2, 3]], dtype=torch.int32)
     lens = torch.tensor([5, 20], dtype=torch.int32)
     new = torch.randn(2, 2, 3, 32)
-    torch.library.opcheck(compiled_ops.append, (new, new, *tensors, table, lens, *names))
+    torch.library.opcheck(compiled_ops.append, (new, new, *storage, table, lens))
     mask = torch.rand(2, 32) > 0.3
     query = torch.randn(2, 4, 1, 32)
     rows = torch.randn(2, 2, 3, 32)
     places = torch.tensor([[1, 0], [0, 2], [3, 4]], dtype=torch.int32)
-    for sink_tokens in ((None, None, None, 0), (rows, rows.neg(), places, 32)):
-        attention = (mask, torch.randn(4), *sink_tokens, 0.2, 9, 30.0)
-        torch.library.opcheck(compiled_ops.decode, (query, *tensors, table, lens, *attention, *names))
-        dense = (*sink_tokens, 32, torch.float32)
-        torch.library.opcheck(compiled_ops.gather_dense, (*tensors, table, lens, *dense, *names))
+    for first_tokens in ((None, None, None, 0), (rows, rows.neg(), places, 32)):
+        scoring = (0.2, 30.0, torch.randn(4), mask)
+        torch.library.opcheck(compiled_ops.attend, (query, *storage, table, lens, 9, *first_tokens, *scoring))
+        dense = (32, torch.float32, *first_tokens)
+        torch.library.opcheck(compiled_ops.gather_dense, (*storage, table, lens, *dense))
+
+
+def test_operators_find_the_storage_of_the_layer_that_owns_it():
+    """What a backend knows of a storage is kept with the object: another one of the same tensors would begin anew."""
+    owned = alloc_paged_int8_layer(4, 16, 2, 32, backend="reference", center_keys=True)
+    compiled_ops.remember(owned)
+    aliases = [x.detach() if isinstance(x, torch.Tensor) else x for x in compiled_ops.flat(owned)]
+    assert compiled_ops._storage_of(*aliases) is owned
+    others = [
+        *aliases[:2], aliases[2].clone(), *aliases[3:],
+    ]  # fmt: skip
+    assert compiled_ops._storage_of(*others).k_scales is others[2]
+    assert compiled_ops._storage_of(*aliases[:-2], "hadamard", aliases[-1]).rotation == "hadamard"
+    gone, address = weakref.ref(owned), owned.k.data_ptr()
+    del owned
+    gc.collect()
+    assert gone() is None
+    assert address not in compiled_ops._owned
 
 
 def test_limits():

@@ -11,7 +11,7 @@ import pytest
 import torch
 
 from hf_int8_paged import PagedInt8Cache
-from hf_int8_paged.kernels import why_unavailable
+from hf_int8_paged.kernels import Scoring, why_unavailable
 from hf_int8_paged.views import PagedView
 from tests.kernels.helpers import device_of
 from tests.models import tiny_model
@@ -72,7 +72,7 @@ def test_small_faults_pass_the_bound(fault: str, backend: str) -> None:
             cache.update(k, v, layer)
     assert isinstance(keys, PagedView)
     assert isinstance(values, PagedView)
-    out = cache.layers[0].decode(q, 0.25, 41, None, 0, None, None)
+    out = cache.layers[0].attend(q, Scoring(0.25), 41)
     dense = keys.dense().clone(), values.dense().clone(), visible_keys(1, 0, 41, None)
     assert_same_attention(out, keys, values, Attention(q, *dense, 0.25))
     FAULTS[fault](*dense)

@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from hf_int8_paged import PagedInt8Cache
-from hf_int8_paged.kernels import triton_backend
+from hf_int8_paged.kernels.triton import backend as triton_backend
 from hf_int8_paged.layers import PagedInt8Layer
 from tests.kernels.conftest import on_the_device
 from tests.kernels.helpers import device_of
@@ -34,6 +34,7 @@ def ready(name: str) -> Any:
 
 
 def count_calls(monkeypatch: pytest.MonkeyPatch, name: str) -> list[int]:
+    """Notes a call of the backend's ``gather``, or of its kernel for long chunks, ``launch_extend``."""
     calls: list[int] = []
     function = getattr(triton_backend, name)
 
@@ -69,10 +70,10 @@ def test_the_extend_kernel_computes_what_the_dense_route_computes(
     if padded is not None:
         mask = torch.ones(2, 76, dtype=torch.long, device=DEVICE)
         mask[0, padded] = 0
-    extended, gathered = count_calls(monkeypatch, "extend"), count_calls(monkeypatch, "gather")
+    extended, gathered = count_calls(monkeypatch, "launch_extend"), count_calls(monkeypatch, "gather")
     ours = chunk_logits(model, turns, mask)
     assert (len(extended), len(gathered)) == (2, 0)
-    monkeypatch.setattr(PagedInt8Layer, "extends", False)
+    monkeypatch.setattr(PagedInt8Layer, "long_chunks", False)
     dense = chunk_logits(model, turns, mask)
     assert (len(extended), len(gathered)) == (2, 4)
     torch.testing.assert_close(ours, dense, rtol=0, atol=tipped_roundings(model))
@@ -81,10 +82,10 @@ def test_the_extend_kernel_computes_what_the_dense_route_computes(
 def test_a_prompt_in_chunks_gives_the_same_tokens(monkeypatch: pytest.MonkeyPatch) -> None:
     model, ids = ready("mistral"), random_ids(2, 60, seed=4).to(DEVICE)
     options = {"max_new_tokens": 5, "do_sample": False, "pad_token_id": 0, "prefill_chunk_size": 24}
-    calls = count_calls(monkeypatch, "extend")
+    calls = count_calls(monkeypatch, "launch_extend")
     outputs = []
     for extends in (True, False):
-        monkeypatch.setattr(PagedInt8Layer, "extends", extends)
+        monkeypatch.setattr(PagedInt8Layer, "long_chunks", extends)
         outputs.append(model.generate(ids, past_key_values=PagedInt8Cache(model.config, backend="triton"), **options))
     assert torch.equal(*outputs)
     assert len(calls) == 2  # the second chunk in two layers; the first has no past, and the third is short
@@ -92,7 +93,7 @@ def test_a_prompt_in_chunks_gives_the_same_tokens(monkeypatch: pytest.MonkeyPatc
 
 def test_masks_that_no_padding_explains_take_the_dense_route(monkeypatch: pytest.MonkeyPatch) -> None:
     model = ready("llama")
-    calls = count_calls(monkeypatch, "extend")
+    calls = count_calls(monkeypatch, "launch_extend")
     prompt, chunk = (random_ids(1, n, seed=n).to(DEVICE) for n in (30, 20))
     cache = PagedInt8Cache(model.config, backend="triton")
     visible = torch.ones(1, 1, 20, 50, dtype=torch.bool, device=DEVICE).tril(30)
@@ -105,7 +106,7 @@ def test_masks_that_no_padding_explains_take_the_dense_route(monkeypatch: pytest
 
 def test_queries_that_learn_take_the_dense_route(monkeypatch: pytest.MonkeyPatch) -> None:
     model = ready("llama")
-    calls = count_calls(monkeypatch, "extend")
+    calls = count_calls(monkeypatch, "launch_extend")
     cache = PagedInt8Cache(model.config, backend="triton")
     model(random_ids(1, 30, seed=1).to(DEVICE), past_key_values=cache)
     model.zero_grad()

@@ -8,7 +8,8 @@ import pytest
 import torch
 
 from hf_int8_paged import PagedInt8Cache
-from hf_int8_paged.kernels import int8_kv_append_paged, int8_paged_decode_attention, triton_backend
+from hf_int8_paged.kernels import Scoring, Tokens, int8_kv_append_paged, int8_paged_decode_attention
+from hf_int8_paged.kernels.triton import backend as triton_backend
 from tests.kernels.helpers import Case, device_of, make_case, poisoned_layer, snapshot
 from tests.models import random_ids, tiny_model
 
@@ -38,12 +39,13 @@ def test_decode_gives_the_same_bits_every_time(case: Case) -> None:
 
 
 def test_extend_gives_the_same_bits_every_time(case: Case) -> None:
-    cache, batch = case.cache, case.q.shape[0]
-    q = torch.randn(batch, case.q.shape[1], 75, cache.head_dim, device=DEVICE).half()
-    new = torch.randn(2, batch, cache.num_kv_heads, 75, cache.head_dim, device=DEVICE).half()
+    storage, batch = case.storage, case.q.shape[0]
+    q = torch.randn(batch, case.q.shape[1], 75, storage.head_dim, device=DEVICE).half()
+    new = torch.randn(2, batch, storage.num_kv_heads, 75, storage.head_dim, device=DEVICE).half()
     outputs = [torch.full_like(q, torch.nan) for _ in range(REPEATS)]
+    tokens = Tokens.at(case.block_table, case.context_lens)
     for out in outputs:
-        triton_backend.extend(out, q, *new, cache, case.block_table, case.context_lens, case.scale, *[None] * 5)
+        triton_backend.attend(out, q, storage, tokens, Scoring(case.scale), (new[0], new[1]))
     assert all(torch.equal(out, outputs[0]) for out in outputs)
     assert not outputs[0].isnan().any()
 
@@ -54,9 +56,9 @@ def test_append_gives_the_same_bits_every_time() -> None:
     before = torch.tensor([0, 5, 16], dtype=torch.int32, device=DEVICE)
     bits = []
     for _ in range(REPEATS):
-        cache = poisoned_layer("triton", 18, 16, 2, 128, rotation="hadamard")
-        int8_kv_append_paged(*new, cache, table, before)
-        bits.append(snapshot(cache))
+        storage = poisoned_layer("triton", 18, 16, 2, 128, rotation="hadamard")
+        int8_kv_append_paged(*new, storage, table, before)
+        bits.append(snapshot(storage))
     assert all((bits[0][name] == other[name]).all() for other in bits for name in bits[0])
 
 
@@ -79,9 +81,9 @@ def test_a_captured_step_follows_the_lengths_on_the_device(case: Case) -> None:
     out = torch.full_like(case.q, torch.nan)
     int8_paged_decode_attention(*case.arguments, out=out)  # compiles
     graph = torch.cuda.CUDAGraph()
-    decode = (out, case.q, case.cache, case.block_table, case.context_lens, case.scale, None, None, 0, None, None, None)
+    tokens = Tokens.at(case.block_table, case.context_lens)
     with torch.cuda.graph(graph):
-        triton_backend.decode(*decode)
+        triton_backend.attend(out, case.q, case.storage, tokens, Scoring(case.scale))
     for shorter in (0, 3):
         case.context_lens.sub_(shorter).clamp_(min=case.q.shape[2])
         want = int8_paged_decode_attention(*case.arguments)

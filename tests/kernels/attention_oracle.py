@@ -16,9 +16,9 @@ def dense_attention(case: Case) -> np.ndarray:
     """float64 ``[batch, num_q_heads, q_len, v_head_dim]``."""
     q = case.q.double().cpu().numpy()
     batch, heads, q_len, _ = q.shape
-    group = heads // case.cache.num_kv_heads
-    softcap, sinks = case.options.get("softcap"), case.options.get("sinks")
-    out = np.zeros((batch, heads, q_len, case.cache.v_head_dim))
+    group = heads // case.storage.num_kv_heads
+    softcap, sink_logits = case.options.get("softcap"), case.options.get("sink_logits")
+    out = np.zeros((batch, heads, q_len, case.storage.v_head_dim))
     seen = visible_keys(case)
     for b, h, i in np.ndindex(batch, heads, q_len):
         rows = seen[b][i]
@@ -27,7 +27,7 @@ def dense_attention(case: Case) -> np.ndarray:
         scores = case.scale * case.keys[b, h // group, rows] @ q[b, h, i]
         if softcap is not None:
             scores = softcap * np.tanh(scores / softcap)
-        logits = scores if sinks is None else np.append(scores, float(sinks[h]))
+        logits = scores if sink_logits is None else np.append(scores, float(sink_logits[h]))
         weights = np.exp(scores - logits.max())
         out[b, h, i] = weights / np.exp(logits - logits.max()).sum() @ case.values[b, h // group, rows]
     return out
@@ -42,9 +42,9 @@ def error_bound(case: Case, want: np.ndarray) -> np.ndarray:
     * half an ulp of the output's dtype.
     """
     q_size = np.linalg.norm(case.q.double().cpu().numpy(), axis=-1)
-    center = case.cache.key_center
+    center = case.storage.key_center
     k_size = np.linalg.norm(case.keys, axis=-1) + (0 if center is None else float(center.norm(dim=-1).max()))
-    group = want.shape[1] // case.cache.num_kv_heads
+    group = want.shape[1] // case.storage.num_kv_heads
     seen = visible_keys(case)
     bound = np.zeros(want.shape)
     ulp = 2.0**-23

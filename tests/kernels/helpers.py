@@ -14,7 +14,9 @@ from typing import Any
 import numpy as np
 import torch
 
-from hf_int8_paged.kernels import KvCacheQuant, SinkTokens, alloc_paged_int8_layer
+from hf_int8_paged.kernels import KvCacheQuant, alloc_paged_int8_layer
+
+from .first_token_cases import first_places, first_positions, keep_first
 
 POISON = 127  # int8 value of a slot that nobody may read; its scale is NaN
 FLOAT16_MAX = np.float32(65504)
@@ -63,9 +65,9 @@ def hadamard_matrix(dim: int) -> np.ndarray:
     return np.kron(np.eye(dim // len(block)), block / np.sqrt(len(block)))
 
 
-def snapshot(cache: KvCacheQuant) -> dict[str, np.ndarray]:
+def snapshot(storage: KvCacheQuant) -> dict[str, np.ndarray]:
     """Every bit of the storage; scales as int16, so that NaNs compare."""
-    stores = {"k": cache.k, "v": cache.v, "k_scales": cache.k_scales, "v_scales": cache.v_scales}
+    stores = {"k": storage.k, "v": storage.v, "k_scales": storage.k_scales, "v_scales": storage.v_scales}
     return {
         name: x.cpu().view(torch.int16 if x.dtype == torch.float16 else torch.int8).numpy().copy()
         for name, x in stores.items()
@@ -74,22 +76,22 @@ def snapshot(cache: KvCacheQuant) -> dict[str, np.ndarray]:
 
 def poisoned_layer(backend: str, num_blocks: int, block_size: int, kv_heads: int, head_dim: int, **kwargs: Any):
     """A layer's storage in which every slot holds int8 127 with scale NaN."""
-    cache = alloc_paged_int8_layer(
+    storage = alloc_paged_int8_layer(
         num_blocks, block_size, kv_heads, head_dim, device=device_of(backend), backend=backend, **kwargs
     )
-    cache.k.fill_(POISON)
-    cache.v.fill_(POISON)
-    cache.k_scales.fill_(torch.nan)
-    cache.v_scales.fill_(torch.nan)
-    return cache
+    storage.k.fill_(POISON)
+    storage.v.fill_(POISON)
+    storage.k_scales.fill_(torch.nan)
+    storage.v_scales.fill_(torch.nan)
+    return storage
 
 
 def write_slots(
-    cache: KvCacheQuant, blocks: np.ndarray, slots: np.ndarray, rows: np.ndarray, scales: np.ndarray, *, values: bool
+    storage: KvCacheQuant, blocks: np.ndarray, slots: np.ndarray, rows: np.ndarray, scales: np.ndarray, *, values: bool
 ) -> None:
     """Put quantized rows ``[kv_heads, tokens, dim]`` into their slots without the code under test."""
-    store, scale_store = (cache.v, cache.v_scales) if values else (cache.k, cache.k_scales)
-    offsets = tile_offsets(cache.tile_order, cache.block_size, store.shape[-1], values=values)
+    store, scale_store = (storage.v, storage.v_scales) if values else (storage.k, storage.k_scales)
+    offsets = tile_offsets(storage.tile_order, storage.block_size, store.shape[-1], values=values)
     new, new_scales = store.cpu().numpy().copy(), scale_store.cpu().numpy().copy()
     tiles = new.reshape(*new.shape[:2], -1)
     tiles[:, blocks[:, None], offsets[slots]] = rows
@@ -102,7 +104,7 @@ def write_slots(
 class Case:
     """One call of decode attention over a poisoned pool, and all that an independent check of it needs."""
 
-    cache: KvCacheQuant
+    storage: KvCacheQuant
     block_table: torch.Tensor
     context_lens: torch.Tensor
     q: torch.Tensor
@@ -114,10 +116,10 @@ class Case:
 
     @property
     def arguments(self) -> tuple:
-        return self.q, self.cache, self.block_table, self.context_lens, self.scale
+        return self.q, self.storage, self.block_table, self.context_lens, self.scale
 
     def slot_of(self, sequence: int, position: int) -> tuple[int, int]:
-        block_size = self.cache.block_size
+        block_size = self.storage.block_size
         return int(self.block_table[sequence, position // block_size]), position % block_size
 
 
@@ -141,9 +143,9 @@ def make_case(
     key_mask_start: int = 0,
     window: int | None = None,
     softcap: float | None = None,
-    sinks: bool = False,
-    sink_tokens: int = 0,
-    sink_first: Sequence[int] = (),
+    sink_logits: bool = False,
+    first_tokens: int = 0,
+    first_at: Sequence[int] = (),
     edit: Callable[[np.ndarray, np.ndarray, np.ndarray], None] | None = None,
     seed: int = 0,
 ) -> Case:
@@ -152,8 +154,8 @@ def make_case(
     Args:
         key_mask: share of keys that are visible, of a random mask as wide as the longest context.
         holes: (sequence, logical block) whose table entry is -1.
-        sink_tokens: first tokens in full precision.
-        sink_first: position of the first one per sequence; default 0.
+        first_tokens: first tokens in full precision.
+        first_at: position of the first one per sequence; default 0.
         edit: changes q ``[batch, heads, q_len, head_dim]``, k and v ``[batch, kv_heads, capacity, dim]`` in place
             before k and v are quantized.
     """
@@ -162,7 +164,7 @@ def make_case(
     blocks_of = [-(-n // block_size) for n in lens]
     width, batch = max(blocks_of, default=0) + 1, len(lens)
     num_blocks = sum(blocks_of) + 3
-    cache = poisoned_layer(
+    storage = poisoned_layer(
         backend, num_blocks, block_size, kv_heads, head_dim,
         v_head_dim=v_head_dim, tile_order=tile_order, rotation=rotation, center_keys=center,
     )  # fmt: skip
@@ -181,9 +183,9 @@ def make_case(
     v = rng.standard_normal((batch, kv_heads, width * block_size, v_head_dim))
     if edit is not None:
         edit(q, k, v)
-    if cache.key_center is not None:
+    if storage.key_center is not None:
         mu = torch.from_numpy(rng.standard_normal((kv_heads, head_dim)) * 2)
-        cache.key_center.copy_(mu)
+        storage.key_center.copy_(mu)
         k += mu.numpy()[:, None]
     keys, values = np.full_like(k, np.nan), np.full_like(v, np.nan)
     tokens = [(b, p) for b, n in enumerate(lens) for p in range(n) if table[b, p // block_size] >= 0]
@@ -191,7 +193,7 @@ def make_case(
     for dense, rows, is_values in ((keys, k, False), (values, v, True)):
         # numpy moves the advanced axes to the front.
         new = rows[sequence, :, p].transpose(1, 0, 2)  # [kv_heads, tokens of all sequences, dim]
-        rows = store_rows(cache, table[sequence, p // block_size], p % block_size, new, values=is_values)
+        rows = store_rows(storage, table[sequence, p // block_size], p % block_size, new, values=is_values)
         dense[sequence, :, p] = rows.transpose(1, 0, 2)
 
     device, int32 = device_of(backend), int32_on(backend)
@@ -202,12 +204,13 @@ def make_case(
         mask = rng.random((batch, max(lens) - key_mask_start)) < key_mask
         options["key_mask"] = torch.from_numpy(mask).to(device)
         options["key_mask_start"] = key_mask_start
-    if sinks:
-        options["sinks"] = torch.from_numpy(rng.standard_normal(kv_heads * group)).to(dtype).to(device)
-    if sink_tokens:
-        options["sink_tokens"] = make_sink_tokens(rng, k, v, keys, values, lens, sink_tokens, sink_first, dtype, device)
+    if sink_logits:
+        options["sink_logits"] = torch.from_numpy(rng.standard_normal(kv_heads * group)).to(dtype).to(device)
+    if first_tokens:
+        places = first_places(rng, lens, first_tokens, first_at)
+        options["first_tokens"] = keep_first(places, ((k, keys), (v, values)), first_tokens, dtype, device)
     case = Case(
-        cache=cache,
+        storage=storage,
         block_table=torch.from_numpy(table).to(device),
         context_lens=torch.tensor(lens, **int32),
         q=torch.from_numpy(q).to(dtype).to(device),
@@ -221,64 +224,28 @@ def make_case(
     return case
 
 
-def make_sink_tokens(
-    rng: np.random.Generator,
-    k: np.ndarray,
-    v: np.ndarray,
-    keys: np.ndarray,
-    values: np.ndarray,
-    lens: Sequence[int],
-    count: int,
-    first: Sequence[int],
-    dtype: torch.dtype,
-    device: torch.device,
-) -> SinkTokens:
-    """The first tokens of every sequence in full precision, which ``keys`` and ``values`` get too, in place. They stand
-    in permuted rows, and rows and tokens that nobody may read hold NaN."""
-    batch = len(lens)
-    places = np.zeros((3, batch), np.int32)  # row, first, stop
-    places[0] = rng.permutation(batch + 1)[:batch]
-    places[1] = first if len(first) else 0
-    places[2] = np.minimum(places[1] + count, lens)
-    rows = []
-    for source, dense in ((k, keys), (v, values)):
-        kept = torch.full((batch + 1, source.shape[1], count, source.shape[3]), torch.nan, dtype=dtype)
-        for b, (row, begin, stop) in enumerate(places.T.tolist()):
-            kept[row, :, : stop - begin] = torch.from_numpy(source[b, :, begin:stop]).to(dtype)
-            dense[b, :, begin:stop] = kept[row, :, : stop - begin].double().numpy()
-        rows.append(kept.to(device))
-    row, begin, stop = torch.from_numpy(places).to(device)
-    return SinkTokens(*rows, row, begin, stop, limit=int(places[2].max()))
-
-
-def sink_positions(case: Case, sequence: int) -> tuple[int, int]:
-    """Position of the first sink token, and after the last."""
-    held = case.options.get("sink_tokens")
-    return (0, 0) if held is None else (int(held.first[sequence]), int(held.stop[sequence]))
-
-
 def store_rows(
-    cache: KvCacheQuant, blocks: np.ndarray, slots: np.ndarray, rows: np.ndarray, *, values: bool
+    storage: KvCacheQuant, blocks: np.ndarray, slots: np.ndarray, rows: np.ndarray, *, values: bool
 ) -> np.ndarray:
     """Quantize rows ``[kv_heads, tokens, dim]`` into their slots; returns them dequantized, as the model had them."""
-    rotation = hadamard_matrix(rows.shape[-1]) if cache.rotation else np.eye(rows.shape[-1])
-    center = np.zeros((cache.num_kv_heads, 1, 1))
-    if cache.key_center is not None and not values:
-        center = cache.key_center.double().cpu().numpy()[:, None]
+    rotation = hadamard_matrix(rows.shape[-1]) if storage.rotation else np.eye(rows.shape[-1])
+    center = np.zeros((storage.num_kv_heads, 1, 1))
+    if storage.key_center is not None and not values:
+        center = storage.key_center.double().cpu().numpy()[:, None]
     q, scales = quantize(((rows - center) @ rotation).astype(np.float32))
-    write_slots(cache, blocks, slots, q, scales, values=values)
+    write_slots(storage, blocks, slots, q, scales, values=values)
     return (q * scales.astype(np.float64)[..., None]) @ rotation + center
 
 
 def visible_keys(case: Case) -> list[list[np.ndarray]]:
     """Positions that query row i of sequence b sees, as ``[b][i]``: the list in the public docstring, once more."""
-    table, block_size = case.block_table.cpu().numpy(), case.cache.block_size
+    table, block_size = case.block_table.cpu().numpy(), case.storage.block_size
     lens, q_len = case.context_lens.tolist(), case.q.shape[2]
     kv_start, mask, window = (case.options.get(name) for name in ("kv_start", "key_mask", "window"))
     seen: list[list[np.ndarray]] = []
     for b, n in enumerate(lens):
         j = np.arange(n)
-        first, stop = sink_positions(case, b)
+        first, stop = first_positions(case.options, b)
         visible = ((table[b, j // block_size] >= 0) & (j >= stop)) | ((j >= first) & (j < stop))
         if kv_start is not None:
             visible &= j >= int(kv_start[b])
@@ -294,16 +261,17 @@ def visible_keys(case: Case) -> list[list[np.ndarray]]:
 
 
 def poison_unseen(case: Case) -> None:
-    """Poison the slots of tokens that no query row sees: outside a window, before kv_start, masked, sink tokens."""
+    """Poison the slots of tokens that no query row sees: outside a window, before kv_start, masked, first tokens."""
     lens, seen = case.context_lens.tolist(), visible_keys(case)
-    unread = [set(range(n)).difference(*seen[b]).union(range(sink_positions(case, b)[1])) for b, n in enumerate(lens)]
+    kept = [range(first_positions(case.options, b)[1]) for b in range(len(lens))]
+    unread = [set(range(n)).difference(*seen[b]).union(kept[b]) for b, n in enumerate(lens)]
     places = [case.slot_of(b, p) for b, positions in enumerate(unread) for p in sorted(positions)]
-    poison_slots(case.cache, [(block, slot) for block, slot in places if block >= 0])
+    poison_slots(case.storage, [(block, slot) for block, slot in places if block >= 0])
 
 
-def poison_slots(cache: KvCacheQuant, places: Sequence[tuple[int, int]]) -> None:
+def poison_slots(storage: KvCacheQuant, places: Sequence[tuple[int, int]]) -> None:
     """Poison slots, given as (block, slot)."""
     blocks, slots = np.array(places, dtype=np.int64).reshape(-1, 2).T
-    for values, dim in ((False, cache.head_dim), (True, cache.v_head_dim)):
-        rows = np.full((cache.num_kv_heads, len(blocks), dim), POISON, dtype=np.int8)
-        write_slots(cache, blocks, slots, rows, np.full(rows.shape[:2], np.nan, np.float16), values=values)
+    for values, dim in ((False, storage.head_dim), (True, storage.v_head_dim)):
+        rows = np.full((storage.num_kv_heads, len(blocks), dim), POISON, dtype=np.int8)
+        write_slots(storage, blocks, slots, rows, np.full(rows.shape[:2], np.nan, np.float16), values=values)

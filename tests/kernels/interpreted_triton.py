@@ -13,12 +13,14 @@ import triton.language as tl
 
 from hf_int8_paged.kernels import (
     KvCacheQuant,
+    Scoring,
+    Tokens,
     gather_dense,
     int8_kv_append_paged,
     int8_paged_decode_attention,
-    triton_backend,
 )
-from hf_int8_paged.kernels.triton_tuning import Chip
+from hf_int8_paged.kernels.triton import backend as triton_backend
+from hf_int8_paged.kernels.triton.tuning import Chip
 
 from .attention_oracle import dense_attention
 from .conftest import on_the_device
@@ -88,7 +90,9 @@ def test_integer_arithmetic_is_close_to_float64(edit, head_dim: int) -> None:
 
 
 @pytest.mark.parametrize("processors", [2, 40])
-@pytest.mark.parametrize("options", [{}, {"sinks": True}, {"window": 200}], ids=["plain", "sinks", "window"])
+@pytest.mark.parametrize(
+    "options", [{}, {"sink_logits": True}, {"window": 200}], ids=["plain", "sink_logits", "window"]
+)
 def test_any_number_of_splits_gives_the_same_answer(monkeypatch, processors: int, options: dict) -> None:
     monkeypatch.setattr(triton_backend, "chip_of", lambda device: Chip("interpreter", processors))
     case = make_case("triton", lens=(9, 803), kv_heads=1, group=2, head_dim=32, **options)
@@ -103,8 +107,8 @@ def test_a_split_without_tokens_adds_nothing(monkeypatch) -> None:
     monkeypatch.setattr(triton_backend, "chip_of", lambda device: Chip("interpreter", 9))
     case = make_case("triton", lens=(21,), kv_heads=1, group=1, head_dim=32)
     wide = torch.nn.functional.pad(case.block_table, (0, 200), value=-1)
-    q, cache, _, lens, scale = case.arguments
-    out = int8_paged_decode_attention(q, cache, wide, lens, scale)
+    q, storage, _, lens, scale = case.arguments
+    out = int8_paged_decode_attention(q, storage, wide, lens, scale)
     torch.testing.assert_close(out, int8_paged_decode_attention(*case.arguments), rtol=1e-6, atol=1e-6)
 
 
@@ -123,7 +127,7 @@ def test_blocks_past_2_to_the_31_elements(kv_heads: int) -> None:
     block_size, head_dim = 16, 128
     num_blocks = 2**31 // (block_size * head_dim) + 5
     slots = (kv_heads, num_blocks, block_size)
-    cache = KvCacheQuant(
+    storage = KvCacheQuant(
         k=reserved((*slots, head_dim), torch.int8),
         v=reserved((*slots, head_dim), torch.int8),
         k_scales=reserved(slots, torch.float16),
@@ -136,11 +140,11 @@ def test_blocks_past_2_to_the_31_elements(kv_heads: int) -> None:
     k, v = (torch.randn(1, kv_heads, 30, head_dim, generator=rng).to(DEVICE) for _ in range(2))
     q = torch.randn(1, kv_heads, 1, head_dim, generator=rng).to(DEVICE)
     lens = torch.tensor([30], dtype=torch.int32, device=DEVICE)
-    int8_kv_append_paged(k, v, cache, table, torch.zeros_like(lens))
-    k_stored, v_stored = gather_dense(cache, table, lens, stop=30)
+    int8_kv_append_paged(k, v, storage, table, torch.zeros_like(lens))
+    k_stored, v_stored = gather_dense(storage, table, lens, stop=30)
     torch.testing.assert_close(k_stored, k, rtol=0, atol=float(k.abs().max()) / 200)
     torch.testing.assert_close(v_stored, v, rtol=0, atol=float(v.abs().max()) / 200)
-    out = int8_paged_decode_attention(q, cache, table, lens, head_dim**-0.5)
+    out = int8_paged_decode_attention(q, storage, table, lens, head_dim**-0.5)
     want = torch.nn.functional.scaled_dot_product_attention(q, k_stored, v_stored)
     assert (out - want).norm() <= ROW_ERROR * want.norm()
 
@@ -179,16 +183,16 @@ def test_strides_whose_products_pass_2_to_the_31(axis: int) -> None:
     case = make_case("triton", lens=(20,) * batch, kv_heads=heads, head_dim=4, q_len=rows)
     stride = 2**30 + 2**20 + 16
     new = [torch.randn(batch, heads, rows, 4, generator=torch.Generator().manual_seed(i)).half() for i in range(2)]
-    q, cache, table, lens, scale = case.arguments
+    q, storage, table, lens, scale = case.arguments
     q = q.half()
     wide_q, *wide_new = (spread(x, axis, stride) for x in (q, *new))
-    int8_kv_append_paged(*new, cache, table, lens - rows)
+    int8_kv_append_paged(*new, storage, table, lens - rows)
     answers = []
     for queries, keys, values in ((q, *new), (wide_q, *wide_new)):
         out = torch.empty_like(q)
-        triton_backend.extend(out, queries, keys, values, cache, table, lens, scale, *[None] * 5)
-        int8_kv_append_paged(keys, values, cache, table, lens - rows)
-        decoded = int8_paged_decode_attention(queries, cache, table, lens, scale)
-        answers.append((out, decoded, *gather_dense(cache, table, lens)))
+        triton_backend.attend(out, queries, storage, Tokens.at(table, lens), Scoring(scale), (keys, values))
+        int8_kv_append_paged(keys, values, storage, table, lens - rows)
+        decoded = int8_paged_decode_attention(queries, storage, table, lens, scale)
+        answers.append((out, decoded, *gather_dense(storage, table, lens)))
     for narrow, wide in zip(*answers):
         assert torch.equal(narrow, wide)

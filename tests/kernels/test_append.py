@@ -75,8 +75,8 @@ def append_and_check(
     for b, j in holes:
         table[b, j] = -1
     if key_center is not None:
-        for cache in (got, expected):
-            cache.key_center.copy_(key_center)
+        for storage in (got, expected):
+            storage.key_center.copy_(key_center)
     device = device_of(backend)
     lens = torch.tensor(before, dtype=torch.int32, device=device)
     assert int8_kv_append_paged(k.to(device), v.to(device), got, torch.from_numpy(table).to(device), lens) is None
@@ -185,18 +185,18 @@ def test_ties_zeros_tiny_huge_and_faulty_rows(backend: str, dtype: torch.dtype, 
 
 
 def test_a_faulty_row_is_marked_by_a_nan_scale_and_zeros(backend: str) -> None:
-    cache = poisoned_layer(backend, 1, 16, 1, 32)
-    cache.k_scales.fill_(1.0)
-    cache.v_scales.fill_(1.0)
+    storage = poisoned_layer(backend, 1, 16, 1, 32)
+    storage.k_scales.fill_(1.0)
+    storage.v_scales.fill_(1.0)
     device = device_of(backend)
     k, v = normal(1, 1, 3, 32).to(device), normal(1, 1, 3, 32, seed=1).to(device)
     k[0, 0, 1, 7], v[0, 0, 2, 31] = torch.nan, -torch.inf
     int32 = int32_on(backend)
     table, before = torch.zeros(1, 1, **int32), torch.zeros(1, **int32)
-    int8_kv_append_paged(k, v, cache, table, before)
-    assert cache.k_scales[0, 0].isnan().nonzero().flatten().tolist() == [1]
-    assert cache.v_scales[0, 0].isnan().nonzero().flatten().tolist() == [2]
-    k_dense, v_dense = gather_dense(cache, table, before + 3)
+    int8_kv_append_paged(k, v, storage, table, before)
+    assert storage.k_scales[0, 0].isnan().nonzero().flatten().tolist() == [1]
+    assert storage.v_scales[0, 0].isnan().nonzero().flatten().tolist() == [2]
+    k_dense, v_dense = gather_dense(storage, table, before + 3)
     assert k_dense.isnan().all(-1).flatten().tolist()[:3] == [False, True, False]
     assert v_dense.isnan().all(-1).flatten().tolist()[:3] == [False, False, True]
 
@@ -248,12 +248,12 @@ def test_one_row_expanded_over_the_batch(backend: str) -> None:
 
 @pytest.mark.parametrize("shape", [(2, 2, 0, 64), (0, 2, 5, 64)], ids=["no_tokens", "no_sequences"])
 def test_nothing_to_append_changes_nothing(backend: str, shape: tuple[int, ...]) -> None:
-    cache = poisoned_layer(backend, 4, 16, 2, 64)
-    before = snapshot(cache)
+    storage = poisoned_layer(backend, 4, 16, 2, 64)
+    before = snapshot(storage)
     int32 = int32_on(backend)
     rows = torch.empty(shape, device=device_of(backend))
-    int8_kv_append_paged(rows, rows, cache, torch.zeros(shape[0], 2, **int32), torch.zeros(shape[0], **int32))
-    for name, bits in snapshot(cache).items():
+    int8_kv_append_paged(rows, rows, storage, torch.zeros(shape[0], 2, **int32), torch.zeros(shape[0], **int32))
+    for name, bits in snapshot(storage).items():
         np.testing.assert_array_equal(bits, before[name])
 
 
@@ -276,11 +276,11 @@ def test_round_trip_error_is_at_most_half_a_step(backend: str, dtype: torch.dtyp
     magnitudes = torch.logspace(-7, 4, tokens)[:, None]
     k, v = (normal(1, 2, tokens, dim, seed=s) * magnitudes for s in (0, 1))
     k, v = k.to(dtype), v.to(dtype)
-    cache = append_and_check(backend, k, v)
+    storage = append_and_check(backend, k, v)
     table = torch.from_numpy(np.random.default_rng(1).permutation(2).reshape(1, 2).astype(np.int32) + 1)
     lens = torch.tensor([tokens], dtype=torch.int32)
     device = device_of(backend)
-    dense = gather_dense(cache, table.to(device), lens.to(device))
+    dense = gather_dense(storage, table.to(device), lens.to(device))
     for x, got in zip((k, v), dense):
         x, got = x.double(), got.cpu()[:, :, :tokens].double()
         scale = (x.abs().amax(-1, keepdim=True) / 127).to(torch.float16).double()

@@ -35,7 +35,7 @@ def arguments(backend: str) -> Arguments:
     device = device_of(backend)
     int32 = int32_on(backend)
     return SimpleNamespace(
-        cache=poisoned_layer(backend, BLOCKS, BLOCK_SIZE, HEADS, DIM, v_head_dim=V_DIM),
+        storage=poisoned_layer(backend, BLOCKS, BLOCK_SIZE, HEADS, DIM, v_head_dim=V_DIM),
         block_table=torch.tensor([[0, 1], [2, 3]], **int32),
         k_new=torch.ones(BATCH, HEADS, TOKENS, DIM, device=device),
         v_new=torch.ones(BATCH, HEADS, TOKENS, V_DIM, device=device),
@@ -55,20 +55,20 @@ def options(a: Arguments, *names: str) -> dict[str, Any]:
 
 
 def append(a: Arguments) -> None:
-    int8_kv_append_paged(a.k_new, a.v_new, a.cache, a.block_table, a.lens)
+    int8_kv_append_paged(a.k_new, a.v_new, a.storage, a.block_table, a.lens)
 
 
 def decode(a: Arguments) -> None:
-    given = options(a, "kv_start", "key_mask", "window", "softcap", "sinks", "out", "backend")
-    int8_paged_decode_attention(a.q, a.cache, a.block_table, a.lens, 0.1, **given)
+    given = options(a, "kv_start", "key_mask", "window", "softcap", "sink_logits", "out", "backend")
+    int8_paged_decode_attention(a.q, a.storage, a.block_table, a.lens, 0.1, **given)
 
 
 def gather(a: Arguments) -> None:
-    gather_dense(a.cache, a.block_table, a.lens, **options(a, "start", "stop", "dtype", "backend"))
+    gather_dense(a.storage, a.block_table, a.lens, **options(a, "start", "stop", "dtype", "backend"))
 
 
 def copy(a: Arguments) -> None:
-    copy_blocks(a.cache, a.src, a.dst)
+    copy_blocks(a.storage, a.src, a.dst)
 
 
 Change = Callable[[Arguments], dict[str, Any]]
@@ -80,18 +80,18 @@ SPOILT: dict[str, tuple[Callable[[Arguments], None], Change, str]] = {
     "k_new_batch": (append, lambda a: {"k_new": a.k_new[:1]}, r"k_new .*got \[1, 2, 3, 64\]"),
     "k_new_int": (append, lambda a: {"k_new": a.k_new.int()}, "k_new must be float32 or .*, got int32"),
     "k_new_double": (append, lambda a: {"k_new": a.k_new.double()}, "k_new must be .*, got float64"),
-    "k_new_elsewhere": (append, lambda a: {"k_new": a.k_new.to(META)}, "k_new is on meta, but the cache is on"),
+    "k_new_elsewhere": (append, lambda a: {"k_new": a.k_new.to(META)}, "k_new is on meta, but the storage is on"),
     "v_new_width": (append, lambda a: {"v_new": a.k_new}, r"v_new .* \[2, 2, 3, 32\], got \[2, 2, 3, 64\]"),
     "v_new_fewer_tokens": (append, lambda a: {"v_new": a.v_new[:, :, :2]}, r"v_new .*got \[2, 2, 2, 32\]"),
     "v_new_other_dtype": (append, lambda a: {"v_new": a.v_new.half()}, "v_new must be float32, got float16"),
     "table_int64": (append, lambda a: {"block_table": a.block_table.long()}, "block_table must be int32, got int64"),
     "table_1d": (append, lambda a: {"block_table": a.block_table[0]}, r"block_table .* \[\*, \*\], got \[2\]"),
-    "table_id": (append, lambda a: {"block_table": a.block_table + 2}, "block_table .* id 5, but the cache has 5"),
+    "table_id": (append, lambda a: {"block_table": a.block_table + 2}, "block_table .* id 5, but the storage has 5"),
     "before_int64": (append, lambda a: {"lens": a.lens.long()}, "context_lens_before must be int32, got int64"),
     "before_batch": (append, lambda a: {"lens": a.lens[:1]}, r"context_lens_before must have shape \[2\], got \[1\]"),
     "before_negative": (append, lambda a: {"lens": a.lens - 5}, "context_lens_before .* 0 and 32 .*got -1"),
     "before_too_long": (append, lambda a: {"lens": a.lens + 10}, "between 0 and 32 .*got 30 plus 3 new tokens"),
-    "q_heads": (decode, lambda a: {"q": a.q[:, :3]}, "q has 3 heads, which is no multiple of the cache's 2"),
+    "q_heads": (decode, lambda a: {"q": a.q[:, :3]}, "q has 3 heads, which is no multiple of the storage's 2"),
     "q_no_heads": (decode, lambda a: {"q": a.q[:, :0]}, "q has 0 heads"),
     "q_head_dim": (decode, lambda a: {"q": a.q[..., :32]}, r"q must have shape \[2, \*, \*, 64\], got \[2, 4, 3, 32\]"),
     "q_batch": (decode, lambda a: {"q": a.q[:1]}, r"q must have shape .*got \[1, 4, 3, 64\]"),
@@ -99,7 +99,7 @@ SPOILT: dict[str, tuple[Callable[[Arguments], None], Change, str]] = {
     "q_elsewhere": (decode, lambda a: {"q": a.q.to(META)}, "q is on meta"),
     "no_query_rows": (decode, lambda a: {"q": a.q[:, :, :0]}, "q_len must be between 1 and 16, got 0"),
     "17_query_rows": (decode, lambda a: {"q": a.q[:, :, :1].expand(-1, -1, 17, -1)}, "got 17; gather_dense"),
-    "decode_table_id": (decode, lambda a: {"block_table": a.block_table * 2}, "block id 6, but the cache has 5"),
+    "decode_table_id": (decode, lambda a: {"block_table": a.block_table * 2}, "block id 6, but the storage has 5"),
     "decode_lens_too_long": (decode, lambda a: {"lens": a.lens + 13}, "context_lens must .* 0 and 32 .*got 33"),
     "decode_lens_negative": (decode, lambda a: {"lens": -a.lens}, "context_lens .*got -20"),
     "kv_start_shape": (decode, lambda a: {"kv_start": a.lens[:1]}, r"kv_start must have shape \[2\], got \[1\]"),
@@ -109,18 +109,18 @@ SPOILT: dict[str, tuple[Callable[[Arguments], None], Change, str]] = {
     "window_0": (decode, lambda a: {"window": 0}, "window must be at least 1, got 0"),
     "softcap_0": (decode, lambda a: {"softcap": 0.0}, "softcap must be positive and finite, got 0.0"),
     "softcap_nan": (decode, lambda a: {"softcap": float("nan")}, "softcap must be positive and finite, got nan"),
-    "sinks_shape": (decode, lambda a: {"sinks": a.q[0, :2, 0, 0]}, r"sinks must have shape \[4\], got \[2\]"),
+    "sinks_shape": (decode, lambda a: {"sink_logits": a.q[0, :2, 0, 0]}, r"sink_logits .* \[4\], got \[2\]"),
     "out_shape": (decode, lambda a: {"out": a.q}, r"out must have shape \[2, 4, 3, 32\], got \[2, 4, 3, 64\]"),
     "out_dtype": (decode, lambda a: {"out": a.q[..., :V_DIM].half()}, "out must be float32, got float16"),
     "out_last_stride": (decode, lambda a: {"out": a.q[..., ::2]}, "contiguous in its last axis, got stride 2"),
     "gather_lens": (gather, lambda a: {"lens": a.lens + 13}, "lens must be between 0 and 32 .*got 33"),
-    "gather_table_id": (gather, lambda a: {"block_table": a.block_table + 9}, "block id 12, but the cache has 5"),
+    "gather_table_id": (gather, lambda a: {"block_table": a.block_table + 9}, "block id 12, but the storage has 5"),
     "gather_range": (gather, lambda a: {"start": 9, "stop": 8}, "start <= stop <= 32 .*got 9 and 8"),
     "gather_stop": (gather, lambda a: {"stop": 33}, "got 0 and 33"),
     "gather_dtype": (gather, lambda a: {"dtype": torch.float64}, "dtype must be .*got torch.float64"),
     "copy_counts": (copy, lambda a: {"dst": a.dst[:1]}, r"dst must have shape \[2\], got \[1\]"),
     "copy_int64": (copy, lambda a: {"src": a.src.long()}, "src must be int32, got int64"),
-    "copy_from_hole": (copy, lambda a: {"src": a.src - 1}, "src holds block id -1, but the cache has 5"),
+    "copy_from_hole": (copy, lambda a: {"src": a.src - 1}, "src holds block id -1, but the storage has 5"),
     "copy_past_the_end": (copy, lambda a: {"dst": a.dst + 1}, "dst holds block id 5"),
     "copy_twice_to_one": (copy, lambda a: {"dst": a.dst * 0 + 3}, "dst must not hold a block id twice.*got 3"),
     "copy_onto_a_source": (copy, lambda a: {"dst": a.dst - 1}, "nor one of src, got 1"),
@@ -133,7 +133,7 @@ HOST_ONLY = {"table_id", "before_negative", "before_too_long", "gather_lens", "g
 
 
 def another(a: Arguments) -> str:
-    return next(name for name in BACKENDS if name not in ("reference", a.cache.backend))
+    return next(name for name in BACKENDS if name not in ("reference", a.storage.backend))
 
 
 @pytest.mark.parametrize("case", SPOILT)
@@ -141,10 +141,10 @@ def test_names_the_value_and_changes_nothing(backend: str, arguments: Arguments,
     if device_of(backend).type != "cpu" and case in HOST_ONLY:
         return
     call, change, message = SPOILT[case]
-    spoilt, before = spoil(arguments, change(arguments)), snapshot(arguments.cache)
+    spoilt, before = spoil(arguments, change(arguments)), snapshot(arguments.storage)
     with pytest.raises(ValueError, match=message):
         call(spoilt)
-    for name, bits in snapshot(arguments.cache).items():
+    for name, bits in snapshot(arguments.storage).items():
         np.testing.assert_array_equal(bits, before[name])
 
 

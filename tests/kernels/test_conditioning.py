@@ -39,14 +39,14 @@ def decode_error(backend: str, *, rotation: str | None, center: bool, softcap: f
     v[..., 9] *= 20
     device = device_of(backend)
     conditioning = {"rotation": rotation, "center_keys": center}
-    cache = alloc_paged_int8_layer(7, 16, 2, dim, device=device, backend=backend, **conditioning)
-    if cache.key_center is not None:
-        cache.key_center.copy_(torch.from_numpy(k[0].mean(1)))
+    storage = alloc_paged_int8_layer(7, 16, 2, dim, device=device, backend=backend, **conditioning)
+    if storage.key_center is not None:
+        storage.key_center.copy_(torch.from_numpy(k[0].mean(1)))
     new_k, new_v, new_q = (torch.from_numpy(x).float().to(device) for x in (k, v, q))
     int32 = int32_on(backend)
     table, lens = torch.arange(7, **int32)[None], torch.tensor([tokens], **int32)
-    int8_kv_append_paged(new_k, new_v, cache, table, lens - tokens)
-    out = int8_paged_decode_attention(new_q, cache, table, lens, dim**-0.5, softcap=softcap)
+    int8_kv_append_paged(new_k, new_v, storage, table, lens - tokens)
+    out = int8_paged_decode_attention(new_q, storage, table, lens, dim**-0.5, softcap=softcap)
     scores = np.einsum("bhqd,bhtd->bhqt", q, k.repeat(2, 1)) * dim**-0.5
     if softcap is not None:
         scores = softcap * np.tanh(scores / softcap)

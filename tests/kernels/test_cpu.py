@@ -16,14 +16,16 @@ import torch
 
 from hf_int8_paged.kernels import (
     KvCacheQuant,
+    Scoring,
+    Tokens,
     alloc_paged_int8_layer,
-    cpu,
-    cpu_library,
     int8_kv_append_paged,
     int8_paged_decode_attention,
 )
 from hf_int8_paged.kernels.conditioning import hadamard
-from hf_int8_paged.kernels.cpu_memory import HUGE_PAGE
+from hf_int8_paged.kernels.cpu import backend as cpu
+from hf_int8_paged.kernels.cpu import library as cpu_library
+from hf_int8_paged.kernels.cpu.memory import HUGE_PAGE
 
 from .attention_oracle import assert_close, error_bound
 from .conftest import CPU, backends_here
@@ -56,7 +58,7 @@ def attend(case: Case) -> torch.Tensor:
 @pytest.mark.slow
 @pytest.mark.parametrize("isa", cpu.isas())
 def test_the_environment_forces_an_instruction_set(isa: str) -> None:
-    code = "from hf_int8_paged.kernels import cpu; print(cpu.selected_isa())"
+    code = "from hf_int8_paged.kernels.cpu import backend as cpu; print(cpu.selected_isa())"
     assert run_python(code, HF_INT8_PAGED_CPU_ISA=isa).stdout.strip() == isa
 
 
@@ -96,7 +98,15 @@ SPLIT_CASES = {
     "one_long_sequence": dict(lens=(5003,), kv_heads=1, group=3),
     "a_long_one_beside_short_ones": dict(lens=(3000, 1, 0, 500), kv_heads=2, group=2, rotation="hadamard"),
     "options": dict(
-        lens=(2100, 1900), kv_heads=1, group=2, q_len=3, window=1500, sinks=True, softcap=3.0, key_mask=0.5, center=True
+        lens=(2100, 1900),
+        kv_heads=1,
+        group=2,
+        q_len=3,
+        window=1500,
+        sink_logits=True,
+        softcap=3.0,
+        key_mask=0.5,
+        center=True,
     ),
     "more_rows_than_a_row_block": dict(lens=(1300,), kv_heads=1, group=9, q_len=5, head_dim=32),
 }
@@ -119,7 +129,8 @@ def test_any_number_of_threads_gives_the_same_attention(name: str) -> None:
 def test_without_torchs_threads_one_thread_does_everything() -> None:
     code = """
 import torch
-from hf_int8_paged.kernels import cpu, cpu_library
+from hf_int8_paged.kernels.cpu import backend as cpu
+from hf_int8_paged.kernels.cpu import library as cpu_library
 library = cpu._LIBRARY
 torch.set_num_threads(2)
 library._c.int8_paged_set_threads(None, None)
@@ -148,7 +159,7 @@ def test_two_python_threads_at_once_get_what_each_gets_alone() -> None:
             if not torch.equal(attend(case), alone[i]):
                 wrong.append(f"thread {i}, round {round_}")
 
-    scratch = [make_case("cpu", lens=(n, 900), kv_heads=2, seed=n).cache for n in (2000, 2301)]
+    scratch = [make_case("cpu", lens=(n, 900), kv_heads=2, seed=n).storage for n in (2000, 2301)]
     threads = [threading.Thread(target=work, args=(i,)) for i in range(2)]
     for thread in threads:
         thread.start()
@@ -158,10 +169,10 @@ def test_two_python_threads_at_once_get_what_each_gets_alone() -> None:
 
 
 def layer(num_blocks: int = 8) -> KvCacheQuant:
-    cache = alloc_paged_int8_layer(num_blocks, 16, 2, 64, backend="cpu")
-    for x in (cache.k, cache.v, cache.k_scales, cache.v_scales):
+    storage = alloc_paged_int8_layer(num_blocks, 16, 2, 64, backend="cpu")
+    for x in (storage.k, storage.v, storage.k_scales, storage.v_scales):
         x.zero_()
-    return cache
+    return storage
 
 
 @pytest.mark.parametrize(
@@ -174,36 +185,38 @@ def layer(num_blocks: int = 8) -> KvCacheQuant:
     ],
 )
 def test_direct_calls_check_lengths_and_the_blocks_they_use(ids: list[int], length: int, message: str) -> None:
-    cache = layer()
-    before = snapshot(cache)
+    storage = layer()
+    before = snapshot(storage)
     table, lens = torch.tensor([[3, 4], ids], dtype=torch.int32), torch.tensor([5, length], dtype=torch.int32)
     rows, out = torch.randn(2, 2, 1, 64), torch.zeros(2, 2, 1, 64)
     with pytest.raises(ValueError, match=message):
-        cpu.append(rows, rows, cache, table, lens)
+        cpu.append(rows, rows, storage, Tokens.at(table, lens))
+    tokens = Tokens.at(table, lens + 1 if length >= 0 else lens)
     with pytest.raises(ValueError, match=message if length != 32 else "got 33"):
-        cpu.decode(out, rows, cache, table, lens + 1 if length >= 0 else lens, 0.1, None, None, 0, None, None, None)
-    after = snapshot(cache)
+        cpu.attend(out, rows, storage, tokens, Scoring(0.1))
+    after = snapshot(storage)
     assert all((before[name] == after[name]).all() for name in before)
     assert not out.any()
 
 
 def test_tensors_cannot_be_replaced() -> None:
     """The kernels keep their addresses."""
-    cache = make_case("cpu", lens=(50,)).cache
+    storage = make_case("cpu", lens=(50,)).storage
     for name in ("k", "v", "k_scales", "v_scales", "key_center"):
         with pytest.raises(dataclasses.FrozenInstanceError):
-            setattr(cache, name, torch.zeros(1))
+            setattr(storage, name, torch.zeros(1))
 
 
 @linux
 def test_calls_do_not_keep_a_cache_alive() -> None:
-    cache = layer(num_blocks=2 * HUGE_PAGE // (2 * 16 * 64))
+    storage = layer(num_blocks=2 * HUGE_PAGE // (2 * 16 * 64))
     table, lens = torch.zeros(1, 1, dtype=torch.int32), torch.zeros(1, dtype=torch.int32)
     rows = torch.randn(1, 2, 1, 64)
-    cpu.append(rows, rows, cache, table, lens)
-    address = cache.k.data_ptr()
+    tokens = Tokens.at(table, lens)
+    cpu.append(rows, rows, storage, tokens)
+    address = storage.k.data_ptr()
     assert is_mapped(address)
-    del cache
+    del storage
     gc.collect()
     assert not is_mapped(address)
 

@@ -10,7 +10,7 @@ from collections.abc import Iterator
 
 import pytest
 
-from hf_int8_paged.kernels import cpu
+from hf_int8_paged.kernels.cpu import backend as cpu
 
 from . import test_append, test_decode, test_gather_copy
 from .conftest import backends_here

@@ -10,7 +10,9 @@ from pathlib import Path
 
 import pytest
 
-from hf_int8_paged.kernels import alloc_paged_int8_layer, cpu, cpu_library
+from hf_int8_paged.kernels import alloc_paged_int8_layer
+from hf_int8_paged.kernels.cpu import backend as cpu
+from hf_int8_paged.kernels.cpu import library as cpu_library
 
 ROOT = Path(__file__).parent.parent.parent
 
@@ -23,7 +25,7 @@ def test_without_the_library_the_cpu_gets_the_reference_and_one_warning_with_the
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
         layers = [alloc_paged_int8_layer(2, 16, 1, 32) for _ in range(3)]
-    assert [cache.backend for cache in layers] == ["reference"] * 3
+    assert [storage.backend for storage in layers] == ["reference"] * 3
     assert len(caught) == 1
     assert "install GCC or Clang" in str(caught[0].message)
     with pytest.raises(ValueError, match="no compiler was found; install GCC or Clang"):

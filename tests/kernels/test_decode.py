@@ -84,25 +84,25 @@ OPTIONS: dict[str, dict[str, Any]] = {
     "key_mask": dict(key_mask=0.6),
     "key_mask_from_position_7": dict(key_mask=0.6, key_mask_start=7),
     "softcap": dict(softcap=0.8),
-    "sinks": dict(sinks=True),
+    "sink_logits": dict(sink_logits=True),
     "rotation": dict(rotation="hadamard"),
     "key_center": dict(center=True),
-    "key_center_softcap_sinks": dict(center=True, softcap=2.0, sinks=True),
+    "key_center_softcap_sinks": dict(center=True, softcap=2.0, sink_logits=True),
     "rotation_key_center_softcap": dict(rotation="hadamard", center=True, softcap=2.0),
     "holes": dict(holes=((0, 0), (1, 1), (2, 2))),
-    "window_sinks_as_in_gpt_oss": dict(window=24, sinks=True),
+    "window_sinks_as_in_gpt_oss": dict(window=24, sink_logits=True),
     "window_softcap_as_in_Gemma_2": dict(window=33, softcap=50.0),
-    "one_sink_token": dict(sink_tokens=1),
-    "sink_tokens_after_left_padding": dict(sink_tokens=4, sink_first=(7, 0, 16)),
-    "sink_tokens_past_a_subtile": dict(sink_tokens=16, sink_first=(0, 3, 20)),
-    "sink_tokens_out_of_the_window": dict(sink_tokens=3, window=7),
-    "sink_tokens_conditioned": dict(sink_tokens=2, rotation="hadamard", center=True),
-    "sink_tokens_conditioned_softcap": dict(sink_tokens=2, rotation="hadamard", center=True, softcap=2.0),
-    "sink_tokens_conditioned_sinks_mask": dict(sink_tokens=5, center=True, sinks=True, key_mask=0.6),
-    "sink_tokens_in_holes_after_kv_start": dict(sink_tokens=9, holes=((0, 0), (1, 1), (2, 0)), kv_start=(2, 3, 0)),
+    "one_sink_token": dict(first_tokens=1),
+    "first_tokens_after_left_padding": dict(first_tokens=4, first_at=(7, 0, 16)),
+    "first_tokens_past_a_subtile": dict(first_tokens=16, first_at=(0, 3, 20)),
+    "first_tokens_out_of_the_window": dict(first_tokens=3, window=7),
+    "first_tokens_conditioned": dict(first_tokens=2, rotation="hadamard", center=True),
+    "first_tokens_conditioned_softcap": dict(first_tokens=2, rotation="hadamard", center=True, softcap=2.0),
+    "first_tokens_conditioned_sinks_mask": dict(first_tokens=5, center=True, sink_logits=True, key_mask=0.6),
+    "first_tokens_in_holes_after_kv_start": dict(first_tokens=9, holes=((0, 0), (1, 1), (2, 0)), kv_start=(2, 3, 0)),
     "all": dict(
-        kv_start=(0, 3, 20), key_mask=0.8, key_mask_start=2, window=30, softcap=1.5, sinks=True,
-        rotation="hadamard", center=True, holes=((2, 1),), sink_tokens=3, sink_first=(0, 4, 24),
+        kv_start=(0, 3, 20), key_mask=0.8, key_mask_start=2, window=30, softcap=1.5, sink_logits=True,
+        rotation="hadamard", center=True, holes=((2, 1),), first_tokens=3, first_at=(0, 4, 24),
     ),
 }  # fmt: skip
 OPTION_SHAPES: dict[str, dict[str, Any]] = {"three_rows": dict(lens=(9, 40, 53), group=2, head_dim=32, q_len=3)}
@@ -152,7 +152,7 @@ def test_windows_that_end_anywhere_in_a_block(backend: str, window: int) -> None
 def test_rows_that_see_nothing_are_zero(backend: str) -> None:
     case = make_case(backend, lens=(0, 20, 40, 12), group=2, q_len=2, kv_start=(0, 25, 0, 0), key_mask=1.0)
     case.options["key_mask"][3] = False
-    poison_slots(case.cache, [case.slot_of(3, p) for p in range(12)])
+    poison_slots(case.storage, [case.slot_of(3, p) for p in range(12)])
     out = check(case)
     assert not out[[0, 1, 3]].any()
     assert out[2].all()
@@ -177,7 +177,7 @@ def test_a_faulty_row_reaches_only_the_queries_that_see_it(backend: str, store: 
     case = make_case(backend, lens=(40, 40), group=2, q_len=3, window=20, kv_start=(0, 30), rotation=rotation)
     # Windows of sequence 0 start at 18, 19 and 20: its first two query rows see position 19. Sequence 1 starts at 30.
     block, slot = case.slot_of(0, 19)
-    scales, dense = (case.cache.k_scales, case.keys) if store == "k" else (case.cache.v_scales, case.values)
+    scales, dense = (case.storage.k_scales, case.keys) if store == "k" else (case.storage.v_scales, case.values)
     scales[1, block, slot] = torch.nan
     dense[0, 1, 19] = np.nan
     want = dense_attention(case)
@@ -198,8 +198,8 @@ def test_a_faulty_query_row_spoils_only_its_own_output(backend: str) -> None:
 
 
 def test_sinks_of_another_dtype_than_the_queries(backend: str) -> None:
-    case = make_case(backend, lens=(40, 20), group=2, sinks=True, dtype=torch.bfloat16)
-    case.options["sinks"] = case.options["sinks"].float() + 0.001
+    case = make_case(backend, lens=(40, 20), group=2, sink_logits=True, dtype=torch.bfloat16)
+    case.options["sink_logits"] = case.options["sink_logits"].float() + 0.001
     check(case)
 
 
@@ -209,7 +209,7 @@ def test_what_nobody_may_read_changes_not_a_bit(backend: str, options: dict[str,
     """NaN scales in unused slots show a read of theirs. Numbers there must not steer the arithmetic either."""
     case = make_case(backend, lens=(50, 37), group=2, head_dim=64, **options)
     poisoned = int8_paged_decode_attention(*case.arguments, **case.options)
-    for scales in (case.cache.k_scales, case.cache.v_scales):
+    for scales in (case.storage.k_scales, case.storage.v_scales):
         scales[scales.isnan()] = scale
     assert torch.equal(int8_paged_decode_attention(*case.arguments, **case.options), poisoned)
 
@@ -237,7 +237,7 @@ def test_writes_into_a_strided_out_and_nothing_else(backend: str) -> None:
 
 def test_the_storage_and_inputs_are_left_alone(backend: str) -> None:
     case = make_case(backend, lens=(37, 20), group=2, **OPTIONS["key_center_softcap_sinks"])
-    tensors = [*(getattr(case.cache, n) for n in ("k", "v", "k_scales", "v_scales", "key_center")), case.q]
+    tensors = [*(getattr(case.storage, n) for n in ("k", "v", "k_scales", "v_scales", "key_center")), case.q]
     before = [x.clone() for x in tensors]
     int8_paged_decode_attention(*case.arguments, **case.options)
     assert all(torch.equal(a.nan_to_num(7.0), b.nan_to_num(7.0)) for a, b in zip(before, tensors))

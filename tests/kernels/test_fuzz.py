@@ -18,8 +18,8 @@ import torch
 
 from hf_int8_paged.kernels import (
     FLOAT_DTYPES,
+    FirstTokens,
     KvCacheQuant,
-    SinkTokens,
     alloc_paged_int8_layer,
     copy_blocks,
     gather_dense,
@@ -92,14 +92,14 @@ class Draw(random.Random):
         """Mostly in a context or just beside it; any int32."""
         return max(min(self.number(-2, capacity + 2), 2**31 - 1), -(2**31))
 
-    def tables(self, cache: KvCacheQuant, batch: int, width: int, room: int = 0) -> tuple[torch.Tensor, torch.Tensor]:
+    def tables(self, storage: KvCacheQuant, batch: int, width: int, room: int = 0) -> tuple[torch.Tensor, torch.Tensor]:
         """A block table without repeated blocks, and lengths that leave ``room``; each sometimes spoilt."""
-        ids = self.sample(range(cache.num_blocks), min(cache.num_blocks, batch * width))
+        ids = self.sample(range(storage.num_blocks), min(storage.num_blocks, batch * width))
         ids += [-1] * (batch * width - len(ids))
         table = [[i if self.random() < 0.9 else -1 for i in ids[b * width : (b + 1) * width]] for b in range(batch)]
         if self.rarely() and batch and width:
-            table[self.randrange(batch)][self.randrange(width)] = self.choice((cache.num_blocks, 2**31 - 1))
-        highest = max(width * cache.block_size - room, 0)
+            table[self.randrange(batch)][self.randrange(width)] = self.choice((storage.num_blocks, 2**31 - 1))
+        highest = max(width * storage.block_size - room, 0)
         lens = [self.choice((0, highest, self.randint(0, highest))) for _ in range(batch)]
         if self.rarely() and batch:
             lens[self.randrange(batch)] = self.choice((highest + 1, -1, 2**31 - 1, -(2**31)))
@@ -108,26 +108,26 @@ class Draw(random.Random):
     def layer(self, backend: str) -> KvCacheQuant:
         """Storage whose every slot holds a token."""
         sizes = [4, 12, 16, 36, 64, 128, 256] if backend == "cpu" else [1, 5, 16, 40]
-        cache = alloc_paged_int8_layer(
+        storage = alloc_paged_int8_layer(
             self.choice((0, 1, 4, 6)), self.choice((16, 32, 48, 128)), self.choice((1, 2, 3)), self.choice(sizes),
             v_head_dim=self.choice((None, self.choice(sizes))), device=self.device, backend=backend,
             rotation=self.choice((None, "hadamard")), center_keys=self.random() < 0.5,
         )  # fmt: skip
-        for x in (cache.k, cache.v):
+        for x in (storage.k, storage.v):
             x.copy_(torch.randint(-127, 128, x.shape, generator=self.torch, dtype=torch.int8))
-        for x in (cache.k_scales, cache.v_scales):
+        for x in (storage.k_scales, storage.v_scales):
             x.copy_(torch.rand(x.shape, generator=self.torch) * 0.02)
-        if cache.key_center is not None:
-            cache.key_center.copy_(torch.randn(cache.key_center.shape, generator=self.torch))
-        return cache
+        if storage.key_center is not None:
+            storage.key_center.copy_(torch.randn(storage.key_center.shape, generator=self.torch))
+        return storage
 
-    def sink_tokens(self, cache: KvCacheQuant, batch: int, lens: list[int]) -> SinkTokens:
+    def first_tokens(self, storage: KvCacheQuant, batch: int, lens: list[int]) -> FirstTokens:
         """Mostly what the contract wants; sometimes a place or a stride is wrong."""
-        rows, count, heads = batch + self.randint(0, 2), self.choice((1, 2, 3, 16)), cache.num_kv_heads
+        rows, count, heads = batch + self.randint(0, 2), self.choice((1, 2, 3, 16)), storage.num_kv_heads
         dtype = self.choice(FLOAT_DTYPES)
         k, v = (
             torch.randn(rows, heads, count, dim, generator=self.torch).to(self.device, dtype)
-            for dim in (cache.head_dim, cache.v_head_dim)
+            for dim in (storage.head_dim, storage.v_head_dim)
         )
         row = [self.randrange(rows) for _ in range(batch)]
         first = [self.choice((0, self.randint(0, 40))) for _ in range(batch)]
@@ -138,7 +138,7 @@ class Draw(random.Random):
             self.choice((row, first, stop))[self.randrange(batch)] = self.choice((-1, rows, 2**31 - 1, -(2**31)))
         places = [torch.tensor(x, dtype=torch.int64).to(self.device, torch.int32) for x in (row, first, stop)]
         tensors = [self.laid_out(x) if self.rarely() else x for x in (k, v, *places)]
-        return SinkTokens(*tensors, limit=limit)
+        return FirstTokens(*tensors, limit=limit)
 
 
 Outcome = tuple[Any, str | None]
@@ -152,36 +152,38 @@ def outcome(call: Callable[[], Any]) -> Outcome:
         return None, type(error).__name__
 
 
-def clone(cache: KvCacheQuant) -> KvCacheQuant:
-    stores = (x.clone() for x in (cache.k, cache.v, cache.k_scales, cache.v_scales))
-    return KvCacheQuant(*stores, cache.backend, cache.tile_order, cache.rotation, cache.key_center)
+def clone(storage: KvCacheQuant) -> KvCacheQuant:
+    stores = (x.clone() for x in (storage.k, storage.v, storage.k_scales, storage.v_scales))
+    return KvCacheQuant(*stores, storage.backend, storage.tile_order, storage.rotation, storage.key_center)
 
 
 def append(draw: Draw, backend: str) -> str | None:
-    cache, batch, width, tokens = (
+    storage, batch, width, tokens = (
         draw.layer(backend),
         draw.choice((0, 1, 1, 2, 3)),
         draw.randint(0, 3),
         draw.randint(0, 5),
     )
-    table, lens = draw.tables(cache, batch, width, tokens)
+    table, lens = draw.tables(storage, batch, width, tokens)
     dtype = draw.choice(FLOAT_DTYPES)
-    new = [draw.normal(batch, cache.num_kv_heads, tokens, d, dtype=dtype) for d in (cache.head_dim, cache.v_head_dim)]
-    other = clone(cache)
-    _, refused = outcome(lambda: int8_kv_append_paged(*new, cache, table, lens))
+    new = [
+        draw.normal(batch, storage.num_kv_heads, tokens, d, dtype=dtype) for d in (storage.head_dim, storage.v_head_dim)
+    ]
+    other = clone(storage)
+    _, refused = outcome(lambda: int8_kv_append_paged(*new, storage, table, lens))
     _, want = outcome(lambda: int8_kv_append_paged(*new, other, table, lens, backend="reference"))
     assert refused == want
-    before, after = snapshot(other), snapshot(cache)
+    before, after = snapshot(other), snapshot(storage)
     assert all((before[name] == after[name]).all() for name in before)
     return refused
 
 
 def decode(draw: Draw, backend: str) -> str | None:
-    cache, batch, width = draw.layer(backend), draw.choice((0, 1, 1, 2, 3)), draw.randint(0, 3)
-    table, lens = draw.tables(cache, batch, width)
-    heads, q_len = cache.num_kv_heads * draw.choice((1, 2, 5)), draw.choice((1, 1, 2, 3, 16))
-    dtype, capacity = draw.choice(FLOAT_DTYPES), width * cache.block_size
-    q = draw.normal(batch, heads, q_len, cache.head_dim, dtype=dtype)
+    storage, batch, width = draw.layer(backend), draw.choice((0, 1, 1, 2, 3)), draw.randint(0, 3)
+    table, lens = draw.tables(storage, batch, width)
+    heads, q_len = storage.num_kv_heads * draw.choice((1, 2, 5)), draw.choice((1, 1, 2, 3, 16))
+    dtype, capacity = draw.choice(FLOAT_DTYPES), width * storage.block_size
+    q = draw.normal(batch, heads, q_len, storage.head_dim, dtype=dtype)
     options: dict[str, Any] = {}
     if draw.random() < 0.4:
         options["kv_start"] = draw.int32([draw.position(capacity) for _ in range(batch)])
@@ -196,27 +198,27 @@ def decode(draw: Draw, backend: str) -> str | None:
     if draw.random() < 0.3:
         options["softcap"] = draw.choice((0.0, -1.0, math.inf, math.nan) if draw.rarely() else (5.0, 30.0))
     if draw.random() < 0.3:
-        options["sinks"] = draw.normal(heads)
+        options["sink_logits"] = draw.normal(heads)
     if draw.random() < 0.4:
-        options["sink_tokens"] = draw.sink_tokens(cache, batch, lens.tolist())
-    scale = math.nan if draw.rarely() and draw.rarely() else cache.head_dim**-0.5
+        options["first_tokens"] = draw.first_tokens(storage, batch, lens.tolist())
+    scale = math.nan if draw.rarely() and draw.rarely() else storage.head_dim**-0.5
     if draw.random() < 0.3:
-        options["out"] = draw.normal(batch, heads, q_len, cache.v_head_dim, dtype=dtype)
-    got, refused = outcome(lambda: int8_paged_decode_attention(q, cache, table, lens, scale, **options))
+        options["out"] = draw.normal(batch, heads, q_len, storage.v_head_dim, dtype=dtype)
+    got, refused = outcome(lambda: int8_paged_decode_attention(q, storage, table, lens, scale, **options))
     if "out" in options:
         options["out"] = torch.empty(options["out"].shape, dtype=torch.float64, device=draw.device)
     want, why = outcome(
-        lambda: int8_paged_decode_attention(q.double(), cache, table, lens, scale, backend="reference", **options)
+        lambda: int8_paged_decode_attention(q.double(), storage, table, lens, scale, backend="reference", **options)
     )
     if refused is not None and why is None:
         assert "out" in options, "only the layout of an output may be refused where the reference is content"
     else:
         assert refused == why
     if refused is None:
-        held = options.get("sink_tokens")
-        keys, values = gather_dense(cache, table, lens, sink_tokens=held, backend="reference")
+        held = options.get("first_tokens")
+        keys, values = gather_dense(storage, table, lens, first_tokens=held, backend="reference")
         rows = [x.norm(dim=-1).double().max().item() if x.numel() else 0.0 for x in (keys, q)]
-        center = 0.0 if cache.key_center is None else float(cache.key_center.norm(dim=-1).max())
+        center = 0.0 if storage.key_center is None else float(storage.key_center.norm(dim=-1).max())
         loudest = float(values.abs().max()) if values.numel() else 0.0
         # As attention_oracle.error_bound has it, with the largest of all rows in place of those seen.
         rounding = 4 * 2.0**-23 * (capacity**0.5 + scale * rows[1] * (rows[0] + center) + 8)
@@ -229,16 +231,16 @@ def decode(draw: Draw, backend: str) -> str | None:
 
 
 def gather(draw: Draw, backend: str) -> str | None:
-    cache, batch, width = draw.layer(backend), draw.choice((0, 1, 1, 2, 3)), draw.randint(0, 3)
-    table, lens = draw.tables(cache, batch, width)
-    capacity = width * cache.block_size
+    storage, batch, width = draw.layer(backend), draw.choice((0, 1, 1, 2, 3)), draw.randint(0, 3)
+    table, lens = draw.tables(storage, batch, width)
+    capacity = width * storage.block_size
     start = draw.number(0, capacity)
     stop = draw.choice((None, draw.number(0, capacity), 3.5 if draw.rarely() else start + 1, start))
     dtype = draw.choice((*FLOAT_DTYPES, torch.float64)) if draw.rarely() else draw.choice(FLOAT_DTYPES)
-    held = draw.sink_tokens(cache, batch, lens.tolist()) if draw.random() < 0.3 else None
-    arguments: dict[str, Any] = dict(start=start, stop=stop, dtype=dtype, sink_tokens=held)
-    got, refused = outcome(lambda: gather_dense(cache, table, lens, **arguments))
-    want, why = outcome(lambda: gather_dense(cache, table, lens, backend="reference", **arguments))
+    held = draw.first_tokens(storage, batch, lens.tolist()) if draw.random() < 0.3 else None
+    arguments: dict[str, Any] = dict(start=start, stop=stop, dtype=dtype, first_tokens=held)
+    got, refused = outcome(lambda: gather_dense(storage, table, lens, **arguments))
+    want, why = outcome(lambda: gather_dense(storage, table, lens, backend="reference", **arguments))
     assert refused == why
     if refused is None:
         assert all(torch.equal(x, y) for x, y in zip(got, want))
@@ -246,14 +248,14 @@ def gather(draw: Draw, backend: str) -> str | None:
 
 
 def copy(draw: Draw, backend: str) -> str | None:
-    cache, count = draw.layer(backend), draw.randint(0, 3)
-    ids = draw.sample(range(-1, cache.num_blocks + 1), min(2 * count, cache.num_blocks + 2))
+    storage, count = draw.layer(backend), draw.randint(0, 3)
+    ids = draw.sample(range(-1, storage.num_blocks + 1), min(2 * count, storage.num_blocks + 2))
     src, dst = draw.int32(ids[::2]), draw.int32(ids[1::2])
-    other = clone(cache)
-    _, refused = outcome(lambda: copy_blocks(cache, src, dst))
+    other = clone(storage)
+    _, refused = outcome(lambda: copy_blocks(storage, src, dst))
     _, why = outcome(lambda: copy_blocks(other, src, dst, backend="reference"))
     assert refused == why
-    before, after = snapshot(other), snapshot(cache)
+    before, after = snapshot(other), snapshot(storage)
     assert all((before[name] == after[name]).all() for name in before)
     return refused
 
@@ -267,10 +269,10 @@ def allocate(draw: Draw, backend: str) -> str | None:
     # A size that memory refuses is no business of the function.
     if any(isinstance(size, int) and size > 10**4 for size in sizes):
         return "left out"
-    cache, refused = outcome(
+    storage, refused = outcome(
         lambda: alloc_paged_int8_layer(*sizes, dims[0], v_head_dim=dims[1], device=draw.device, backend=backend)
     )
-    assert cache is None or cache.k.shape == (sizes[2], sizes[0], sizes[1], dims[0])
+    assert storage is None or storage.k.shape == (sizes[2], sizes[0], sizes[1], dims[0])
     return refused
 
 

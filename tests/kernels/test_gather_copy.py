@@ -37,7 +37,7 @@ def with_every_token_kept(backend: str, **shape: Any) -> Case:
 @pytest.mark.parametrize("shape", SHAPES.values(), ids=SHAPES)
 def test_gather_is_the_exact_product_rounded_once(backend: str, shape: dict[str, Any], dtype: torch.dtype) -> None:
     case = with_every_token_kept(backend, **shape)
-    dense = gather_dense(case.cache, case.block_table, case.context_lens, dtype=dtype)
+    dense = gather_dense(case.storage, case.block_table, case.context_lens, dtype=dtype)
     for got, want in zip(dense, dequantized(case, 0, case.keys.shape[2])):
         assert got.dtype == dtype
         # 8 bits of value times 11 bits of scale fit in float32.
@@ -48,7 +48,7 @@ def test_gather_is_the_exact_product_rounded_once(backend: str, shape: dict[str,
 @pytest.mark.parametrize("shape", SHAPES.values(), ids=SHAPES)
 def test_gather_undoes_rotation_and_key_center(backend: str, shape: dict[str, Any], center: bool) -> None:
     case = with_every_token_kept(backend, **shape, rotation="hadamard", center=center)
-    dense = gather_dense(case.cache, case.block_table, case.context_lens)
+    dense = gather_dense(case.storage, case.block_table, case.context_lens)
     for got, want in zip(dense, dequantized(case, 0, case.keys.shape[2])):
         assert not got.cpu()[torch.from_numpy(want) == 0].any()
         # At most 8 butterflies, a factor and a sum, each off by half an ulp of the row's norm.
@@ -59,7 +59,7 @@ def test_gather_undoes_rotation_and_key_center(backend: str, shape: dict[str, An
 @pytest.mark.parametrize(("start", "stop"), [(0, 16), (3, 3), (5, 9), (13, 50), (16, 32), (47, 64), (60, 64)])
 def test_gather_of_a_range(backend: str, start: int, stop: int) -> None:
     case = with_every_token_kept(backend, lens=(48, 21, 10), head_dim=64, holes=((0, 1),))
-    dense = gather_dense(case.cache, case.block_table, case.context_lens, start=start, stop=stop)
+    dense = gather_dense(case.storage, case.block_table, case.context_lens, start=start, stop=stop)
     for got, want in zip(dense, dequantized(case, start, stop)):
         assert got.shape == want.shape
         assert torch.equal(got.cpu(), torch.from_numpy(want).float())
@@ -67,8 +67,8 @@ def test_gather_of_a_range(backend: str, start: int, stop: int) -> None:
 
 def test_gather_of_no_sequences_or_no_blocks(backend: str) -> None:
     int32 = int32_on(backend)
-    cache = poisoned_layer(backend, 2, 16, 3, 64, v_head_dim=96)
-    k, v = gather_dense(cache, torch.zeros(0, 2, **int32), torch.zeros(0, **int32))
+    storage = poisoned_layer(backend, 2, 16, 3, 64, v_head_dim=96)
+    k, v = gather_dense(storage, torch.zeros(0, 2, **int32), torch.zeros(0, **int32))
     assert (k.shape, v.shape) == ((0, 3, 32, 64), (0, 3, 32, 96))
     empty = poisoned_layer(backend, 0, 16, 3, 64)
     k, v = gather_dense(empty, torch.full((2, 1), -1, **int32), torch.zeros(2, **int32))
@@ -80,18 +80,18 @@ def test_gather_of_no_sequences_or_no_blocks(backend: str) -> None:
 @pytest.mark.parametrize("block_size", [16, 64])
 @pytest.mark.parametrize("pairs", [[], [(0, 3)], [(5, 0), (5, 1), (2, 6), (4, 3)]], ids=str)
 def test_copy_moves_every_bit_of_a_block_and_no_other(backend: str, pairs: list, block_size: int) -> None:
-    cache = poisoned_layer(backend, 7, block_size, 3, 64, v_head_dim=80)
+    storage = poisoned_layer(backend, 7, block_size, 3, 64, v_head_dim=80)
     generator = torch.Generator().manual_seed(0)
-    for store in (cache.k, cache.v):
+    for store in (storage.k, storage.v):
         store.copy_(torch.randint(-127, 128, store.shape, generator=generator))
-    for scales in (cache.k_scales, cache.v_scales):
+    for scales in (storage.k_scales, storage.v_scales):
         scales.copy_(torch.rand(scales.shape, generator=generator))
         scales[:, 5, 3] = torch.nan
-    want = snapshot(cache)
+    want = snapshot(storage)
     for src, dst in pairs:
         for store in want.values():
             store[:, dst] = store[:, src]
     src, dst = torch.tensor(pairs, dtype=torch.int32, device=device_of(backend)).reshape(-1, 2).T
-    assert copy_blocks(cache, src.contiguous(), dst.contiguous()) is None
-    for name, bits in snapshot(cache).items():
+    assert copy_blocks(storage, src.contiguous(), dst.contiguous()) is None
+    for name, bits in snapshot(storage).items():
         np.testing.assert_array_equal(bits, want[name], err_msg=name)

@@ -12,7 +12,10 @@ import pytest
 import torch
 from torch.testing._internal.two_tensor import TwoTensor
 
-from hf_int8_paged.kernels import KvCacheQuant, SinkTokens, cpu, cpu_library, cpu_records, load_backend
+from hf_int8_paged.kernels import FirstTokens, KvCacheQuant, Scoring, Tokens, load_backend
+from hf_int8_paged.kernels.cpu import backend as cpu
+from hf_int8_paged.kernels.cpu import library as cpu_library
+from hf_int8_paged.kernels.cpu import records as cpu_records
 
 from .conftest import CPU, backends_here
 from .helpers import device_of, poisoned_layer, snapshot
@@ -29,12 +32,12 @@ def int32(*values: Any) -> torch.Tensor:
 def arguments(backend: str) -> dict[str, Any]:
     """What the functions of a backend take, each tensor under the name of its place in a record."""
     rng, device = torch.Generator().manual_seed(0), device_of(backend)
-    cache = poisoned_layer(
+    storage = poisoned_layer(
         backend, 7, BLOCK_SIZE, HEADS, DIM, v_head_dim=V_DIM, rotation="hadamard", center_keys=True
     )  # fmt: skip
     given = {
-        "k": cache.k, "v": cache.v, "k_scales": cache.k_scales, "v_scales": cache.v_scales,
-        "key_center": cache.key_center,
+        "k": storage.k, "v": storage.v, "k_scales": storage.k_scales, "v_scales": storage.v_scales,
+        "key_center": storage.key_center,
         "k_new": torch.randn(BATCH, HEADS, ROWS, DIM, generator=rng),
         "v_new": torch.randn(BATCH, HEADS, ROWS, V_DIM, generator=rng),
         "q": torch.randn(BATCH, Q_HEADS, ROWS, DIM, generator=rng),
@@ -44,9 +47,9 @@ def arguments(backend: str) -> dict[str, Any]:
         "lens": int32(5, 35, 12),
         "kv_start": int32(1, 0, 3),
         "key_mask": torch.rand(BATCH, 40, generator=rng) < 0.8,
-        "sinks": torch.randn(Q_HEADS, generator=rng),
-        "sink_k": torch.randn(4, HEADS, 2, DIM, generator=rng),
-        "sink_v": torch.randn(4, HEADS, 2, V_DIM, generator=rng),
+        "sink_logits": torch.randn(Q_HEADS, generator=rng),
+        "first_k": torch.randn(4, HEADS, 2, DIM, generator=rng),
+        "first_v": torch.randn(4, HEADS, 2, V_DIM, generator=rng),
         "row": int32(3, 0, 1),
         "first": int32(0, 1, 0),
         "stop": int32(2, 3, 1),
@@ -60,27 +63,21 @@ def call(function: str, backend: str, a: dict[str, Any]) -> Any:
     """One function of a backend, itself: not the public one, which checks on its own."""
     module: Any = load_backend(backend)
     order = module.TILE_ORDER
-    cache = KvCacheQuant(a["k"], a["v"], a["k_scales"], a["v_scales"], backend, order, "hadamard", a["key_center"])
-    held = SinkTokens(a["sink_k"], a["sink_v"], a["row"], a["first"], a["stop"], limit=3)
-    options = (a["kv_start"], a["key_mask"])
+    storage = KvCacheQuant(a["k"], a["v"], a["k_scales"], a["v_scales"], backend, order, "hadamard", a["key_center"])
+    held = FirstTokens(a["first_k"], a["first_v"], a["row"], a["first"], a["stop"], limit=3)
+    tokens = Tokens(a["block_table"], a["before"], a["lens"], 9, a["kv_start"])
+    scoring = Scoring(0.1, 5.0, a["sink_logits"], a["key_mask"])
     if function == "append":
-        module.append(a["k_new"], a["v_new"], cache, a["block_table"], a["before"])
-        return snapshot(cache)
-    if function == "decode":
-        module.decode(
-            a["out"], a["q"], cache, a["block_table"], a["lens"], 0.1, *options, 0, 9, 5.0, a["sinks"], held
-        )  # fmt: skip
-        return a["out"].clone()
-    if function == "extend":
-        module.extend(
-            a["out"], a["q"], a["k_new"], a["v_new"], cache, a["block_table"], a["before"], 0.1, *options, 9, 5.0,
-            a["sinks"], held,
-        )  # fmt: skip
+        module.append(a["k_new"], a["v_new"], storage, tokens)
+        return snapshot(storage)
+    if function in ("attend", "attend_to_fresh"):
+        fresh = None if function == "attend" else (a["k_new"], a["v_new"])
+        module.attend(a["out"], a["q"], storage, tokens, scoring, fresh, held)
         return a["out"].clone()
     if function == "gather":
-        return module.gather(cache, a["block_table"], a["lens"], 3, 37, torch.float32)
-    module.copy(cache, a["src"], a["dst"])
-    return snapshot(cache)
+        return module.gather(storage, tokens, 3, 37, torch.float32)
+    module.copy(storage, a["src"], a["dst"])
+    return snapshot(storage)
 
 
 def fill(a: dict[str, Any], backend: str) -> None:
@@ -90,12 +87,12 @@ def fill(a: dict[str, Any], backend: str) -> None:
 
 
 LAYER = ("k", "v", "k_scales", "v_scales", "key_center")
-OPTIONS = ("kv_start", "key_mask", "sinks", "sink_k", "sink_v", "row", "first", "stop")
+OPTIONS = ("kv_start", "key_mask", "sink_logits", "first_k", "first_v", "row", "first", "stop")
 #: Every tensor whose address a function hands to a kernel.
 POINTERS = {
     "append": (*LAYER, "k_new", "v_new", "block_table", "before"),
-    "decode": (*LAYER, "out", "q", "block_table", "lens", *OPTIONS),
-    "extend": (*LAYER, "out", "q", "k_new", "v_new", "block_table", "before", *OPTIONS),
+    "attend": (*LAYER, "out", "q", "block_table", "lens", *OPTIONS),
+    "attend_to_fresh": (*LAYER, "out", "q", "k_new", "v_new", "block_table", "before", *OPTIONS),
     "gather": (*LAYER, "block_table", "lens"),
     "copy": (*LAYER, "src", "dst"),
 }
@@ -141,9 +138,9 @@ SPOILT: dict[str, Callable[[torch.Tensor], torch.Tensor]] = {
     "narrower": narrower,
 }
 #: Spoilt tensors that are others, but none the worse: fewer tokens to store, a mask of fewer columns, a table that
-#: covers less, any dtype of the sinks, values of another width where nothing else has it.
+#: covers less, any dtype of the sink_logits, values of another width where nothing else has it.
 FINE = {
-    ("key_mask", "narrower"), ("block_table", "narrower"), ("sinks", "dtype"), ("gather", "v", "narrower"),
+    ("key_mask", "narrower"), ("block_table", "narrower"), ("sink_logits", "dtype"), ("gather", "v", "narrower"),
     ("copy", "v", "narrower"),
 }  # fmt: skip
 
@@ -151,8 +148,8 @@ FINE = {
 @pytest.mark.parametrize("backend", NATIVE)
 @pytest.mark.parametrize("function", POINTERS)
 def test_every_tensor_of_every_record_is_refused_or_read_as_it_is(backend: str, function: str) -> None:
-    if not hasattr(load_backend(backend), function):
-        return
+    if function == "attend_to_fresh" and not load_backend(backend).LONG_CHUNKS:
+        return  # torch computes it, which checks on its own
     filled = arguments(backend)
     fill(filled, backend)
     tried = refused = 0
@@ -185,15 +182,15 @@ def test_every_tensor_of_every_record_is_refused_or_read_as_it_is(backend: str, 
 
 
 @pytest.mark.parametrize("backend", NATIVE)
-def test_columns_of_a_table_are_no_places_of_sink_tokens(backend: str) -> None:
+def test_columns_of_a_table_are_no_places_of_first_tokens(backend: str) -> None:
     """What indexing of columns made of row, first and stop once: the kernel read the neighbours' instead."""
     a = arguments(backend)
     fill(a, backend)
     table = torch.stack([a["row"], a["first"], a["stop"]]).T.contiguous().T
     places = dict(zip(("row", "first", "stop"), table))
     for name in places:
-        with pytest.raises(ValueError, match=rf"sink_tokens\.{name} must be contiguous, got strides \(3,\)"):
-            call("decode", backend, {**a, name: places[name]})
+        with pytest.raises(ValueError, match=rf"first_tokens\.{name} must be contiguous, got strides \(3,\)"):
+            call("attend", backend, {**a, name: places[name]})
 
 
 @pytest.mark.skipif("cpu" not in NATIVE, reason="needs the C library")
@@ -239,7 +236,7 @@ def test_a_library_that_tells_no_sizes_is_not_used(monkeypatch: pytest.MonkeyPat
     assert "does not tell the sizes of its records; reinstall hf-int8-paged" in missing
 
 
-def test_fields_of_sink_tokens_cannot_be_replaced() -> None:
-    held = SinkTokens(*(torch.zeros(1) for _ in range(5)), limit=1)
+def test_fields_of_first_tokens_cannot_be_replaced() -> None:
+    held = FirstTokens(*(torch.zeros(1) for _ in range(5)), limit=1)
     with pytest.raises(dataclasses.FrozenInstanceError):
         held.row = torch.zeros(2)

@@ -43,29 +43,31 @@ def test_write_rows_puts_every_element_and_no_other(tile_order: str, values: boo
 def test_a_layer_takes_int8_values_and_one_float16_scale_per_row(
     backend: str, num_blocks: int, v_head_dim: int | None
 ) -> None:
-    cache = alloc_paged_int8_layer(
+    storage = alloc_paged_int8_layer(
         num_blocks, 32, 3, 64, v_head_dim=v_head_dim, device=device_of(backend), backend=backend
     )
     v_dim = v_head_dim or 64
-    assert (cache.k.shape, cache.k.dtype) == ((3, num_blocks, 32, 64), torch.int8)
-    assert (cache.v.shape, cache.v.dtype) == ((3, num_blocks, 32, v_dim), torch.int8)
-    for scales in (cache.k_scales, cache.v_scales):
+    assert (storage.k.shape, storage.k.dtype) == ((3, num_blocks, 32, 64), torch.int8)
+    assert (storage.v.shape, storage.v.dtype) == ((3, num_blocks, 32, v_dim), torch.int8)
+    for scales in (storage.k_scales, storage.v_scales):
         assert (scales.shape, scales.dtype) == ((3, num_blocks, 32), torch.float16)
-    assert (cache.num_kv_heads, cache.num_blocks, cache.block_size) == (3, num_blocks, 32)
-    assert (cache.head_dim, cache.v_head_dim, cache.device.type) == (64, v_dim, device_of(backend).type)
-    assert cache.bytes_per_token == 3 * (64 + v_dim + 4)
-    stores = (cache.k, cache.v, cache.k_scales, cache.v_scales)
-    assert cache.nbytes == sum(x.numel() * x.element_size() for x in stores) == num_blocks * 32 * cache.bytes_per_token
+    assert (storage.num_kv_heads, storage.num_blocks, storage.block_size) == (3, num_blocks, 32)
+    assert (storage.head_dim, storage.v_head_dim, storage.device.type) == (64, v_dim, device_of(backend).type)
+    assert storage.bytes_per_token == 3 * (64 + v_dim + 4)
+    stores = (storage.k, storage.v, storage.k_scales, storage.v_scales)
+    assert (
+        storage.nbytes == sum(x.numel() * x.element_size() for x in stores) == num_blocks * 32 * storage.bytes_per_token
+    )
     assert all(x.is_contiguous() for x in stores)
-    assert (cache.backend, cache.tile_order) == (backend, load_backend(backend).TILE_ORDER)
-    assert cache.key_center is None
+    assert (storage.backend, storage.tile_order) == (backend, load_backend(backend).TILE_ORDER)
+    assert storage.key_center is None
 
 
 def test_a_key_center_starts_at_zero(backend: str) -> None:
-    cache = alloc_paged_int8_layer(2, 16, 3, 80, device=device_of(backend), backend=backend, center_keys=True)
-    assert cache.key_center is not None
-    assert (cache.key_center.shape, cache.key_center.dtype) == ((3, 80), torch.float32)
-    assert not cache.key_center.any()
+    storage = alloc_paged_int8_layer(2, 16, 3, 80, device=device_of(backend), backend=backend, center_keys=True)
+    assert storage.key_center is not None
+    assert (storage.key_center.shape, storage.key_center.dtype) == ((3, 80), torch.float32)
+    assert not storage.key_center.any()
 
 
 def test_without_a_name_the_device_gets_its_best_backend(backend: str) -> None:

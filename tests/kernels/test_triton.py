@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 import torch
 
-from hf_int8_paged.kernels import KvCacheQuant, SinkTokens
+from hf_int8_paged.kernels import FirstTokens, KvCacheQuant, Scoring, Tokens
 
 ROOT = Path(__file__).parents[2]
 sys.path.append(str(ROOT / "eval"))
@@ -93,6 +93,11 @@ def layer(head_dim: int, v_head_dim: int, block_size: int, rotation: str | None)
     )
 
 
+def records(table: torch.Tensor, lens: torch.Tensor, options: dict[str, Any]) -> tuple[Tokens, Scoring]:
+    tokens = Tokens(table, lens, lens, options.get("window"), options.get("kv_start"))
+    return tokens, Scoring(0.1, *(options.get(name) for name in ("softcap", "sink_logits", "key_mask")))
+
+
 #: head_dim, v_head_dim, block_size, rotation, query heads, q_len, dtype, options
 VARIANTS: dict[str, tuple[Any, ...]] = {
     "plain": (128, 128, 16, "hadamard", 8, 1, torch.bfloat16, {}),
@@ -100,7 +105,7 @@ VARIANTS: dict[str, tuple[Any, ...]] = {
         96, 80, 32, None, 18, 3, torch.float16,
         dict(
             kv_start=torch.zeros(2, dtype=torch.int32), key_mask=torch.ones(2, 300, dtype=torch.bool), window=99,
-            softcap=30.0, sinks=torch.zeros(18),
+            softcap=30.0, sink_logits=torch.zeros(18),
         ),
     ),
 }  # fmt: skip
@@ -121,30 +126,26 @@ VARIANTS: dict[str, tuple[Any, ...]] = {
 def test_every_kernel_compiles_ahead_of_time(gpu: str, variant: str) -> None:
     from _triton_offline import TARGETS, compiling_for
 
-    from hf_int8_paged.kernels.triton_append import launch_append
-    from hf_int8_paged.kernels.triton_decode import launch_decode
-    from hf_int8_paged.kernels.triton_extend import launch_extend
-    from hf_int8_paged.kernels.triton_tuning import Chip
+    from hf_int8_paged.kernels.triton.append import launch_append
+    from hf_int8_paged.kernels.triton.decode import launch_decode
+    from hf_int8_paged.kernels.triton.extend import launch_extend
+    from hf_int8_paged.kernels.triton.tuning import Chip
 
     head_dim, v_head_dim, block_size, rotation, heads, q_len, dtype, options = VARIANTS[variant]
-    cache = layer(head_dim, v_head_dim, block_size, rotation)
+    storage = layer(head_dim, v_head_dim, block_size, rotation)
     table, lens = torch.zeros(2, 300 // block_size, dtype=torch.int32), torch.zeros(2, dtype=torch.int32)
     new = [torch.empty(2, 2, q_len, dim, dtype=dtype) for dim in (head_dim, v_head_dim)]
     q, out = (torch.empty(2, heads, q_len, dim, dtype=dtype) for dim in (head_dim, v_head_dim))
-    absent: dict[str, Any] = dict.fromkeys(("kv_start", "key_mask", "window", "softcap", "sinks"))
     rows = [torch.empty(2, 2, 3, dim, dtype=dtype) for dim in (head_dim, v_head_dim)]
-    sink_tokens = SinkTokens(*rows, lens, lens, lens, limit=3)
+    first_tokens = FirstTokens(*rows, lens, lens, lens, limit=3)
+    tokens, scoring = records(table, lens, options)
     with compiling_for(TARGETS[gpu]) as compiled:
-        launch_append(*new, cache, table, lens)
+        launch_append(*new, storage, tokens)
         for integer in (True, False):
-            launch_decode(
-                out, q, cache, table, lens, 0.1,
-                key_mask_start=0, sink_tokens=sink_tokens if integer else None, chip=Chip(gpu, 100), integer=integer,
-                **{**absent, **options},
-            )  # fmt: skip
-        seen = {name: options.get(name) for name in ("kv_start", "key_mask", "window", "softcap", "sinks")}
-        for held in (sink_tokens, None):
-            launch_extend(out, q, *new, cache, table, lens, 0.1, **seen, sink_tokens=held)
+            held = first_tokens if integer else None
+            launch_decode(out, q, storage, tokens, scoring, held, chip=Chip(gpu, 100), integer=integer)
+        for held in (first_tokens, None):
+            launch_extend(out, q, storage, tokens, scoring, (new[0], new[1]), held)
     names = ["append_kernel", *2 * ["decode_kernel", "reduce_kernel"], *2 * ["extend_kernel"]]
     assert [name for name, _ in compiled] == names
     binary = "hsaco" if gpu == "gfx942" else "cubin"
@@ -159,28 +160,27 @@ def test_launches_read_nothing_from_the_device(variant: str, monkeypatch: pytest
     from torch._subclasses.fake_tensor import FakeTensorMode
     from triton.runtime.jit import JITFunction
 
-    from hf_int8_paged.kernels import triton_backend
-    from hf_int8_paged.kernels.triton_tuning import Chip
+    from hf_int8_paged.kernels.triton import backend as triton_backend
+    from hf_int8_paged.kernels.triton.tuning import Chip
 
     launches: list[tuple[str, Any]] = []
     monkeypatch.setattr(JITFunction, "run", lambda self, *args, grid, **_: launches.append((self.__name__, grid)))
     monkeypatch.setattr(triton_backend, "chip_of", lambda device: Chip("sm_90", 132))
     head_dim, v_head_dim, block_size, rotation, heads, q_len, dtype, options = VARIANTS[variant]
-    names = ("kv_start", "key_mask", "window", "softcap", "sinks")
     with FakeTensorMode(allow_non_fake_inputs=False), torch.device("cuda"):
-        cache = layer(head_dim, v_head_dim, block_size, rotation)
+        storage = layer(head_dim, v_head_dim, block_size, rotation)
         table, lens = torch.zeros(2, 300 // block_size, dtype=torch.int32), torch.zeros(2, dtype=torch.int32)
         new = [torch.empty(2, 2, q_len, dim, dtype=dtype) for dim in (head_dim, v_head_dim)]
         q, out = (torch.empty(2, heads, q_len, dim, dtype=dtype) for dim in (head_dim, v_head_dim))
-        given = [options.get(name) for name in names]
-        kv_start, key_mask, window, softcap, sinks = (
-            torch.zeros(x.shape, dtype=x.dtype) if isinstance(x, torch.Tensor) else x for x in given
-        )
+        fake = {
+            n: torch.zeros(x.shape, dtype=x.dtype) if isinstance(x, torch.Tensor) else x for n, x in options.items()
+        }
+        tokens, scoring = records(table, lens, fake)
         assert out.device.type == "cuda"
-        triton_backend.append(*new, cache, table, lens)
+        triton_backend.append(*new, storage, tokens)
         rows = [torch.empty(2, 2, 3, dim, dtype=dtype) for dim in (head_dim, v_head_dim)]
-        held = SinkTokens(*rows, lens, lens, lens, limit=3)
-        triton_backend.decode(out, q, cache, table, lens, 0.1, kv_start, key_mask, 0, window, softcap, sinks, held)
-        triton_backend.extend(out, q, *new, cache, table, lens, 0.1, kv_start, key_mask, window, softcap, sinks, held)
+        held = FirstTokens(*rows, lens, lens, lens, limit=3)
+        triton_backend.attend(out, q, storage, tokens, scoring, None, held)
+        triton_backend.attend(out, q, storage, tokens, scoring, (new[0], new[1]), held)
     assert [name for name, _ in launches] == ["append_kernel", "decode_kernel", "reduce_kernel", "extend_kernel"]
     assert all(type(size) is int for _, grid in launches for size in grid)

@@ -13,7 +13,9 @@ from triton.backends.compiler import GPUTarget
 from triton.runtime import driver
 from triton.runtime.jit import JITFunction
 
-from hf_int8_paged.kernels import KvCacheQuant, SinkTokens, triton_backend, triton_device
+from hf_int8_paged.kernels import FirstTokens, KvCacheQuant, Scoring, Tokens
+from hf_int8_paged.kernels.triton import backend as triton_backend
+from hf_int8_paged.kernels.triton import device as triton_device
 
 pytestmark = pytest.mark.skipif(
     os.environ.get("TRITON_INTERPRET") == "1", reason="the interpreter knows neither devices nor streams"
@@ -81,14 +83,15 @@ def run_a_layer(device: str) -> None:
         slots = (2, 5, 16)
         k, v = (torch.empty(*slots, 64, dtype=torch.int8) for _ in range(2))
         k_scales, v_scales = (torch.empty(slots, dtype=torch.float16) for _ in range(2))
-        cache = KvCacheQuant(k, v, k_scales, v_scales, "triton", "v_transposed", "hadamard")
+        storage = KvCacheQuant(k, v, k_scales, v_scales, "triton", "v_transposed", "hadamard")
         table, lens = torch.zeros(2, 4, dtype=torch.int32), torch.zeros(2, dtype=torch.int32)
         new, q = torch.empty(2, 2, 3, 64), torch.empty(2, 4, 3, 64)
         out, row = torch.empty_like(q), torch.empty(2, 2, 1, 64)
-        held = SinkTokens(row, row, lens, lens, lens, limit=1)
-        triton_backend.append(new, new, cache, table, lens)
-        triton_backend.decode(out, q, cache, table, lens, 0.1, None, None, 0, None, None, None, held)
-        triton_backend.extend(out, q, new, new, cache, table, lens, 0.1, None, None, None, None, None, held)
+        held = FirstTokens(row, row, lens, lens, lens, limit=1)
+        tokens, scoring = Tokens(table, lens, lens), Scoring(0.1)
+        triton_backend.append(new, new, storage, tokens)
+        triton_backend.attend(out, q, storage, tokens, scoring, None, held)
+        triton_backend.attend(out, q, storage, tokens, scoring, (new, new), held)
 
 
 KERNELS = ("append_kernel", "decode_kernel", "reduce_kernel", "extend_kernel")

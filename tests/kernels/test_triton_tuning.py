@@ -8,8 +8,10 @@ from pathlib import Path
 import pytest
 import torch
 
-from hf_int8_paged.kernels import triton_decode, triton_tuning
-from hf_int8_paged.kernels.triton_tuning import Chip, Config, config_for
+from hf_int8_paged.kernels.triton import decode as triton_decode
+from hf_int8_paged.kernels.triton import tuning as triton_tuning
+from hf_int8_paged.kernels.triton.layouts import Rows
+from hf_int8_paged.kernels.triton.tuning import Chip, Config, config_for
 
 CHIP = Chip("sm_90", 132)
 
@@ -86,7 +88,7 @@ def test_what_is_timed_is_a_launch_with_the_options_in_question(monkeypatch: pyt
     monkeypatch.setattr(JITFunction, "run", lambda self, *args, **options: launches.append((self.__name__, options)))
     monkeypatch.setattr(triton_decode.triton.testing, "do_bench", lambda call, return_mode: call() or 0.5)
     config = Config(128, 2)
-    time = triton_decode.time_decode(CHIP, 96, 80, 4, 16, True, True, config, device="cpu", sizes=(2, 2, 64))
+    time = triton_decode.time_decode(CHIP, Rows(96, 80, 16, True), 4, True, config, device="cpu", sizes=(2, 2, 64))
     assert time == 0.5
     assert [name for name, _ in launches] == ["decode_kernel", "reduce_kernel"]
     assert launches[0][1]["maxnreg"] == 128

@@ -1,74 +1,16 @@
-"""Extend attention against a dense copy of the past. test_triton.py runs this file under TRITON_INTERPRET=1, and
-`make test-gpu` on a GPU."""
+"""The kernel for long chunks against float64 and the reference. test_triton.py runs this file under
+TRITON_INTERPRET=1, and `make test-gpu` on a GPU."""
 
 from __future__ import annotations
 
 import pytest
 import torch
 
-from hf_int8_paged.kernels import gather_dense, triton_backend
-
 from .conftest import on_the_device
-from .helpers import SEED, Case, device_of, make_case
+from .fresh_oracle import check_fresh
+from .helpers import SEED, device_of, make_case
 
 pytestmark = on_the_device
-
-
-def extend_by_gathering(case: Case, q: torch.Tensor, k_new: torch.Tensor, v_new: torch.Tensor) -> torch.Tensor:
-    """Attention of a chunk over a dense copy of the past and over itself, in float64, on the CPU."""
-    held = case.options.get("sink_tokens")
-    past_k, past_v = gather_dense(
-        case.cache, case.block_table, case.context_lens, sink_tokens=held, backend="reference"
-    )
-    chunk, group = q.shape[2], q.shape[1] // k_new.shape[1]
-    window, softcap, kv_start, key_mask, sinks = (
-        case.options.get(name) for name in ("window", "softcap", "kv_start", "key_mask", "sinks")
-    )
-    outputs = []
-    for b, past in enumerate(case.context_lens.tolist()):
-        k, v = (
-            # Tokens that no row sees are poisoned.
-            torch.cat([dense[b, :, :past].nan_to_num(0.0).double(), new[b].double()], 1)
-            .cpu()
-            .repeat_interleave(group, 0)
-            for dense, new in ((past_k, k_new), (past_v, v_new))
-        )
-        scores = q[b].double().cpu() @ k.mT * case.scale
-        if softcap is not None:
-            scores = softcap * torch.tanh(scores / softcap)
-        positions, keys = past + torch.arange(chunk)[:, None], torch.arange(past + chunk)
-        visible = keys <= positions
-        if window is not None:
-            visible &= keys > positions - window
-        if kv_start is not None:
-            visible &= keys >= kv_start[b].cpu()
-        if held is not None:
-            visible &= keys >= held.first[b].cpu()
-        if key_mask is not None:
-            columns = key_mask[b].cpu()
-            visible &= torch.cat([columns, columns.new_zeros(past + chunk)])[: past + chunk]
-        scores = scores.masked_fill(~visible, -torch.inf)
-        if sinks is not None:
-            scores = torch.cat([scores, sinks.double().cpu()[:, None, None].expand(-1, chunk, 1)], dim=-1)
-        outputs.append(scores.softmax(-1).nan_to_num(0.0)[..., : past + chunk] @ v)
-    return torch.stack(outputs)
-
-
-def check_extend(case: Case, chunk: int, dtype: torch.dtype, tolerance: float) -> None:
-    """A random chunk after the case's tokens, into a poisoned output."""
-    rng = torch.Generator().manual_seed(SEED)
-    cache, (batch, heads), device = case.cache, case.q.shape[:2], device_of("triton")
-    q = torch.randn(batch, heads, chunk, cache.head_dim, generator=rng).to(device, dtype)
-    k_new = torch.randn(batch, cache.num_kv_heads, chunk, cache.head_dim, generator=rng).to(device, dtype)
-    # Strided, as a model's projections are.
-    v_new = torch.randn(batch, chunk, cache.num_kv_heads, cache.v_head_dim, generator=rng).to(device, dtype)
-    v_new = v_new.transpose(1, 2)
-    out = torch.full((batch, heads, chunk, cache.v_head_dim), torch.nan, dtype=dtype, device=device)
-    names = ("kv_start", "key_mask", "window", "softcap", "sinks", "sink_tokens")
-    options = [case.options.get(name) for name in names]
-    triton_backend.extend(out, q, k_new, v_new, cache, case.block_table, case.context_lens, case.scale, *options)
-    want = extend_by_gathering(case, q, k_new, v_new)
-    assert ((out.cpu() - want).norm(dim=-1) <= tolerance * want.norm(dim=-1)).all()
 
 
 @pytest.mark.parametrize(
@@ -78,11 +20,11 @@ def check_extend(case: Case, chunk: int, dtype: torch.dtype, tolerance: float) -
         ((37, 0, 5), 17, {}),
         ((70, 33), 40, {"rotation": "hadamard", "center": True}),
         ((200, 64), 130, {"window": 90, "head_dim": 80, "v_head_dim": 48, "rotation": "hadamard", "center": True}),
-        ((100, 20), 50, {"softcap": 5.0, "sinks": True, "center": True, "kv_start": (3, 30)}),
+        ((100, 20), 50, {"softcap": 5.0, "sink_logits": True, "center": True, "kv_start": (3, 30)}),
         ((700,), 300, {"group": 1, "head_dim": 32, "block_size": 128}),
-        ((70, 33), 40, {"rotation": "hadamard", "center": True, "sink_tokens": 1}),
-        ((90, 43), 40, {"center": True, "softcap": 5.0, "sinks": True, "sink_tokens": 16, "sink_first": (0, 29)}),
-        ((9, 20), 50, {"window": 24, "rotation": "hadamard", "sink_tokens": 7, "kv_start": (2, 0)}),
+        ((70, 33), 40, {"rotation": "hadamard", "center": True, "first_tokens": 1}),
+        ((90, 43), 40, {"center": True, "softcap": 5.0, "sink_logits": True, "first_tokens": 16, "first_at": (0, 29)}),
+        ((9, 20), 50, {"window": 24, "rotation": "hadamard", "first_tokens": 7, "kv_start": (2, 0)}),
     ],
     ids=[
         "one_token",
@@ -91,27 +33,27 @@ def check_extend(case: Case, chunk: int, dtype: torch.dtype, tolerance: float) -
         "window",
         "softcap_sinks_left_padding",
         "long",
-        "sink_token",
-        "sink_tokens_left_padding",
-        "sink_tokens_leave_the_window",
+        "first_token",
+        "first_tokens_left_padding",
+        "first_tokens_leave_the_window",
     ],
 )
 def test_extend_equals_gather_and_dense_attention(past: tuple[int, ...], chunk: int, options: dict) -> None:
-    # float32 sums of some hundred terms
-    check_extend(make_case("triton", lens=past, **{"group": 3, "head_dim": 64, **options}), chunk, torch.float32, 1e-5)
+    check_fresh("triton", make_case("triton", lens=past, **{"group": 3, "head_dim": 64, **options}), chunk)
 
 
+@pytest.mark.parametrize("start", [0, -7, 40])
 @pytest.mark.parametrize("columns", [400, 230, 0])
-def test_keys_outside_the_mask_are_not_seen(columns: int) -> None:
+def test_keys_outside_the_mask_are_not_seen(columns: int, start: int) -> None:
     """Holes in past and chunk, and positions past the mask's last column."""
     case = make_case("triton", lens=(200, 33), group=2, head_dim=32, rotation="hadamard")
     seen = torch.rand(2, columns, generator=torch.Generator().manual_seed(SEED)) < 0.7
-    case.options["key_mask"] = seen.to(device_of("triton"))
-    check_extend(case, 70, torch.float32, 1e-5)
+    case.options |= {"key_mask": seen.to(device_of("triton")), "key_mask_start": start}
+    check_fresh("triton", case, 70)
 
 
 EVERYTHING = {
-    "window": 50, "softcap": 3.0, "sinks": True, "center": True, "rotation": "hadamard", "sink_tokens": 2,
+    "window": 50, "softcap": 3.0, "sink_logits": True, "center": True, "rotation": "hadamard", "first_tokens": 2,
 }  # fmt: skip
 
 
@@ -140,11 +82,11 @@ EVERYTHING = {
 )
 def test_extend_on_both_sides_of_every_tile_boundary(past: tuple[int, ...], chunk: int, options: dict) -> None:
     case = make_case("triton", lens=past, kv_heads=1, group=1 + chunk % 2, head_dim=32, seed=chunk, **options)
-    check_extend(case, chunk, torch.float32, 1e-5)
+    check_fresh("triton", case, chunk)
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
 def test_extend_in_half_precision(dtype: torch.dtype) -> None:
     case = make_case("triton", lens=(100, 20), group=2, head_dim=64, rotation="hadamard", center=True)
     # Output, weights and rotated queries are rounded once each.
-    check_extend(case, 50, dtype, 3 * torch.finfo(dtype).eps)
+    check_fresh("triton", case, 50, dtype, 3 * torch.finfo(dtype).eps)

@@ -18,7 +18,7 @@ int64_t int8_paged_gather(const Layer *, const GatherCall *);
 typedef struct {
     int64_t heads, group, head_dim, v_head_dim, block_size, q_len, length, window;
     double softcap;
-    int rotate, center, mask, sinks, start, sink_tokens;
+    int rotate, center, mask, sink_logits, start, first_tokens;
 } Shape;
 
 static const Shape shapes[] = {
@@ -83,10 +83,10 @@ static int same_bits(const Layer *a, const Layer *b)
  * poisoned. */
 static float *keep_first(const Shape *s, const float *x, float *dense, int64_t dim)
 {
-    float *rows = malloc((size_t)(s->heads * s->sink_tokens * dim + 1) * sizeof *rows);
+    float *rows = malloc((size_t)(s->heads * s->first_tokens * dim + 1) * sizeof *rows);
     for (int64_t head = 0; head < s->heads; head++)
-        for (int64_t i = 0; i < s->sink_tokens * dim; i++)
-            rows[head * s->sink_tokens * dim + i] = dense[head * s->length * dim + i] = x[head * s->length * dim + i];
+        for (int64_t i = 0; i < s->first_tokens * dim; i++)
+            rows[head * s->first_tokens * dim + i] = dense[head * s->length * dim + i] = x[head * s->length * dim + i];
     return rows;
 }
 
@@ -98,7 +98,7 @@ static double error_of(const Shape *s, const DecodeCall *call, const float *k, c
     for (int64_t i = 0; i < s->heads * s->length * s->v_head_dim; i++) largest = fmaxf(largest, fabsf(v[i]));
     for (int64_t row = 0; row < s->heads * s->group * s->q_len; row++) {
         const int64_t h = row / s->q_len, head = h / s->group, p = s->length - s->q_len + row % s->q_len;
-        const double sink = s->sinks ? call->sinks[h] : -INFINITY;
+        const double sink = s->sink_logits ? call->sink_logits[h] : -INFINITY;
         double highest = sink, total = 0;
         for (int64_t j = 0; j < s->length; j++) {
             const int seen = j <= p && j >= s->start && (!s->window || j > p - s->window) && (!s->mask || call->key_mask[j]);
@@ -131,7 +131,7 @@ static int check(const Shape *s, const char *isa)
     for (int64_t i = 0; i < used; i++) ids[i] = (int32_t)((i * 7 + 3) % blocks); /* distinct unless 7 divides blocks */
     if (blocks % 7 == 0)
         for (int64_t i = 0; i < used; i++) ids[i] = (int32_t)(blocks - 1 - i);
-    float *center = normals(s->heads * s->head_dim), *sinks = normals(s->heads * s->group);
+    float *center = normals(s->heads * s->head_dim), *sink_logits = normals(s->heads * s->group);
     float *k = normals(s->heads * s->length * s->head_dim), *v = normals(s->heads * s->length * s->v_head_dim);
     float *q = normals(s->heads * s->group * s->q_len * s->head_dim);
     float *out = normals(s->heads * s->group * s->q_len * s->v_head_dim);
@@ -149,7 +149,7 @@ static int check(const Shape *s, const char *isa)
                                {0, s->q_len * s->head_dim, s->head_dim},
                                DTYPE_FLOAT32, 1, s->heads * s->group, s->q_len, after, 1 / sqrt((double)s->head_dim),
                                s->start ? &start : NULL, s->mask ? mask : NULL, s->length, s->length, 0, s->window,
-                               s->softcap, s->sinks ? sinks : NULL};
+                               s->softcap, s->sink_logits ? sink_logits : NULL};
     Layer layer = make_layer(s, blocks, center), portable = make_layer(s, blocks, center);
     int failed = 0;
     int8_paged_select_isa("portable");
@@ -157,9 +157,9 @@ static int check(const Shape *s, const char *isa)
     failed |= int8_paged_gather(&portable, &gather) != OK;
     int8_paged_select_isa(isa);
     failed |= int8_paged_append(&layer, &append) != OK || !same_bits(&layer, &portable);
-    const int32_t none = 0, kept = s->sink_tokens;
+    const int32_t none = 0, kept = s->first_tokens;
     float *k_first = keep_first(s, k, k_dense, s->head_dim), *v_first = keep_first(s, v, v_dense, s->v_head_dim);
-    if (kept) decode.sink_tokens = (SinkTokens){k_first, v_first, &none, &none, &kept, 1, kept, DTYPE_FLOAT32};
+    if (kept) decode.first_tokens = (FirstTokens){k_first, v_first, &none, &none, &kept, 1, kept, DTYPE_FLOAT32};
     for (int64_t j = 0; j < kept * s->heads; j++) {
         const int64_t head = j / kept, slot = j % kept;
         layer.k_scales[(head * blocks + ids[0]) * s->block_size + slot] = 0x7e00;
@@ -171,7 +171,7 @@ static int check(const Shape *s, const char *isa)
     printf("%-10s heads %ld group %ld dims %ld/%ld block %ld q_len %ld length %-4ld error %.1e %s\n", isa, (long)s->heads,
            (long)s->group, (long)s->head_dim, (long)s->v_head_dim, (long)s->block_size, (long)s->q_len, (long)s->length,
            error, failed ? "FAILED" : "ok");
-    void *all[] = {k_first, v_first, ids, center, sinks, k, v, q, out, k_dense, v_dense, mask, layer.k, layer.v, layer.k_scales,
+    void *all[] = {k_first, v_first, ids, center, sink_logits, k, v, q, out, k_dense, v_dense, mask, layer.k, layer.v, layer.k_scales,
                    layer.v_scales, portable.k, portable.v, portable.k_scales, portable.v_scales};
     for (size_t i = 0; i < sizeof all / sizeof *all; i++) free(all[i]);
     return failed;

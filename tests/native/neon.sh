@@ -5,7 +5,7 @@ set -euo pipefail
 cd "$(dirname "$0")/../.."
 build=$(mktemp -d)
 trap 'rm -rf "$build"' EXIT
-source=kernels/torch-ext/int8_paged_attention/cpu_src
+source=kernels/torch-ext/int8_paged_attention/cpu/src
 ${CC:-aarch64-linux-gnu-gcc} -O3 -std=gnu11 -ffp-contract=off -fno-math-errno -fno-trapping-math -Wall -Wextra -Wno-psabi \
     -static -I$source $source/*.c tests/native/check.c -lm -o "$build/check"
 ${QEMU-qemu-aarch64 -cpu max} "$build/check" neon

@@ -12,9 +12,9 @@ trap 'rm -rf "$build"' EXIT
 flags=$($python -c 'import re, pathlib; print(*re.findall(r"\"(-[^O\"]\S*)\"", pathlib.Path("setup.py").read_text()))')
 # -O1: the sanitizers then see every access that the source makes.
 ${CC:-gcc} -O1 -g $flags -fPIC -shared -fsanitize=address,undefined -fno-sanitize-recover=all \
-    kernels/torch-ext/int8_paged_attention/cpu_src/*.c -lm -o "$build/sanitized.so"
+    kernels/torch-ext/int8_paged_attention/cpu/src/*.c -lm -o "$build/sanitized.so"
 runtime=$(${CC:-gcc} -print-file-name=libasan.so):$(${CC:-gcc} -print-file-name=libubsan.so)
-for isa in $($python -c 'from hf_int8_paged.kernels import cpu; print(*cpu.isas())'); do
+for isa in $($python -c 'from hf_int8_paged.kernels.cpu import backend as cpu; print(*cpu.isas())'); do
     echo "== $isa"
     LD_PRELOAD=$runtime ASAN_OPTIONS=detect_leaks=0 HF_INT8_PAGED_CPU_LIBRARY=$build/sanitized.so \
         HF_INT8_PAGED_CPU_ISA=$isa OMP_NUM_THREADS=2 HF_INT8_PAGED_FUZZ=${HF_INT8_PAGED_FUZZ:-2000} \

@@ -1,7 +1,7 @@
 """Paged int8 KV cache kernels: allocate, append, attend, gather, copy.
 
 Pure functions over tensors; they know neither transformers nor a cache class. The names follow the INT8 KV cache of
-a Rust inference engine. The memory layout is defined in `storage`, the arithmetic in `reference`.
+a Rust inference engine. The memory layout is defined in `storage`, the arithmetic in `reference` and `formats`.
 """
 
 from __future__ import annotations
@@ -9,39 +9,58 @@ from __future__ import annotations
 import torch
 
 from .allocation import alloc_paged_int8_layer
-from .backends import BACKENDS, backend_of, load_backend, resolve_backend, why_unavailable
+from .backends import (
+    BACKENDS,
+    Backend,
+    backend_of,
+    load_backend,
+    register_backend,
+    resolve_backend,
+    why_unavailable,
+)
+from .calls import MAX_DECODE_ROWS, Scoring, Tokens
 from .checks import (
     FLOAT_DTYPES,
     MAX_HEAD_DIM,
     check_block_ids,
     check_destinations,
+    check_first_tokens,
     check_lengths,
     check_range,
-    check_sink_tokens,
     check_tensor,
 )
 from .conditioning import ROTATIONS, mean_key
-from .decode_attention import MAX_DECODE_ROWS, int8_paged_decode_attention
-from .sink_tokens import MAX_SINK_TOKENS, SinkTokens
+from .decode_attention import int8_paged_decode_attention
+from .first_tokens import MAX_FIRST_TOKENS, FirstTokens
+from .formats import FORMATS, Format, register_format
+from .ragged_attention import int8_paged_ragged_attention
 from .storage import TILE_ORDERS, KvCacheQuant
 
 __all__ = [
     "BACKENDS",
     "FLOAT_DTYPES",
+    "FORMATS",
     "MAX_DECODE_ROWS",
+    "MAX_FIRST_TOKENS",
     "MAX_HEAD_DIM",
-    "MAX_SINK_TOKENS",
     "ROTATIONS",
     "TILE_ORDERS",
+    "Backend",
+    "FirstTokens",
+    "Format",
     "KvCacheQuant",
-    "SinkTokens",
+    "Scoring",
+    "Tokens",
     "alloc_paged_int8_layer",
     "copy_blocks",
     "gather_dense",
     "int8_kv_append_paged",
     "int8_paged_decode_attention",
+    "int8_paged_ragged_attention",
     "load_backend",
     "mean_key",
+    "register_backend",
+    "register_format",
     "resolve_backend",
     "why_unavailable",
 ]
@@ -50,7 +69,7 @@ __all__ = [
 def int8_kv_append_paged(
     k_new: torch.Tensor,
     v_new: torch.Tensor,
-    cache: KvCacheQuant,
+    storage: KvCacheQuant,
     block_table: torch.Tensor,
     context_lens_before: torch.Tensor,
     *,
@@ -64,8 +83,8 @@ def int8_kv_append_paged(
     Args:
         k_new: ``[batch, num_kv_heads, new_tokens, head_dim]``, float32, float16 or bfloat16, any strides.
         v_new: ``[batch, num_kv_heads, new_tokens, v_head_dim]``, same dtype.
-        cache: the layer's storage, modified in place.
-        block_table: int32 ``[batch, max_blocks]`` physical block of each logical one, on the cache's device.
+        storage: the layer's storage, modified in place.
+        block_table: int32 ``[batch, max_blocks]`` physical block of each logical one, on the storage's device.
         context_lens_before: int32 ``[batch]`` tokens each sequence had before this call.
         backend: name of the backend to use instead of the storage's own: only ``"reference"`` reads others' tiles.
 
@@ -75,41 +94,41 @@ def int8_kv_append_paged(
 
     Source: ``int8_kv_append_paged`` of the Rust engine; arithmetic in DESIGN.md section 2.
     """
-    device, heads = cache.device, cache.num_kv_heads
+    device, heads = storage.device, storage.num_kv_heads
     check_tensor(block_table, "block_table", shape=(None, None), dtypes=(torch.int32,), device=device)
     batch, max_blocks = block_table.shape
-    check_tensor(k_new, "k_new", shape=(batch, heads, None, cache.head_dim), dtypes=FLOAT_DTYPES, device=device)
+    check_tensor(k_new, "k_new", shape=(batch, heads, None, storage.head_dim), dtypes=FLOAT_DTYPES, device=device)
     tokens = k_new.shape[2]
-    check_tensor(v_new, "v_new", shape=(batch, heads, tokens, cache.v_head_dim), dtypes=(k_new.dtype,), device=device)
+    check_tensor(v_new, "v_new", shape=(batch, heads, tokens, storage.v_head_dim), dtypes=(k_new.dtype,), device=device)
     check_tensor(context_lens_before, "context_lens_before", shape=(batch,), dtypes=(torch.int32,), device=device)
-    check_block_ids(block_table, "block_table", cache.num_blocks)
-    check_lengths(context_lens_before, "context_lens_before", max_blocks * cache.block_size, new_tokens=tokens)
-    backend_of(cache, backend).append(k_new, v_new, cache, block_table, context_lens_before)
+    check_block_ids(block_table, "block_table", storage.num_blocks)
+    check_lengths(context_lens_before, "context_lens_before", max_blocks * storage.block_size, new_tokens=tokens)
+    backend_of(storage, backend).append(k_new, v_new, storage, Tokens.at(block_table, context_lens_before))
 
 
 def gather_dense(
-    cache: KvCacheQuant,
+    storage: KvCacheQuant,
     block_table: torch.Tensor,
     lens: torch.Tensor,
     *,
     start: int = 0,
     stop: int | None = None,
     dtype: torch.dtype = torch.float32,
-    sink_tokens: SinkTokens | None = None,
+    first_tokens: FirstTokens | None = None,
     backend: str | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Dequantize positions ``start`` to ``stop`` of every sequence, as the model computed them: rotation and key
     centre undone.
 
     Args:
-        cache: the layer's storage.
+        storage: the layer's storage.
         block_table: int32 ``[batch, max_blocks]``.
         lens: int32 ``[batch]`` tokens per sequence; positions past them, and positions whose table entry is negative,
             are 0.
         start: first position.
         stop: position after the last; default all that the table covers.
         dtype: of the result.
-        sink_tokens: first tokens in full precision, which take their places.
+        first_tokens: first tokens in full precision, which take their places.
         backend: name of the backend to use instead of the storage's own: only ``"reference"`` reads others' tiles.
 
     Returns:
@@ -119,25 +138,25 @@ def gather_dense(
     Raises:
         ValueError: wrong shape, dtype or device; on the CPU also a block id or a length out of range.
     """
-    check_tensor(block_table, "block_table", shape=(None, None), dtypes=(torch.int32,), device=cache.device)
-    check_tensor(lens, "lens", shape=(block_table.shape[0],), dtypes=(torch.int32,), device=cache.device)
-    check_block_ids(block_table, "block_table", cache.num_blocks)
-    capacity = block_table.shape[1] * cache.block_size
+    check_tensor(block_table, "block_table", shape=(None, None), dtypes=(torch.int32,), device=storage.device)
+    check_tensor(lens, "lens", shape=(block_table.shape[0],), dtypes=(torch.int32,), device=storage.device)
+    check_block_ids(block_table, "block_table", storage.num_blocks)
+    capacity = block_table.shape[1] * storage.block_size
     check_lengths(lens, "lens", capacity)
     start, stop = check_range(start, stop, capacity)
     if dtype not in FLOAT_DTYPES:
         raise ValueError(f"dtype must be float32, float16 or bfloat16, got {dtype}")
-    if sink_tokens is not None:
-        check_sink_tokens(sink_tokens, cache, len(block_table))
-    k, v = backend_of(cache, backend).gather(cache, block_table, lens, start, stop, dtype)
-    return (k, v) if sink_tokens is None else sink_tokens.put_both(k, v, start)
+    if first_tokens is not None:
+        check_first_tokens(first_tokens, storage, len(block_table))
+    k, v = backend_of(storage, backend).gather(storage, Tokens.at(block_table, lens), start, stop, dtype)
+    return (k, v) if first_tokens is None else first_tokens.put_both(k, v, start)
 
 
-def copy_blocks(cache: KvCacheQuant, src: torch.Tensor, dst: torch.Tensor, *, backend: str | None = None) -> None:
+def copy_blocks(storage: KvCacheQuant, src: torch.Tensor, dst: torch.Tensor, *, backend: str | None = None) -> None:
     """Copy whole blocks, all heads, values and scales: block ``dst[i]`` becomes block ``src[i]``, in place.
 
     Args:
-        cache: the layer's storage, modified in place.
+        storage: the layer's storage, modified in place.
         src: int32 ``[count]`` block ids to read.
         dst: int32 ``[count]`` block ids to write: no id twice, and none that stands in ``src``.
 
@@ -145,9 +164,9 @@ def copy_blocks(cache: KvCacheQuant, src: torch.Tensor, dst: torch.Tensor, *, ba
         ValueError: wrong shape, dtype or device; on the CPU also an id out of range, or one that is copied to twice
             or copied from and to.
     """
-    check_tensor(src, "src", shape=(None,), dtypes=(torch.int32,), device=cache.device)
-    check_tensor(dst, "dst", shape=(src.shape[0],), dtypes=(torch.int32,), device=cache.device)
+    check_tensor(src, "src", shape=(None,), dtypes=(torch.int32,), device=storage.device)
+    check_tensor(dst, "dst", shape=(src.shape[0],), dtypes=(torch.int32,), device=storage.device)
     for name, ids in (("src", src), ("dst", dst)):
-        check_block_ids(ids, name, cache.num_blocks, lowest=0)
+        check_block_ids(ids, name, storage.num_blocks, lowest=0)
     check_destinations(src, dst)
-    backend_of(cache, backend).copy(cache, src, dst)
+    backend_of(storage, backend).copy(storage, src, dst)

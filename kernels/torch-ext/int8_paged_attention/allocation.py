@@ -7,6 +7,7 @@ import torch
 from .backends import resolve_backend
 from .checks import check_geometry
 from .conditioning import ROTATIONS
+from .formats import INT8, format_called
 from .storage import TILE_ORDERS, KvCacheQuant
 
 
@@ -22,6 +23,7 @@ def alloc_paged_int8_layer(
     tile_order: str | None = None,
     rotation: str | None = None,
     center_keys: bool = False,
+    format: str = INT8.name,
 ) -> KvCacheQuant:
     """Allocate the storage of one attention layer.
 
@@ -37,36 +39,38 @@ def alloc_paged_int8_layer(
         backend: ``"reference"``, ``"cpu"`` or ``"triton"``; ``None`` takes the best one for the device.
         tile_order: one of ``TILE_ORDERS``; default the backend's own, the only one it reads unless it is the reference.
         rotation: ``"hadamard"`` rotates rows before quantization; ``None`` does not.
-        center_keys: allocate a key centre, zero at first (``cache.key_center``). Set its values before the
+        center_keys: allocate a key centre, zero at first (``storage.key_center``). Set its values before the
             first append.
+        format: name of the format of the rows, one of ``FORMATS``.
 
     Returns:
         The storage.
 
     Raises:
-        ValueError: impossible sizes, an unknown name, or a backend that cannot serve this device or geometry.
+        ValueError: impossible sizes, an unknown name, or a backend that cannot serve this device, geometry or format.
     """
     v_head_dim = head_dim if v_head_dim is None else v_head_dim
     check_geometry(num_blocks, block_size, num_kv_heads, head_dim, v_head_dim)
     if rotation is not None and rotation not in ROTATIONS:
         raise ValueError(f"unknown rotation {rotation!r}; choose one of {', '.join(ROTATIONS)}, or None")
     device = torch.device(device)
-    module = resolve_backend(backend, device, block_size, head_dim, v_head_dim)
-    order = module.TILE_ORDER if tile_order is None else tile_order
+    serving = resolve_backend(backend, device, block_size, head_dim, v_head_dim, format)
+    order = serving.TILE_ORDER if tile_order is None else tile_order
     if order not in TILE_ORDERS:
         raise ValueError(f"unknown tile_order {tile_order!r}; choose one of {', '.join(TILE_ORDERS)}")
-    if order != module.TILE_ORDER and module.NAME != "reference":
-        raise ValueError(f"backend {module.NAME!r} reads tile_order {module.TILE_ORDER!r}, not {order!r}")
+    if order != serving.TILE_ORDER and serving.NAME != "reference":
+        raise ValueError(f"backend {serving.NAME!r} reads tile_order {serving.TILE_ORDER!r}, not {order!r}")
     if order == "dot4" and head_dim % 4:
         raise ValueError(f"tile_order 'dot4' needs a head_dim that is a multiple of 4, got {head_dim}")
-    slots = (num_kv_heads, num_blocks, block_size)
+    slots, rows = (num_kv_heads, num_blocks, block_size), format_called(format)
     return KvCacheQuant(
-        k=module.empty((*slots, head_dim), torch.int8, device),
-        v=module.empty((*slots, v_head_dim), torch.int8, device),
-        k_scales=module.empty(slots, torch.float16, device),
-        v_scales=module.empty(slots, torch.float16, device),
-        backend=module.NAME,
+        k=serving.empty((*slots, head_dim), rows.dtype, device),
+        v=serving.empty((*slots, v_head_dim), rows.dtype, device),
+        k_scales=serving.empty(slots, rows.scale_dtype, device),
+        v_scales=serving.empty(slots, rows.scale_dtype, device),
+        backend=serving.NAME,
         tile_order=order,
         rotation=rotation,
         key_center=torch.zeros(num_kv_heads, head_dim, device=device) if center_keys else None,
+        format=format,
     )

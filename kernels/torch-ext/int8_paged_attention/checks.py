@@ -8,7 +8,7 @@ from collections.abc import Sequence
 
 import torch
 
-from .sink_tokens import MAX_SINK_TOKENS, SinkTokens
+from .first_tokens import MAX_FIRST_TOKENS, FirstTokens
 from .storage import KvCacheQuant
 
 #: dtypes of keys, values and queries that every backend takes.
@@ -37,7 +37,7 @@ def check_tensor(
         names = " or ".join(str(dtype).removeprefix("torch.") for dtype in dtypes)
         raise ValueError(f"{name} must be {names}, got {str(x.dtype).removeprefix('torch.')}")
     if x.device != device:
-        raise ValueError(f"{name} is on {x.device}, but the cache is on {device}; move it there")
+        raise ValueError(f"{name} is on {x.device}, but the storage is on {device}; move it there")
 
 
 def check_geometry(num_blocks: int, block_size: int, num_kv_heads: int, head_dim: int, v_head_dim: int) -> None:
@@ -62,7 +62,7 @@ def check_block_ids(ids: torch.Tensor, name: str, num_blocks: int, *, lowest: in
         low, high = (int(x) for x in torch.aminmax(ids))
         if high >= num_blocks or (lowest is not None and low < lowest):
             wrong = high if high >= num_blocks else low
-            raise ValueError(f"{name} holds block id {wrong}, but the cache has {num_blocks} blocks")
+            raise ValueError(f"{name} holds block id {wrong}, but the storage has {num_blocks} blocks")
 
 
 def check_destinations(src: torch.Tensor, dst: torch.Tensor) -> None:
@@ -107,14 +107,14 @@ def check_disjoint(x: torch.Tensor, name: str) -> None:
         extent += (size - 1) * stride
 
 
-def check_native_geometry(cache: KvCacheQuant) -> None:
+def check_native_geometry(storage: KvCacheQuant) -> None:
     """Check the sizes of a storage that native kernels are to read, and the names of what was done to its rows."""
-    check_geometry(cache.num_blocks, cache.block_size, cache.num_kv_heads, cache.head_dim, cache.v_head_dim)
-    for name, dim in (("head_dim", cache.head_dim), ("v_head_dim", cache.v_head_dim)):
+    check_geometry(storage.num_blocks, storage.block_size, storage.num_kv_heads, storage.head_dim, storage.v_head_dim)
+    for name, dim in (("head_dim", storage.head_dim), ("v_head_dim", storage.v_head_dim)):
         if dim > MAX_NATIVE_HEAD_DIM:
             raise ValueError(f"{name} must be at most {MAX_NATIVE_HEAD_DIM} for native kernels, got {dim}")
-    if cache.rotation not in (None, "hadamard"):
-        raise ValueError(f"rotation must be 'hadamard' or None, got {cache.rotation!r}")
+    if storage.rotation not in (None, "hadamard"):
+        raise ValueError(f"rotation must be 'hadamard' or None, got {storage.rotation!r}")
 
 
 def check_integer(value: int, name: str) -> int:
@@ -163,41 +163,41 @@ def check_range(start: int, stop: int | None, capacity: int) -> tuple[int, int]:
     return start, stop
 
 
-def check_sink_tokens(sink_tokens: SinkTokens, cache: KvCacheQuant, batch: int) -> None:
+def check_first_tokens(first_tokens: FirstTokens, storage: KvCacheQuant, batch: int) -> None:
     """Check full-precision first tokens; their places only where they are on the host."""
-    if not isinstance(sink_tokens, SinkTokens):
-        raise TypeError(f"sink_tokens must be SinkTokens, got {type(sink_tokens).__name__}")
-    check_sink_layout(sink_tokens, batch, cache.num_kv_heads, cache.head_dim, cache.v_head_dim, cache.device)
-    check_sink_places(sink_tokens)
+    if not isinstance(first_tokens, FirstTokens):
+        raise TypeError(f"first_tokens must be FirstTokens, got {type(first_tokens).__name__}")
+    check_first_layout(first_tokens, batch, storage.num_kv_heads, storage.head_dim, storage.v_head_dim, storage.device)
+    check_first_places(first_tokens)
 
 
-def check_sink_layout(
-    sink_tokens: SinkTokens, batch: int, heads: int, head_dim: int, v_head_dim: int, device: torch.device
+def check_first_layout(
+    first_tokens: FirstTokens, batch: int, heads: int, head_dim: int, v_head_dim: int, device: torch.device
 ) -> None:
     """Check dtypes, device, shapes and strides of first tokens."""
-    k, v = sink_tokens.k, sink_tokens.v
-    check_tensor(k, "sink_tokens.k", shape=(None, heads, None, head_dim), dtypes=FLOAT_DTYPES, device=device)
-    if not 1 <= k.shape[2] <= MAX_SINK_TOKENS:
-        raise ValueError(f"sink_tokens.k must hold 1 to {MAX_SINK_TOKENS} tokens per sequence, got {k.shape[2]}")
-    check_tensor(v, "sink_tokens.v", shape=(*k.shape[:3], v_head_dim), dtypes=(k.dtype,), device=device)
-    check_contiguous(k, "sink_tokens.k")
-    check_contiguous(v, "sink_tokens.v")
+    k, v = first_tokens.k, first_tokens.v
+    check_tensor(k, "first_tokens.k", shape=(None, heads, None, head_dim), dtypes=FLOAT_DTYPES, device=device)
+    if not 1 <= k.shape[2] <= MAX_FIRST_TOKENS:
+        raise ValueError(f"first_tokens.k must hold 1 to {MAX_FIRST_TOKENS} tokens per sequence, got {k.shape[2]}")
+    check_tensor(v, "first_tokens.v", shape=(*k.shape[:3], v_head_dim), dtypes=(k.dtype,), device=device)
+    check_contiguous(k, "first_tokens.k")
+    check_contiguous(v, "first_tokens.v")
     for name in ("row", "first", "stop"):
-        x = getattr(sink_tokens, name)
-        check_tensor(x, f"sink_tokens.{name}", shape=(batch,), dtypes=(torch.int32,), device=device)
-        check_contiguous(x, f"sink_tokens.{name}")
+        x = getattr(first_tokens, name)
+        check_tensor(x, f"first_tokens.{name}", shape=(batch,), dtypes=(torch.int32,), device=device)
+        check_contiguous(x, f"first_tokens.{name}")
 
 
-def check_sink_places(sink_tokens: SinkTokens) -> None:
+def check_first_places(first_tokens: FirstTokens) -> None:
     """Check which rows and positions first tokens have; only where these are on the host."""
-    k, row, first, stop = sink_tokens.k, sink_tokens.row, sink_tokens.first, sink_tokens.stop
-    limit = check_integer(sink_tokens.limit, "sink_tokens.limit")
+    k, row, first, stop = first_tokens.k, first_tokens.row, first_tokens.first, first_tokens.stop
+    limit = check_integer(first_tokens.limit, "first_tokens.limit")
     if k.device.type != "cpu" or not len(row):
         return
     if int(row.min()) < 0 or int(row.max()) >= len(k):
-        raise ValueError(f"sink_tokens.row must be between 0 and {len(k) - 1}, got {row.tolist()}")
+        raise ValueError(f"first_tokens.row must be between 0 and {len(k) - 1}, got {row.tolist()}")
     if int(first.min()) < 0 or int((stop.long() - first).max()) > k.shape[2] or int(stop.max()) > limit:
         raise ValueError(
-            f"sink_tokens: first must not be negative and stop at most first + {k.shape[2]} and limit = {limit}, "
+            f"first_tokens: first must not be negative and stop at most first + {k.shape[2]} and limit = {limit}, "
             f"got first = {first.tolist()} and stop = {stop.tolist()}"
         )

@@ -57,29 +57,29 @@ def mean_key(k: torch.Tensor, tokens: torch.Tensor | None = None) -> torch.Tenso
     return total / counted.sum(dim=(0, 2)).clamp(min=1)
 
 
-def condition_keys(k: torch.Tensor, cache: KvCacheQuant) -> torch.Tensor:
+def condition_keys(k: torch.Tensor, storage: KvCacheQuant) -> torch.Tensor:
     """Float32 key rows ``[batch, num_kv_heads, tokens, head_dim]`` as they are quantized."""
-    if cache.key_center is not None:
-        k = k - cache.key_center[:, None]
-    return hadamard(k) if cache.rotation else k
+    if storage.key_center is not None:
+        k = k - storage.key_center[:, None]
+    return hadamard(k) if storage.rotation else k
 
 
-def condition_values(v: torch.Tensor, cache: KvCacheQuant) -> torch.Tensor:
+def condition_values(v: torch.Tensor, storage: KvCacheQuant) -> torch.Tensor:
     """Float32 value rows as they are quantized."""
-    return hadamard(v) if cache.rotation else v
+    return hadamard(v) if storage.rotation else v
 
 
-def condition_query(q: torch.Tensor, cache: KvCacheQuant) -> torch.Tensor:
+def condition_query(q: torch.Tensor, storage: KvCacheQuant) -> torch.Tensor:
     """Queries ``[..., head_dim]`` that score the stored keys as the original queries score the original ones."""
-    return hadamard(q) if cache.rotation else q
+    return hadamard(q) if storage.rotation else q
 
 
-def restore_output(out: torch.Tensor, cache: KvCacheQuant) -> torch.Tensor:
+def restore_output(out: torch.Tensor, storage: KvCacheQuant) -> torch.Tensor:
     """Weighted sums of stored values ``[..., v_head_dim]`` -> weighted sums of the original values."""
-    return hadamard(out) if cache.rotation else out
+    return hadamard(out) if storage.rotation else out
 
 
-def restore_keys(k: torch.Tensor, cache: KvCacheQuant) -> torch.Tensor:
+def restore_keys(k: torch.Tensor, storage: KvCacheQuant) -> torch.Tensor:
     """Dequantized stored keys ``[batch, num_kv_heads, tokens, head_dim]`` -> keys as the model computed them."""
-    k = hadamard(k) if cache.rotation else k
-    return k if cache.key_center is None else k + cache.key_center[:, None]
+    k = hadamard(k) if storage.rotation else k
+    return k if storage.key_center is None else k + storage.key_center[:, None]

@@ -1,50 +1,31 @@
 """What native kernels may assume of the tensors whose addresses they get: dtype, device, shape and strides.
 
 C and Triton follow addresses and know nothing of tensors, so every tensor passes through this file on its way to them.
-What lives longer than a step, a layer's storage and its first tokens, is checked once; the rest in every call, by
-comparisons that cost a tenth of a microsecond each. Only where one fails does `checks` find out what is wrong. A layout
-that a kernel cannot read is copied, or refused where nobody may copy it.
+What lives longer than a call, a layer's storage, its first tokens and a step's `Tokens`, is checked once; the rest in
+every call, by comparisons that cost a tenth of a microsecond each. Only where one fails does `checks` find out what is
+wrong. A layout that a kernel cannot read is copied, or refused where nobody may copy it.
 """
 
 from __future__ import annotations
 
-import weakref
-from collections.abc import Callable
-from typing import Generic, NamedTuple, TypeVar
+from typing import NamedTuple
 
 import torch
 
+from .calls import Scoring, Tokens, rows_contiguous
 from .checks import (
     FLOAT_DTYPES,
     check_contiguous,
     check_disjoint,
+    check_first_layout,
     check_native_geometry,
-    check_sink_layout,
     check_softcap,
     check_tensor,
+    clamp_window,
 )
-from .sink_tokens import SinkTokens
+from .first_tokens import FirstTokens
+from .formats import INT8
 from .storage import KvCacheQuant
-
-K = TypeVar("K")
-V = TypeVar("V")
-
-
-class OncePerObject(Generic[K, V]):
-    """What ``make`` answers for an object, asked once per object and forgotten together with it."""
-
-    def __init__(self, make: Callable[[K], V]) -> None:
-        self._make = make
-        self._known: dict[int, tuple[V, weakref.ref]] = {}
-
-    def __call__(self, x: K) -> V:
-        entry = self._known.get(id(x))
-        return self._add(x) if entry is None else entry[0]
-
-    def _add(self, x: K) -> V:
-        value, key = self._make(x), id(x)
-        self._known[key] = (value, weakref.ref(x, lambda _: self._known.pop(key, None)))
-        return value
 
 
 class LayerLayout(NamedTuple):
@@ -58,7 +39,16 @@ class LayerLayout(NamedTuple):
     v_head_dim: int
 
 
-class SinkLayout(NamedTuple):
+class TokensLayout(NamedTuple):
+    """Sizes of a batch's block table; it and the lengths beside it have been checked."""
+
+    device: torch.device
+    batch: int
+    max_blocks: int
+    table_stride: int
+
+
+class FirstTokensLayout(NamedTuple):
     """Sizes of first tokens that have been checked."""
 
     device: torch.device
@@ -68,61 +58,63 @@ class SinkLayout(NamedTuple):
     v_head_dim: int
 
 
-def check_layer(cache: KvCacheQuant, backend: str, tile_order: str) -> LayerLayout:
+def check_layer(storage: KvCacheQuant, backend: str, tile_order: str) -> LayerLayout:
     """Check the storage of a layer that ``backend`` is to read."""
-    if cache.tile_order != tile_order:
-        raise ValueError(f"backend {backend!r} reads tile_order {tile_order!r}, not {cache.tile_order!r}")
-    device = cache.k.device
-    check_tensor(cache.k, "k", shape=(None,) * 4, dtypes=(torch.int8,), device=device)
-    slots = cache.k.shape[:3]
-    check_tensor(cache.v, "v", shape=(*slots, None), dtypes=(torch.int8,), device=device)
-    check_native_geometry(cache)
-    for name, x in (("k_scales", cache.k_scales), ("v_scales", cache.v_scales)):
-        check_tensor(x, name, shape=slots, dtypes=(torch.float16,), device=device)
-    for name, x in (("k", cache.k), ("v", cache.v), ("k_scales", cache.k_scales), ("v_scales", cache.v_scales)):
+    if storage.format != INT8.name:
+        raise ValueError(f"backend {backend!r} reads format {INT8.name!r}, not {storage.format!r}")
+    if storage.tile_order != tile_order:
+        raise ValueError(f"backend {backend!r} reads tile_order {tile_order!r}, not {storage.tile_order!r}")
+    device = storage.k.device
+    check_tensor(storage.k, "k", shape=(None,) * 4, dtypes=(INT8.dtype,), device=device)
+    slots = storage.k.shape[:3]
+    check_tensor(storage.v, "v", shape=(*slots, None), dtypes=(INT8.dtype,), device=device)
+    check_native_geometry(storage)
+    for name, x in (("k_scales", storage.k_scales), ("v_scales", storage.v_scales)):
+        check_tensor(x, name, shape=slots, dtypes=(INT8.scale_dtype,), device=device)
+    for name, x in (("k", storage.k), ("v", storage.v), ("k_scales", storage.k_scales), ("v_scales", storage.v_scales)):
         check_contiguous(x, name)
-    if cache.key_center is not None:
-        shape = (cache.num_kv_heads, cache.head_dim)
-        check_tensor(cache.key_center, "key_center", shape=shape, dtypes=(torch.float32,), device=device)
-        check_contiguous(cache.key_center, "key_center")
-    return LayerLayout(device, slots[0], slots[1], slots[2], cache.head_dim, cache.v_head_dim)
+    if storage.key_center is not None:
+        shape = (storage.num_kv_heads, storage.head_dim)
+        check_tensor(storage.key_center, "key_center", shape=shape, dtypes=(torch.float32,), device=device)
+        check_contiguous(storage.key_center, "key_center")
+    return LayerLayout(device, slots[0], slots[1], slots[2], storage.head_dim, storage.v_head_dim)
 
 
-def check_first_tokens(sink_tokens: SinkTokens) -> SinkLayout:
-    """Check the tensors of first tokens; `check_decode` compares their sizes with a call's."""
-    k, v, row = sink_tokens.k, sink_tokens.v, sink_tokens.row
-    check_tensor(k, "sink_tokens.k", shape=(None,) * 4, dtypes=FLOAT_DTYPES, device=k.device)
-    check_tensor(v, "sink_tokens.v", shape=(*k.shape[:3], None), dtypes=(k.dtype,), device=k.device)
-    check_tensor(row, "sink_tokens.row", shape=(None,), dtypes=(torch.int32,), device=k.device)
-    check_sink_layout(sink_tokens, len(row), k.shape[1], k.shape[3], v.shape[3], k.device)
-    return SinkLayout(k.device, len(row), k.shape[1], k.shape[3], v.shape[3])
+def check_first_tokens(first_tokens: FirstTokens) -> FirstTokensLayout:
+    """Check the tensors of first tokens; `check_options` compares their sizes with a call's."""
+    k, v, row = first_tokens.k, first_tokens.v, first_tokens.row
+    check_tensor(k, "first_tokens.k", shape=(None,) * 4, dtypes=FLOAT_DTYPES, device=k.device)
+    check_tensor(v, "first_tokens.v", shape=(*k.shape[:3], None), dtypes=(k.dtype,), device=k.device)
+    check_tensor(row, "first_tokens.row", shape=(None,), dtypes=(torch.int32,), device=k.device)
+    check_first_layout(first_tokens, len(row), k.shape[1], k.shape[3], v.shape[3], k.device)
+    return FirstTokensLayout(k.device, len(row), k.shape[1], k.shape[3], v.shape[3])
 
 
-def check_table(
-    device: torch.device, batch: int, block_table: torch.Tensor, lens: torch.Tensor
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """Block table ``[batch, max_blocks]``, last axis contiguous, and lengths ``[batch]``, contiguous; copied if not."""
-    shape = block_table.shape
-    if (
-        len(shape) != 2
-        or shape[0] != batch
-        or lens.shape != (batch,)
-        or block_table.dtype is not torch.int32
-        or lens.dtype is not torch.int32
-        or block_table.device != device
-        or lens.device != device
-    ):
-        check_tensor(block_table, "block_table", shape=(batch, None), dtypes=(torch.int32,), device=device)
-        check_tensor(lens, "lengths", shape=(batch,), dtypes=(torch.int32,), device=device)
-    if not block_table.is_contiguous():
-        block_table = rows_contiguous(block_table)
-    return block_table, lens if lens.is_contiguous() else lens.contiguous()
+def check_tokens(tokens: Tokens) -> TokensLayout:
+    """Check the tensors of `Tokens`; the functions below compare their sizes with a call's."""
+    table = tokens.block_table
+    check_tensor(table, "block_table", shape=(None, None), dtypes=(torch.int32,), device=table.device)
+    if table.stride()[-1] != 1 and table.shape[-1] > 1:
+        raise ValueError(f"block_table must be contiguous in its last axis, got stride {table.stride()[-1]}")
+    for name in ("context_lens_before", "context_lens", "kv_start"):
+        x = getattr(tokens, name)
+        if x is not None:
+            check_tensor(x, name, shape=(len(table),), dtypes=(torch.int32,), device=table.device)
+            check_contiguous(x, name)
+    clamp_window(tokens.window, 1)
+    return TokensLayout(table.device, table.shape[0], table.shape[1], table.stride()[0])
 
 
-def check_append(
-    layout: LayerLayout, k_new: torch.Tensor, v_new: torch.Tensor, block_table: torch.Tensor, lens: torch.Tensor
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """Check an append; the new rows may have any strides. Returns what `check_table` does."""
+def check_batch(layout: LayerLayout, tokens: TokensLayout, batch: int) -> None:
+    """Check that a call's tokens are those of its sequences, beside its storage."""
+    if tokens.batch != batch:
+        raise ValueError(f"block_table has {tokens.batch} rows, but the call {batch} sequences")
+    if tokens.device != layout.device:
+        raise ValueError(f"block_table is on {tokens.device}, but the storage is on {layout.device}; move it there")
+
+
+def check_append(layout: LayerLayout, tokens: TokensLayout, k_new: torch.Tensor, v_new: torch.Tensor) -> None:
+    """Check an append; the new rows may have any strides."""
     device, heads, _, _, dim, v_dim = layout
     shape, dtype = k_new.shape, k_new.dtype
     if (
@@ -137,7 +129,8 @@ def check_append(
     ):
         check_tensor(k_new, "k_new", shape=(None, heads, None, dim), dtypes=FLOAT_DTYPES, device=device)
         check_tensor(v_new, "v_new", shape=(*shape[:3], v_dim), dtypes=(dtype,), device=device)
-    return check_table(device, shape[0], block_table, lens)
+    if shape[0] != tokens[1] or device != tokens[0]:
+        check_batch(layout, tokens, shape[0])
 
 
 def check_queries(layout: LayerLayout, out: torch.Tensor, q: torch.Tensor) -> None:
@@ -159,7 +152,7 @@ def check_queries(layout: LayerLayout, out: torch.Tensor, q: torch.Tensor) -> No
     ):
         check_tensor(q, "q", shape=(None, None, None, dim), dtypes=FLOAT_DTYPES, device=device)
         if not shape[1] or shape[1] % heads:
-            raise ValueError(f"q has {shape[1]} heads, which is no multiple of the cache's {heads} KV heads")
+            raise ValueError(f"q has {shape[1]} heads, which is no multiple of the storage's {heads} KV heads")
         if not shape[2]:
             raise ValueError("q has no rows")
         check_tensor(out, "out", shape=(*shape[:3], v_dim), dtypes=(dtype,), device=device)
@@ -169,21 +162,12 @@ def check_queries(layout: LayerLayout, out: torch.Tensor, q: torch.Tensor) -> No
 
 
 def check_options(
-    layout: LayerLayout,
-    batch: int,
-    num_q_heads: int,
-    kv_start: torch.Tensor | None,
-    key_mask: torch.Tensor | None,
-    softcap: float | None,
-    sinks: torch.Tensor | None,
-    sink_layout: SinkLayout | None,
-) -> tuple[torch.Tensor | None, torch.Tensor | None, torch.Tensor | None]:
-    """Check what attention may be given beside queries and table. Returns ``kv_start`` and ``sinks``, contiguous, and
-    between them ``key_mask``, last axis contiguous; copied if not."""
+    layout: LayerLayout, batch: int, num_q_heads: int, scoring: Scoring, held: FirstTokensLayout | None
+) -> tuple[torch.Tensor | None, torch.Tensor | None]:
+    """Check what attention may be given beside queries and tokens. Returns ``key_mask``, last axis contiguous, and
+    ``sink_logits``, contiguous; copied if not."""
     device = layout.device
-    if kv_start is not None:
-        check_tensor(kv_start, "kv_start", shape=(batch,), dtypes=(torch.int32,), device=device)
-        kv_start = kv_start.contiguous()
+    _, softcap, sink_logits, key_mask, _ = scoring
     if key_mask is not None:
         if (
             key_mask.ndim != 2
@@ -195,37 +179,29 @@ def check_options(
         key_mask = rows_contiguous(key_mask)
     if softcap is not None:
         check_softcap(softcap)
-    if sinks is not None:
-        check_tensor(sinks, "sinks", shape=(num_q_heads,), dtypes=(*FLOAT_DTYPES, torch.float64), device=device)
-        sinks = sinks.contiguous()
-    if sink_layout is not None and sink_layout != (device, batch, layout.num_kv_heads, layout.head_dim, layout[5]):
-        want = SinkLayout(device, batch, layout.num_kv_heads, layout.head_dim, layout.v_head_dim)
-        raise ValueError(f"sink_tokens are {sink_layout._asdict()}, but the call is {want._asdict()}")
-    return kv_start, key_mask, sinks
+    if sink_logits is not None:
+        dtypes = (*FLOAT_DTYPES, torch.float64)
+        check_tensor(sink_logits, "sink_logits", shape=(num_q_heads,), dtypes=dtypes, device=device)
+        sink_logits = sink_logits.contiguous()
+    if held is not None and held != (device, batch, layout.num_kv_heads, layout.head_dim, layout[5]):
+        want = FirstTokensLayout(device, batch, layout.num_kv_heads, layout.head_dim, layout.v_head_dim)
+        raise ValueError(f"first_tokens are {held._asdict()}, but the call is {want._asdict()}")
+    return key_mask, sink_logits
 
 
-def rows_contiguous(x: torch.Tensor) -> torch.Tensor:
-    """``x``, copied unless the elements of a row lie one after the other. Rows of fewer than two elements do."""
-    return x if x.stride()[-1] == 1 or x.shape[-1] < 2 else x.contiguous()
-
-
-def check_decode(
+def check_attend(
     layout: LayerLayout,
+    tokens: TokensLayout,
     out: torch.Tensor,
     q: torch.Tensor,
-    block_table: torch.Tensor,
-    lens: torch.Tensor,
-    kv_start: torch.Tensor | None,
-    key_mask: torch.Tensor | None,
-    softcap: float | None,
-    sinks: torch.Tensor | None,
-    sink_layout: SinkLayout | None,
-) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor | None, torch.Tensor | None, torch.Tensor | None]:
-    """Check decode attention. Returns what `check_table` and `check_options` do."""
+    scoring: Scoring,
+    held: FirstTokensLayout | None,
+) -> tuple[torch.Tensor | None, torch.Tensor | None]:
+    """Check attention from the blocks. Returns what `check_options` does."""
     check_queries(layout, out, q)
-    batch, num_q_heads = q.shape[:2]
-    block_table, lens = check_table(layout.device, batch, block_table, lens)
-    if kv_start is None and key_mask is None and softcap is None and sinks is None and sink_layout is None:
-        return block_table, lens, None, None, None
-    options = check_options(layout, batch, num_q_heads, kv_start, key_mask, softcap, sinks, sink_layout)
-    return block_table, lens, *options
+    batch = q.shape[0]
+    if batch != tokens[1] or layout[0] != tokens[0]:
+        check_batch(layout, tokens, batch)
+    if held is None and scoring.key_mask is None and scoring.sink_logits is None and scoring.softcap is None:
+        return None, None
+    return check_options(layout, batch, q.shape[1], scoring, held)

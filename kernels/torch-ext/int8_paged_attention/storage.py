@@ -5,11 +5,14 @@ The memory layout is defined here and nowhere else. DESIGN.md section 2 gives th
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
 
-#: How the int8 tile of one (block, head) is ordered in memory. Shapes are the same for all.
+from .formats import INT8, format_called
+from .notes import Notes
+
+#: How the tile of one (block, head) is ordered in memory. Shapes are the same for all.
 #:
 #: ``row_major``
 #:     K ``[block_size, head_dim]``, V ``[block_size, v_head_dim]``.
@@ -24,21 +27,22 @@ TILE_ORDERS = ("row_major", "v_transposed", "dot4")
 
 @dataclass(eq=False, frozen=True)
 class KvCacheQuant:
-    """Paged int8 keys and values of one attention layer, with one float16 scale per token and head.
+    """Paged quantized keys and values of one attention layer, with one scale per token and head.
 
     Kernels write to the tensors and keep their addresses: the fields cannot be replaced.
 
     Args:
-        k: int8 ``[num_kv_heads, num_blocks, block_size, head_dim]``, values in [-127, 127].
-        v: int8 ``[num_kv_heads, num_blocks, block_size, v_head_dim]``.
-        k_scales: float16 ``[num_kv_heads, num_blocks, block_size]``; a key row is
-            ``k_scales * k``. NaN marks a row that held NaN or infinity.
-        v_scales: float16, same shape, for the values.
+        k: ``[num_kv_heads, num_blocks, block_size, head_dim]`` of the format's dtype; int8 in [-127, 127].
+        v: ``[num_kv_heads, num_blocks, block_size, v_head_dim]``, likewise.
+        k_scales: ``[num_kv_heads, num_blocks, block_size]`` of the format's scale dtype, float16 for int8; there a key
+            row is ``k_scales * k``. NaN marks a row that held NaN or infinity.
+        v_scales: same shape and dtype, for the values.
         backend: name of the backend that reads and writes the tiles.
-        tile_order: one of ``TILE_ORDERS``: the order of the int8 values inside a tile.
+        tile_order: one of ``TILE_ORDERS``: the order of the stored elements inside a tile.
         rotation: ``"hadamard"`` when rows were rotated before quantization, or ``None``.
         key_center: float32 ``[num_kv_heads, head_dim]`` subtracted from every key before rotation and
             quantization, or ``None``. Must not change while the blocks hold tokens.
+        format: name of the rows' format (`formats`).
     """
 
     k: torch.Tensor
@@ -49,6 +53,8 @@ class KvCacheQuant:
     tile_order: str = "row_major"
     rotation: str | None = None
     key_center: torch.Tensor | None = None
+    format: str = INT8.name
+    notes: Notes = field(default_factory=Notes, init=False, repr=False)
 
     @property
     def num_kv_heads(self) -> int:
@@ -77,8 +83,9 @@ class KvCacheQuant:
 
     @property
     def bytes_per_token(self) -> int:
-        """Bytes that one token takes in this layer: int8 values and scales, all heads."""
-        return self.num_kv_heads * (self.head_dim + self.v_head_dim + 2 * self.k_scales.element_size())
+        """Bytes that one token takes in this layer: stored rows and scales, all heads."""
+        rows = format_called(self.format)
+        return self.num_kv_heads * (rows.bytes_per_row(self.head_dim) + rows.bytes_per_row(self.v_head_dim))
 
     @property
     def nbytes(self) -> int:
@@ -101,14 +108,14 @@ def tiles_to_rows(tiles: torch.Tensor, tile_order: str, *, values: bool) -> torc
 def write_rows(
     store: torch.Tensor, tile_order: str, blocks: torch.Tensor, slots: torch.Tensor, rows: torch.Tensor, *, values: bool
 ) -> None:
-    """Write int8 token rows into their tiles, in place.
+    """Write stored token rows into their tiles, in place.
 
     Args:
-        store: int8 ``[num_kv_heads, num_blocks, block_size, dim]``, modified in place.
+        store: ``[num_kv_heads, num_blocks, block_size, dim]``, modified in place.
         tile_order: one of ``TILE_ORDERS``.
         blocks: int64 ``[tokens]`` block of each token.
         slots: int64 ``[tokens]`` place of each token in its block.
-        rows: int8 ``[num_kv_heads, tokens, dim]``.
+        rows: ``[num_kv_heads, tokens, dim]`` of the same dtype.
         values: whether ``store`` holds values (their tiles are ordered differently from keys).
     """
     heads, num_blocks, block_size, dim = store.shape

@@ -1,4 +1,4 @@
-/* Rows of float32, float16 or bfloat16, and the transforms of ../conditioning.py on them.
+/* Rows of float32, float16 or bfloat16, and the transforms of ../../conditioning.py on them.
  *
  * A row is worked on in a float buffer of `padded(dim)` elements; the padding is 0. */
 #ifndef ROWS_H

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import torch
 
-from .cpu_records import RECORDS
+from .records import RECORDS
 
 #: Set it to an instruction set's name to use that one and no other.
 ISA_VARIABLE = "HF_INT8_PAGED_CPU_ISA"

@@ -9,11 +9,12 @@ import torch
 import triton
 import triton.language as tl
 
-from .conditioning import hadamard_block
-from .layouts import check_append
-from .storage import KvCacheQuant
-from .triton_layouts import in_32_bits, layer_of
-from .triton_primitives import hadamard, quantize_rows
+from ..calls import Tokens
+from ..conditioning import hadamard_block
+from ..layouts import check_append
+from ..storage import KvCacheQuant
+from .layouts import NOTE, Rows, in_32_bits, layer_of, tokens_of
+from .primitives import hadamard, quantize_rows
 
 
 @triton.jit
@@ -97,51 +98,46 @@ def append_kernel(
 
 
 @functools.lru_cache(maxsize=1024)
-def append_constants(head_dim: int, v_dim: int, block_size: int, rotated: bool, rows: int) -> dict[str, Any]:
+def append_constants(kind: Rows, rows: int) -> dict[str, Any]:
     """The kernel's constants and options, worked out once per kind of call."""
     return dict(
-        HEAD_DIM=head_dim,
-        V_DIM=v_dim,
-        K_DIMS=triton.next_power_of_2(head_dim),
-        V_DIMS=triton.next_power_of_2(v_dim),
-        K_ROTATED=hadamard_block(head_dim) if rotated else 1,
-        V_ROTATED=hadamard_block(v_dim) if rotated else 1,
-        BLOCK_SIZE=block_size,
+        HEAD_DIM=kind.head_dim,
+        V_DIM=kind.v_dim,
+        K_DIMS=triton.next_power_of_2(kind.head_dim),
+        V_DIMS=triton.next_power_of_2(kind.v_dim),
+        K_ROTATED=hadamard_block(kind.head_dim) if kind.rotated else 1,
+        V_ROTATED=hadamard_block(kind.v_dim) if kind.rotated else 1,
+        BLOCK_SIZE=kind.block_size,
         TOKENS=rows,
         num_warps=4 if rows > 1 else 1,
         enable_fp_fusion=False,  # the bits are the contract
     )
 
 
-def launch_append(
-    k_new: torch.Tensor,
-    v_new: torch.Tensor,
-    cache: KvCacheQuant,
-    block_table: torch.Tensor,
-    context_lens_before: torch.Tensor,
-) -> None:
+def launch_append(k_new: torch.Tensor, v_new: torch.Tensor, storage: KvCacheQuant, tokens: Tokens) -> None:
     """`reference.append` on a GPU, one launch."""
-    layout, head_strides = layer_of(cache)
-    block_table, context_lens_before = check_append(layout, k_new, v_new, block_table, context_lens_before)
+    layout, kind, head_strides = storage.notes.get(NOTE) or layer_of(storage)
+    held = tokens.notes.get(NOTE) or tokens_of(tokens)
+    check_append(layout, held, k_new, v_new)
     k_new, v_new = in_32_bits(k_new), in_32_bits(v_new)
     batch, heads, new_tokens, _ = k_new.shape
     rows = 16 if new_tokens > 1 else 1
     append_kernel[(-(-new_tokens // rows), heads, batch)](
-        cache.k,
-        cache.v,
-        cache.k_scales,
-        cache.v_scales,
+        storage.k,
+        storage.v,
+        storage.k_scales,
+        storage.v_scales,
         k_new,
         v_new,
-        cache.key_center,
-        block_table,
-        context_lens_before,
+        storage.key_center,
+        tokens.block_table,
+        tokens.context_lens_before,
         new_tokens,
         layout.num_blocks,
-        block_table.shape[1],
+        held.max_blocks,
         *head_strides,
         *k_new.stride(),
         *v_new.stride(),
-        block_table.stride()[0],
-        **append_constants(layout.head_dim, layout.v_head_dim, layout.block_size, cache.rotation is not None, rows),
+        held.table_stride,
+        **append_constants(kind, rows),
     )

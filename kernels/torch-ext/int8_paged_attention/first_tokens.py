@@ -6,16 +6,18 @@ or a few per sequence cost next to nothing. They are kept as the model computed 
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
 
-#: Most sink tokens per sequence.
-MAX_SINK_TOKENS = 16
+from .notes import Notes
+
+#: Most first tokens per sequence.
+MAX_FIRST_TOKENS = 16
 
 
 @dataclass(eq=False, frozen=True)
-class SinkTokens:
+class FirstTokens:
     """Keys and values of the first tokens of every sequence, which replace what the blocks hold of them.
 
     Position j of sequence b, ``first[b] <= j < stop[b]``, is ``k[row[b], :, j - first[b]]``. The blocks are read
@@ -28,7 +30,7 @@ class SinkTokens:
         v: ``[rows, num_kv_heads, count, v_head_dim]``, same dtype.
         row: int32 ``[batch]`` which of the rows are the sequence's.
         first: int32 ``[batch]`` position of the sequence's first token.
-        stop: int32 ``[batch]`` position after its last sink token, at most ``first + count``.
+        stop: int32 ``[batch]`` position after its last first token, at most ``first + count``.
         limit: no ``stop`` is larger. Known on the host.
     """
 
@@ -38,17 +40,18 @@ class SinkTokens:
     first: torch.Tensor
     stop: torch.Tensor
     limit: int
+    notes: Notes = field(default_factory=Notes, init=False, repr=False)
 
     @property
     def num_tokens(self) -> int:
         return self.k.shape[2]
 
     def covers(self, positions: torch.Tensor) -> torch.Tensor:
-        """Which of these positions, integers ``[tokens]``, are sink tokens: bool ``[batch, tokens]``."""
+        """Which of these positions, integers ``[tokens]``, are first tokens: bool ``[batch, tokens]``."""
         return (positions >= self.first[:, None]) & (positions < self.stop[:, None])
 
     def put_into(self, dense: torch.Tensor, rows: torch.Tensor, start: int) -> torch.Tensor:
-        """Put rows of sink tokens in their places, in place.
+        """Put rows of first tokens in their places, in place.
 
         Args:
             dense: ``[batch, num_kv_heads, tokens, dim]`` of positions from ``start`` on, of any dtype.
@@ -67,5 +70,5 @@ class SinkTokens:
         return dense
 
     def put_both(self, keys: torch.Tensor, values: torch.Tensor, start: int) -> tuple[torch.Tensor, torch.Tensor]:
-        """Put the sink tokens in their places in dense keys and values, in place, and return those; see `put_into`."""
+        """Put the first tokens in their places in dense keys and values, in place, and return those; see `put_into`."""
         return self.put_into(keys, self.k, start), self.put_into(values, self.v, start)

@@ -22,7 +22,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from .triton_primitives import round_half_even
+from .primitives import round_half_even
 
 #: Tokens that one warp reads per iteration: four groups of 16, the runs of V that a thread loads at once.
 TOKENS = tl.constexpr(64)

@@ -7,8 +7,8 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from .triton_primitives import LOG2_E, block_ids, exponent_shift, hadamard, tanh
-from .triton_tiles import (
+from .primitives import LOG2_E, block_ids, exponent_shift, hadamard, tanh
+from .tiles import (
     PART,
     TOKENS,
     groups_to_columns,

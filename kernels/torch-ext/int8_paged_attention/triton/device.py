@@ -9,7 +9,7 @@ from typing import Any
 import torch
 import triton
 
-from .triton_tuning import Chip
+from .tuning import Chip
 
 #: Triton decides when a kernel is defined whether it will be interpreted.
 INTERPRETED = triton.knobs.runtime.interpret

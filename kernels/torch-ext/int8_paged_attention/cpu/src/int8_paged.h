@@ -1,7 +1,7 @@
 /* Paged int8 KV cache on the CPU: the structs that Python fills, and the kernels that each instruction set provides.
  *
- * Plain C11 with GNU vector types; no torch and no Python headers. Layout and arithmetic: ../storage.py,
- * ../conditioning.py and ../reference.py, DESIGN.md sections 2 and 6. All offsets are 64 bit.
+ * Plain C11 with GNU vector types; no torch and no Python headers. Layout and arithmetic: ../../storage.py,
+ * ../../conditioning.py and ../../reference.py, DESIGN.md sections 2 and 6. All offsets are 64 bit.
  */
 #ifndef INT8_PAGED_H
 #define INT8_PAGED_H
@@ -10,9 +10,9 @@
 
 #define INT8_PAGED_EXPORT __attribute__((visibility("default")))
 
-enum { MAX_DIM = 256, SUBTILE = 16, MAX_SINK_TOKENS = 16 };
+enum { MAX_DIM = 256, SUBTILE = 16, MAX_FIRST_TOKENS = 16 };
 enum { DTYPE_FLOAT32, DTYPE_FLOAT16, DTYPE_BFLOAT16 };
-enum { OK = 0, BAD_LENGTH = -1, BAD_BLOCK = -2, NO_MEMORY = -3, BAD_RANGE = -4, BAD_SINK_TOKEN = -5 };
+enum { OK = 0, BAD_LENGTH = -1, BAD_BLOCK = -2, NO_MEMORY = -3, BAD_RANGE = -4, BAD_FIRST_TOKEN = -5 };
 
 /* Constant for a layer. Tiles in `dot4` order; every field is 8 bytes wide, as in all structs that Python fills. */
 typedef struct {
@@ -37,12 +37,12 @@ typedef struct {
     Table table; /* lengths: before this call */
 } AppendCall;
 
-/* First tokens in full precision: ../sink_tokens.py. */
+/* First tokens in full precision: ../../first_tokens.py. */
 typedef struct {
     const void *k, *v; /* [rows, num_kv_heads, count, dim], contiguous; NULL: there are none */
     const int32_t *row, *first, *stop; /* [batch] */
     int64_t rows, count, dtype;
-} SinkTokens;
+} FirstTokens;
 
 typedef struct {
     void *out;
@@ -56,8 +56,8 @@ typedef struct {
     int64_t mask_stride, mask_columns, mask_start;
     int64_t window;      /* 0: none */
     double softcap;      /* 0: none */
-    const float *sinks;  /* [num_q_heads] or NULL */
-    SinkTokens sink_tokens;
+    const float *sink_logits;  /* [num_q_heads] or NULL */
+    FirstTokens first_tokens;
 } DecodeCall;
 
 typedef struct {
@@ -103,7 +103,7 @@ static inline int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
 static inline int64_t first_in_blocks(const DecodeCall *call, int64_t sequence)
 {
     int64_t first = call->kv_start ? max_i64(call->kv_start[sequence], 0) : 0;
-    return call->sink_tokens.k ? max_i64(first, call->sink_tokens.stop[sequence]) : first;
+    return call->first_tokens.k ? max_i64(first, call->first_tokens.stop[sequence]) : first;
 }
 
 /* Tokens [*begin, *end) that some query row of a sequence sees in the blocks, before key_mask; both are 0 if there are

@@ -10,7 +10,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from .triton_primitives import LOG2_E, block_ids, exponent_shift, hadamard, tanh
+from .primitives import LOG2_E, block_ids, exponent_shift, hadamard, tanh
 
 
 @triton.jit
@@ -42,12 +42,12 @@ def extend_kernel(
     past_lens_ptr,  # [batch]
     kv_start_ptr,
     key_mask_ptr,
-    sinks_ptr,
-    sink_k_ptr,  # [rows, kv_heads, SINK_TOKENS, HEAD_DIM] or None
-    sink_v_ptr,  # [rows, kv_heads, SINK_TOKENS, V_DIM]
-    sink_row_ptr,  # [batch]
-    sink_first_ptr,
-    sink_stop_ptr,
+    sink_logits_ptr,
+    first_tokens_k_ptr,  # [rows, kv_heads, FIRST_TOKENS, HEAD_DIM] or None
+    first_tokens_v_ptr,  # [rows, kv_heads, FIRST_TOKENS, V_DIM]
+    first_tokens_row_ptr,  # [batch]
+    first_tokens_first_ptr,
+    first_tokens_stop_ptr,
     scale,
     softcap,
     chunk,
@@ -86,7 +86,7 @@ def extend_kernel(
     BLOCK_SIZE: tl.constexpr,
     ROWS: tl.constexpr,
     TOKENS: tl.constexpr,
-    SINK_TOKENS: tl.constexpr,
+    FIRST_TOKENS: tl.constexpr,
     HAS_WINDOW: tl.constexpr,
     HAS_SOFTCAP: tl.constexpr,
 ):
@@ -107,8 +107,8 @@ def extend_kernel(
     first = 0
     if kv_start_ptr is not None:
         first = tl.maximum(tl.load(kv_start_ptr + sequence), 0)
-    if sink_k_ptr is not None:
-        first = tl.maximum(first, tl.load(sink_stop_ptr + sequence))
+    if first_tokens_k_ptr is not None:
+        first = tl.maximum(first, tl.load(first_tokens_stop_ptr + sequence))
     position = past + row
     first_seen = first
     if HAS_WINDOW:
@@ -207,11 +207,11 @@ def extend_kernel(
         sums = tl.dot(weights.to(new_dtype), v_new.to(new_dtype), input_precision="ieee")
         acc = acc * decay[:, None] + sums
 
-    if sink_k_ptr is not None:
+    if first_tokens_k_ptr is not None:
         # One by one, as there are few: another product would take registers from the loops.
-        at = (tl.load(sink_row_ptr + sequence).to(tl.int64) * tl.num_programs(1) + head) * SINK_TOKENS
-        sink_first, sink_stop = tl.load(sink_first_ptr + sequence), tl.load(sink_stop_ptr + sequence)
-        for i in range(tl.minimum(sink_stop - sink_first, SINK_TOKENS)):
+        at = (tl.load(first_tokens_row_ptr + sequence).to(tl.int64) * tl.num_programs(1) + head) * FIRST_TOKENS
+        sink_first, sink_stop = tl.load(first_tokens_first_ptr + sequence), tl.load(first_tokens_stop_ptr + sequence)
+        for i in range(tl.minimum(sink_stop - sink_first, FIRST_TOKENS)):
             token = sink_first + i
             seen = row_exists
             if kv_start_ptr is not None:
@@ -220,8 +220,12 @@ def extend_kernel(
                 seen &= in_mask(key_mask_ptr + sequence * key_mask_stride, token, key_mask_width)
             if HAS_WINDOW:
                 seen &= token > position - window
-            k_sink = tl.load(sink_k_ptr + (at + i) * HEAD_DIM + dims, mask=dims < HEAD_DIM, other=0.0).to(tl.float32)
-            v_sink = tl.load(sink_v_ptr + (at + i) * V_DIM + v_dims, mask=v_dims < V_DIM, other=0.0).to(tl.float32)
+            k_sink = tl.load(first_tokens_k_ptr + (at + i) * HEAD_DIM + dims, mask=dims < HEAD_DIM, other=0.0).to(
+                tl.float32
+            )
+            v_sink = tl.load(first_tokens_v_ptr + (at + i) * V_DIM + v_dims, mask=v_dims < V_DIM, other=0.0).to(
+                tl.float32
+            )
             score = tl.sum(q_new.to(tl.float32) * k_sink[None, :], axis=1) * scale
             # A fault spoils the score, and with it the rows that see it.
             fault = tl.sum(k_sink * 0.0, axis=0) + tl.sum(v_sink * 0.0, axis=0)
@@ -234,8 +238,8 @@ def extend_kernel(
             total = total * decay + weight
             acc = acc * decay[:, None] + weight[:, None] * v_sink[None, :]
 
-    if sinks_ptr is not None:
-        sink = tl.load(sinks_ptr + q_head, mask=row_exists, other=0.0).to(tl.float32) * LOG2_E
+    if sink_logits_ptr is not None:
+        sink = tl.load(sink_logits_ptr + q_head, mask=row_exists, other=0.0).to(tl.float32) * LOG2_E
         top = tl.maximum(highest, sink)
         acc *= tl.exp2(highest - top)[:, None]
         total = total * tl.exp2(highest - top) + tl.exp2(sink - top)

@@ -1,4 +1,4 @@
-/* Quantize rows and write them into their tiles; read tiles and dequantize them. Arithmetic of ../reference.py. */
+/* Quantize rows and write them into their tiles; read tiles and dequantize them. Arithmetic of ../../reference.py. */
 #include "rows.h"
 
 static const float FLOAT16_MAX = 65504.0f;

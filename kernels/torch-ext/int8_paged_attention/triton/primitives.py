@@ -64,7 +64,7 @@ def block_ids(table_row_ptr, logical, covered, num_blocks):
 
 
 @triton.jit
-def sink_positions(
+def first_positions(
     sequence,
     first_ptr,
     stop_ptr,
@@ -76,7 +76,7 @@ def sink_positions(
     COUNT: tl.constexpr,
     TILE: tl.constexpr,
 ):
-    """Positions ``[TILE]`` of a sequence's COUNT sink tokens, and which of them exist and are admitted for all rows."""
+    """Positions ``[TILE]`` of a sequence's COUNT first tokens; which exist and are admitted for all rows."""
     tokens = tl.load(first_ptr + sequence) + tl.arange(0, TILE)
     seen = (tl.arange(0, TILE) < COUNT) & (tokens < tl.load(stop_ptr + sequence))
     if kv_start_ptr is not None:

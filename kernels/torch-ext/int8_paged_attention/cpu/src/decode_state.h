@@ -145,7 +145,7 @@ static void load_queries(State *st, const DecodePlan *plan, int64_t sequence, in
         const int64_t at = sequence * stride[0] + q_head * stride[1] + i * stride[2];
         load_row(q, (const char *)call->q + at * dtype_bytes(call->dtype), call->dtype, st->head_dim);
         st->center_score[r] = 0;
-        if (layer->key_center && (call->softcap != 0 || call->sinks)) {
+        if (layer->key_center && (call->softcap != 0 || call->sink_logits)) {
             const float *center = layer->key_center + head * st->head_dim;
             float dot = 0;
             for (int64_t d = 0; d < st->head_dim; d++) dot += q[d] * center[d];

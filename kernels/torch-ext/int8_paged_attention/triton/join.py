@@ -9,30 +9,32 @@ import torch
 import triton
 import triton.language as tl
 
-from .conditioning import hadamard_block
-from .sink_tokens import SinkTokens
-from .storage import KvCacheQuant
-from .triton_layouts import sink_pointers
-from .triton_primitives import LOG2_E, exponent_shift, hadamard, sink_positions, tanh
+from ..calls import Scoring, Tokens
+from ..checks import clamp_window
+from ..conditioning import hadamard_block
+from ..first_tokens import FirstTokens
+from ..storage import KvCacheQuant
+from .layouts import first_pointers
+from .primitives import LOG2_E, exponent_shift, first_positions, hadamard, tanh
 
 
 @triton.jit
 def reduce_kernel(
     out_ptr,  # [batch, q_heads, q_len, V_DIM]
     partial_ptr,  # as the decode kernel leaves it
-    sinks_ptr,  # [q_heads]
+    sink_logits_ptr,  # [q_heads]
     num_q_heads,
     q_len,
     num_splits,
     out_batch_stride,
     out_head_stride,
     out_row_stride,
-    q_ptr,  # [batch, q_heads, q_len, HEAD_DIM]; this and what follows for sink tokens only, None and 0 without
-    sink_k_ptr,  # [rows, kv_heads, SINK_TOKENS, HEAD_DIM]
-    sink_v_ptr,  # [rows, kv_heads, SINK_TOKENS, V_DIM]
-    sink_row_ptr,  # [batch]
-    sink_first_ptr,
-    sink_stop_ptr,
+    q_ptr,  # [batch, q_heads, q_len, HEAD_DIM]; this and what follows for first tokens only, None and 0 without
+    first_tokens_k_ptr,  # [rows, kv_heads, FIRST_TOKENS, HEAD_DIM]
+    first_tokens_v_ptr,  # [rows, kv_heads, FIRST_TOKENS, V_DIM]
+    first_tokens_row_ptr,  # [batch]
+    first_tokens_first_ptr,
+    first_tokens_stop_ptr,
     key_center_ptr,  # [kv_heads, HEAD_DIM], where scores are only compared and those of the blocks lack its part
     context_lens_ptr,  # [batch]
     kv_start_ptr,
@@ -54,12 +56,12 @@ def reduce_kernel(
     GROUP: tl.constexpr,
     HEAD_DIM: tl.constexpr,
     K_DIMS: tl.constexpr,
-    SINK_TOKENS: tl.constexpr,
-    SINK_TILE: tl.constexpr,  # SINK_TOKENS, rounded up to a power of two
+    FIRST_TOKENS: tl.constexpr,
+    FIRST_TILE: tl.constexpr,  # FIRST_TOKENS, rounded up to a power of two
     HAS_WINDOW: tl.constexpr,
     HAS_SOFTCAP: tl.constexpr,
 ):
-    """Join the splits of one query row, apply its sink, rotate back, add the sink tokens, divide."""
+    """Join the splits of one query row, apply its sink, rotate back, add the first tokens, divide."""
     row = tl.program_id(0).to(tl.int64)
     head = row // q_len % num_q_heads
     stats_ptr = partial_ptr + tl.num_programs(0).to(tl.int64) * num_splits * V_DIM
@@ -67,8 +69,8 @@ def reduce_kernel(
     splits = tl.arange(0, SPLIT_TILE)
     top = float("-inf")
     total = 0.0
-    if sinks_ptr is not None:
-        top = tl.load(sinks_ptr + head).to(tl.float32) * LOG2_E
+    if sink_logits_ptr is not None:
+        top = tl.load(sink_logits_ptr + head).to(tl.float32) * LOG2_E
         total = 1.0
     acc = tl.zeros((DIMS,), tl.float32)
     for first in range(0, num_splits, SPLIT_TILE):
@@ -87,33 +89,33 @@ def reduce_kernel(
         top = new_top
     if ROTATED > 1:
         acc = tl.reshape(hadamard(tl.reshape(acc, (1, DIMS)), 1, DIMS, ROTATED), (DIMS,))
-    if sink_k_ptr is not None:
+    if first_tokens_k_ptr is not None:
         sequence, i = row // (q_len * num_q_heads), row % q_len
         position = tl.load(context_lens_ptr + sequence) - q_len + i
-        tokens, seen = sink_positions(
+        tokens, seen = first_positions(
             sequence,
-            sink_first_ptr,
-            sink_stop_ptr,
+            first_tokens_first_ptr,
+            first_tokens_stop_ptr,
             kv_start_ptr,
             key_mask_ptr,
             key_mask_start,
             key_mask_width,
             key_mask_stride,
-            SINK_TOKENS,
-            SINK_TILE,
+            FIRST_TOKENS,
+            FIRST_TILE,
         )
         seen &= tokens <= position
         if HAS_WINDOW:
             seen &= tokens > position - window
-        at = tl.load(sink_row_ptr + sequence).to(tl.int64) * (num_q_heads // GROUP) + head // GROUP
-        at = at * SINK_TOKENS + tl.arange(0, SINK_TILE)
+        at = tl.load(first_tokens_row_ptr + sequence).to(tl.int64) * (num_q_heads // GROUP) + head // GROUP
+        at = at * FIRST_TOKENS + tl.arange(0, FIRST_TILE)
         k_dims = tl.arange(0, K_DIMS)
         q_row_ptr = q_ptr + sequence * q_batch_stride + head * q_head_stride + i * q_row_stride
         q = tl.load(q_row_ptr + k_dims * q_dim_stride, mask=k_dims < HEAD_DIM, other=0.0).to(tl.float32)
         mask = seen[:, None] & (k_dims < HEAD_DIM)[None, :]
-        k = tl.load(sink_k_ptr + at[:, None] * HEAD_DIM + k_dims[None, :], mask=mask, other=0.0).to(tl.float32)
+        k = tl.load(first_tokens_k_ptr + at[:, None] * HEAD_DIM + k_dims[None, :], mask=mask, other=0.0).to(tl.float32)
         mask = seen[:, None] & (dims < V_DIM)[None, :]
-        v = tl.load(sink_v_ptr + at[:, None] * V_DIM + dims[None, :], mask=mask, other=0.0).to(tl.float32)
+        v = tl.load(first_tokens_v_ptr + at[:, None] * V_DIM + dims[None, :], mask=mask, other=0.0).to(tl.float32)
         # A fault in a key or a value spoils the score, and with it the rows that see it.
         fault = tl.sum(k * 0.0, axis=1) + tl.sum(v * 0.0, axis=1)
         if key_center_ptr is not None:
@@ -137,7 +139,7 @@ def reduce_kernel(
 
 @functools.lru_cache(maxsize=1024)
 def join_constants(
-    group: int, head_dim: int, v_dim: int, rotated: bool, sink_tokens: int, windowed: bool, capped: bool
+    group: int, head_dim: int, v_dim: int, rotated: bool, first_tokens: int, windowed: bool, capped: bool
 ) -> dict[str, Any]:
     """The kernel's constants and options, worked out once per kind of call."""
     return dict(
@@ -148,8 +150,8 @@ def join_constants(
         GROUP=group,
         HEAD_DIM=head_dim,
         K_DIMS=triton.next_power_of_2(head_dim),
-        SINK_TOKENS=sink_tokens,
-        SINK_TILE=triton.next_power_of_2(sink_tokens),
+        FIRST_TOKENS=first_tokens,
+        FIRST_TILE=triton.next_power_of_2(first_tokens),
         HAS_WINDOW=windowed,
         HAS_SOFTCAP=capped,
         num_warps=4,
@@ -161,45 +163,43 @@ def launch_join(
     out: torch.Tensor,
     partial: torch.Tensor,
     q: torch.Tensor,
-    cache: KvCacheQuant,
-    context_lens: torch.Tensor,
-    scale: float,
-    kv_start: torch.Tensor | None,
-    key_mask: torch.Tensor | None,
-    key_mask_start: int,
-    window: int | None,
-    softcap: float | None,
-    sinks: torch.Tensor | None,
-    sink_tokens: SinkTokens | None,
+    storage: KvCacheQuant,
+    tokens: Tokens,
+    scoring: Scoring,
+    first_tokens: FirstTokens | None,
     num_splits: int,
 ) -> None:
     """Write ``out`` ``[batch, num_q_heads, q_len, v_head_dim]`` from the sums that the splits have left in ``partial``.
 
-    The other arguments are those of `reference.decode`, as `launch_decode` has checked them, and the number of splits.
+    The other arguments are those of `reference.attend`, as `launch_decode` has checked them, and the number of splits.
     """
     batch, num_q_heads, q_len, v_dim = out.shape
-    rotated = cache.rotation is not None
-    if sink_tokens is None:
-        for_sink_tokens: tuple = (None,) * 10 + (0.0, 0.0) + (0,) * 8
+    rotated = storage.rotation is not None
+    if first_tokens is None:
+        for_first_tokens: tuple = (None,) * 10 + (0.0, 0.0) + (0,) * 8
         constants = join_constants(1, 1, v_dim, rotated, 1, False, False)
     else:
-        center = cache.key_center if softcap is None and sinks is None else None
+        scale, softcap, sink_logits, key_mask, key_mask_start = scoring
+        window = tokens.window
+        center = storage.key_center if softcap is None and sink_logits is None else None
         mask = (0, 0) if key_mask is None else (key_mask.shape[1], key_mask.stride(0))
-        for_sink_tokens = (
-            q, *sink_pointers(sink_tokens), center, context_lens, kv_start, key_mask, float(scale),
+        if window is not None:
+            window = clamp_window(window, tokens.block_table.shape[1] * storage.block_size)
+        for_first_tokens = (
+            q, *first_pointers(first_tokens), center, tokens.context_lens, tokens.kv_start, key_mask, float(scale),
             float(softcap or 0.0), key_mask_start, *mask, window or 0, *q.stride(),
         )  # fmt: skip
-        group, head_dim = num_q_heads // cache.k.shape[0], q.shape[3]
+        group, head_dim = num_q_heads // storage.k.shape[0], q.shape[3]
         special = (window is not None, softcap is not None)
-        constants = join_constants(group, head_dim, v_dim, rotated, sink_tokens.k.shape[2], *special)
+        constants = join_constants(group, head_dim, v_dim, rotated, first_tokens.k.shape[2], *special)
     reduce_kernel[(batch * num_q_heads * q_len,)](
         out,
         partial,
-        sinks,
+        scoring[2],
         num_q_heads,
         q_len,
         num_splits,
         *out.stride()[:3],
-        *for_sink_tokens,
+        *for_first_tokens,
         **constants,
     )

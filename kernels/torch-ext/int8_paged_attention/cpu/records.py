@@ -1,4 +1,4 @@
-"""The records that cross to C: the structs of cpu_src/int8_paged.h, packed from tensors that `layouts` has checked.
+"""The records that cross to C: the structs of src/int8_paged.h, packed from tensors that `layouts` has checked.
 
 No other code packs an address. A record names memory without owning it, so what it was made of is returned with it, to
 be held until the C function has returned.
@@ -7,10 +7,12 @@ be held until the C function has returned.
 from __future__ import annotations
 
 import struct
+from typing import NamedTuple
 
 import torch
 
-from .checks import (
+from ..calls import Scoring, Tokens, rows_contiguous
+from ..checks import (
     FLOAT_DTYPES,
     MAX_NATIVE_HEAD_DIM,
     check_contiguous,
@@ -19,63 +21,84 @@ from .checks import (
     clamp_mask_start,
     clamp_window,
 )
-from .layouts import (
+from ..first_tokens import FirstTokens
+from ..layouts import (
+    FirstTokensLayout,
     LayerLayout,
-    OncePerObject,
-    SinkLayout,
+    TokensLayout,
     check_append,
-    check_decode,
+    check_attend,
+    check_batch,
     check_first_tokens,
     check_layer,
-    check_table,
-    rows_contiguous,
+    check_tokens,
 )
-from .sink_tokens import SinkTokens
-from .storage import KvCacheQuant
+from ..storage import KvCacheQuant
 
 #: The structs in the order of int8_paged_record_size; every field is 8 bytes wide.
 RECORDS = {
     "Layer": struct.Struct("=11q"),
     "AppendCall": struct.Struct("=15q"),
     "DecodeCall": struct.Struct("=16qd6qd9q"),
-    "SinkTokens": struct.Struct("=8q"),
+    "FirstTokens": struct.Struct("=8q"),
     "GatherCall": struct.Struct("=10q"),
 }
 TILE_ORDER = "dot4"
 _DTYPES = {torch.float32: 0, torch.float16: 1, torch.bfloat16: 2}
 _pack_append = RECORDS["AppendCall"].pack
-# Without the SinkTokens at its end, which are packed on their own.
+# Without the FirstTokens at its end, which are packed on their own.
 _pack_decode = struct.Struct("=16qd6qdq").pack
 _pack_gather = RECORDS["GatherCall"].pack
-_NO_SINK_TOKENS = bytes(RECORDS["SinkTokens"].size)
+_NO_FIRST_TOKENS = bytes(RECORDS["FirstTokens"].size)
 
 
-def _make_layer(cache: KvCacheQuant) -> tuple[bytes, LayerLayout]:
-    layout = check_layer(cache, "cpu", TILE_ORDER)
-    for name, dim in (("head_dim", cache.head_dim), ("v_head_dim", cache.v_head_dim)):
+#: Under this name what is packed of an object stands in its notes.
+_NOTE = "cpu"
+
+
+def layer_record(storage: KvCacheQuant) -> tuple[bytes, LayerLayout]:
+    """The record of a layer's storage, and its sizes: packed once, and kept with it."""
+    layout = check_layer(storage, "cpu", TILE_ORDER)
+    for name, dim in (("head_dim", storage.head_dim), ("v_head_dim", storage.v_head_dim)):
         if dim % 4:
             raise ValueError(f"{name} must be a multiple of 4, got {dim}")
-    tensors = (cache.k, cache.v, cache.k_scales, cache.v_scales)
+    tensors = (storage.k, storage.v, storage.k_scales, storage.v_scales)
     packed = RECORDS["Layer"].pack(
         *(_address(x) for x in tensors),
-        0 if cache.key_center is None else _address(cache.key_center),
+        0 if storage.key_center is None else _address(storage.key_center),
         *layout[1:],
-        cache.rotation is not None,
+        storage.rotation is not None,
     )
+    storage.notes[_NOTE] = packed, layout
     return packed, layout
 
 
-def _make_sink_tokens(sink_tokens: SinkTokens) -> tuple[bytes, SinkLayout]:
-    layout = check_first_tokens(sink_tokens)
-    k, v, row, first, stop = (getattr(sink_tokens, name) for name in ("k", "v", "row", "first", "stop"))
-    # A row that nobody has is an address too: without one there would be no sink tokens.
+def _first_record(first_tokens: FirstTokens) -> tuple[bytes, FirstTokensLayout]:
+    layout = check_first_tokens(first_tokens)
+    k, v, row, first, stop = (getattr(first_tokens, name) for name in ("k", "v", "row", "first", "stop"))
+    # A row that nobody has is an address too: without one there would be no first tokens.
     addresses = (_address(k) or 1, *(_address(x) for x in (v, row, first, stop)))
-    return RECORDS["SinkTokens"].pack(*addresses, k.shape[0], k.shape[2], _DTYPES[k.dtype]), layout
+    packed = RECORDS["FirstTokens"].pack(*addresses, k.shape[0], k.shape[2], _DTYPES[k.dtype])
+    first_tokens.notes[_NOTE] = packed, layout
+    return packed, layout
 
 
-#: The record of a layer's storage and its sizes, made once.
-layer_record = OncePerObject(_make_layer)
-_sink_record = OncePerObject(_make_sink_tokens)
+class TokensRecord(NamedTuple):
+    """A step's tokens, checked: their sizes, and the addresses that a call's record gets, 0 for none."""
+
+    layout: TokensLayout
+    block_table: int
+    context_lens_before: int
+    context_lens: int
+    kv_start: int
+
+
+def _tokens_record(tokens: Tokens) -> TokensRecord:
+    layout = check_tokens(tokens)
+    lens = (_address(tokens.context_lens_before), _address(tokens.context_lens))
+    kv_start = 0 if tokens.kv_start is None else _address(tokens.kv_start)
+    record = tokens.notes[_NOTE] = TokensRecord(layout, _address(tokens.block_table), *lens, kv_start)
+    return record
 
 
 def _address(x: torch.Tensor) -> int:
@@ -89,89 +112,79 @@ def _address(x: torch.Tensor) -> int:
 
 
 def append_record(
-    layout: LayerLayout, k_new: torch.Tensor, v_new: torch.Tensor, block_table: torch.Tensor, lens: torch.Tensor
-) -> tuple[bytes, tuple]:
-    """An AppendCall, and what it reads. Rows of new tokens that are not contiguous are copied."""
-    block_table, lens = check_append(layout, k_new, v_new, block_table, lens)
+    layout: LayerLayout, k_new: torch.Tensor, v_new: torch.Tensor, tokens: Tokens
+) -> tuple[bytes, tuple[torch.Tensor, torch.Tensor]]:
+    """An AppendCall, and the rows that it reads. Rows of new tokens that are not contiguous are copied."""
+    held, table, before, _, _ = tokens.notes.get(_NOTE) or _tokens_record(tokens)
+    check_append(layout, held, k_new, v_new)
     k_batch, k_head, k_token, k_last = k_new.stride()
     v_batch, v_head, v_token, v_last = v_new.stride()
     if (k_last != 1 or v_last != 1) and k_new.numel():
         k_new, v_new = rows_contiguous(k_new), rows_contiguous(v_new)
         (k_batch, k_head, k_token, _), (v_batch, v_head, v_token, _) = k_new.stride(), v_new.stride()
-    batch, _, tokens, _ = k_new.shape
     record = _pack_append(
         k_new.data_ptr() or _address(k_new), v_new.data_ptr() or _address(v_new),
-        k_batch, k_head, k_token, v_batch, v_head, v_token, _DTYPES[k_new.dtype], batch, tokens,
-        block_table.data_ptr() or _address(block_table), block_table.stride()[0], block_table.shape[1],
-        lens.data_ptr() or _address(lens),
+        k_batch, k_head, k_token, v_batch, v_head, v_token, _DTYPES[k_new.dtype], held[1], k_new.shape[2],
+        table, held[3], held[2], before,
     )  # fmt: skip
-    return record, (k_new, v_new, block_table, lens)
+    return record, (k_new, v_new)
 
 
 def decode_record(
     layout: LayerLayout,
     out: torch.Tensor,
     q: torch.Tensor,
-    block_table: torch.Tensor,
-    lens: torch.Tensor,
-    scale: float,
-    kv_start: torch.Tensor | None,
-    key_mask: torch.Tensor | None,
-    key_mask_start: int,
-    window: int | None,
-    softcap: float | None,
-    sinks: torch.Tensor | None,
-    sink_tokens: SinkTokens | None,
+    tokens: Tokens,
+    scoring: Scoring,
+    first_tokens: FirstTokens | None,
 ) -> tuple[bytes, tuple]:
     """A DecodeCall, and what it reads and writes. Query rows that are not contiguous are copied."""
-    first_tokens, sink_layout = (_NO_SINK_TOKENS, None) if sink_tokens is None else _sink_record(sink_tokens)
-    block_table, lens, kv_start, key_mask, sinks = check_decode(
-        layout, out, q, block_table, lens, kv_start, key_mask, softcap, sinks, sink_layout
-    )
+    first_record, first_layout = _NO_FIRST_TOKENS, None
+    if first_tokens is not None:
+        first_record, first_layout = first_tokens.notes.get(_NOTE) or _first_record(first_tokens)
+    held, table, _, lens, starts = tokens.notes.get(_NOTE) or _tokens_record(tokens)
+    key_mask, sink_logits = check_attend(layout, held, out, q, scoring, first_layout)
     q_batch, q_head, q_row, q_last = q.stride()
     if q_last != 1 and q.numel():
         q = rows_contiguous(q)
         q_batch, q_head, q_row, _ = q.stride()
     out_batch, out_head, out_row, _ = out.stride()
     batch, num_q_heads, q_len, _ = q.shape
-    max_blocks = block_table.shape[1]
-    starts = mask = mask_stride = mask_columns = mask_start = sink_logits = 0
-    if kv_start is not None:
-        starts = _address(kv_start)
+    max_blocks, window = held[2], tokens.window
+    mask = mask_stride = mask_columns = mask_start = logits = 0
     if key_mask is not None:
         # A mask without columns has no address, but it is a mask: nobody sees anything.
         mask, mask_stride, mask_columns = _address(key_mask) or 1, key_mask.stride()[0], key_mask.shape[1]
-        mask_start = clamp_mask_start(key_mask_start, key_mask, max_blocks * layout.block_size)
+        mask_start = clamp_mask_start(scoring.key_mask_start, key_mask, max_blocks * layout.block_size)
     if window is not None:
         window = clamp_window(window, max_blocks * layout.block_size)
-    if sinks is not None:
-        sinks = sinks.to(torch.float32)
-        sink_logits = _address(sinks)
+    if sink_logits is not None:
+        sink_logits = sink_logits.to(torch.float32)
+        logits = _address(sink_logits)
     record = _pack_decode(
         out.data_ptr() or _address(out), q.data_ptr() or _address(q),
         out_batch, out_head, out_row, q_batch, q_head, q_row, _DTYPES[q.dtype], batch, num_q_heads, q_len,
-        block_table.data_ptr() or _address(block_table), block_table.stride()[0], max_blocks,
-        lens.data_ptr() or _address(lens),
-        scale, starts, mask, mask_stride, mask_columns, mask_start, window or 0, softcap or 0.0, sink_logits,
+        table, held[3], max_blocks, lens,
+        scoring[0], starts, mask, mask_stride, mask_columns, mask_start, window or 0, scoring[1] or 0.0, logits,
     )  # fmt: skip
-    return record + first_tokens, (out, q, block_table, lens, kv_start, key_mask, sinks, sink_tokens)
+    return record + first_record, (out, q, key_mask, sink_logits)
 
 
 def gather_record(
-    layout: LayerLayout, block_table: torch.Tensor, lens: torch.Tensor, start: int, stop: int, dtype: torch.dtype
-) -> tuple[bytes, torch.Tensor, torch.Tensor, tuple]:
-    """A GatherCall, the keys and values that it will have written, and what it reads."""
+    layout: LayerLayout, tokens: Tokens, start: int, stop: int, dtype: torch.dtype
+) -> tuple[bytes, torch.Tensor, torch.Tensor]:
+    """A GatherCall, and the keys and values that it will have written."""
     if dtype not in FLOAT_DTYPES:
         raise ValueError(f"dtype must be float32, float16 or bfloat16, got {dtype}")
-    block_table, lens = check_table(layout.device, len(block_table), block_table, lens)
-    batch, max_blocks = block_table.shape
+    held: TokensRecord = tokens.notes.get(_NOTE) or _tokens_record(tokens)
+    _, batch, max_blocks, table_stride = held.layout
+    check_batch(layout, held.layout, batch)
     start, stop = check_range(start, stop, max_blocks * layout.block_size)
     shape = (batch, layout.num_kv_heads, stop - start)
     k = torch.empty(*shape, layout.head_dim, dtype=dtype, device=layout.device)
     v = torch.empty(*shape, layout.v_head_dim, dtype=dtype, device=layout.device)
-    table = (_address(block_table), block_table.stride()[0], max_blocks, _address(lens))
-    record = _pack_gather(_address(k), _address(v), _DTYPES[dtype], batch, start, stop, *table)
-    return record, k, v, (block_table, lens)
+    table = (held.block_table, table_stride, max_blocks, held.context_lens)
+    return _pack_gather(_address(k), _address(v), _DTYPES[dtype], batch, start, stop, *table), k, v
 
 
 def copy_arguments(layout: LayerLayout, src: torch.Tensor, dst: torch.Tensor) -> tuple[int, int, int, tuple]:

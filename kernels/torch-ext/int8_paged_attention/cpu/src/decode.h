@@ -2,7 +2,7 @@
  *
  * For each tile of 64 tokens: integer products of the split query with K, scores, online softmax, weights times
  * V scales split into integers, integer products with V. K and V are never converted to float. */
-#include "decode_sinks.h"
+#include "decode_first_tokens.h"
 
 #include <stdatomic.h>
 
@@ -177,18 +177,18 @@ static void attend_tile(State *st, const Tile *tile, const Tile *next, const Lay
     }
 }
 
-/* Join the partial rows of all splits and the sink, divide, rotate back, add the sink tokens and store. Row of a
+/* Join the partial rows of all splits and the sink, divide, rotate back, add the first tokens and store. Row of a
  * partial: maximum, sum, then the sum of weight * value; a sum of NaN marks a fault and makes the row NaN. */
 static void finish_row(const DecodePlan *plan, int64_t sequence, int64_t head, int64_t row, const float *partial,
                        int64_t split_stride)
 {
     const DecodeCall *call = plan->call;
     const int64_t dim = plan->layer->v_head_dim, q_head = head * plan->group + row / call->q_len;
-    const float sink = call->sinks ? call->sinks[q_head] * LOG2_E : -INFINITY;
-    float highest = sink, total, out[MAX_DIM] = {0}, scores[MAX_SINK_TOKENS];
-    const int64_t sink_tokens = sink_scores(plan, sequence, head, row, scores);
+    const float sink = call->sink_logits ? call->sink_logits[q_head] * LOG2_E : -INFINITY;
+    float highest = sink, total, out[MAX_DIM] = {0}, scores[MAX_FIRST_TOKENS];
+    const int64_t first_tokens = first_scores(plan, sequence, head, row, scores);
     for (int64_t s = 0; s < plan->splits; s++) highest = larger(highest, partial[s * split_stride]);
-    for (int64_t i = 0; i < sink_tokens; i++) highest = larger(highest, scores[i]);
+    for (int64_t i = 0; i < first_tokens; i++) highest = larger(highest, scores[i]);
     if (highest == -INFINITY) highest = 0;
     total = sink == sink ? exp2f(sink - highest) : sink;
     for (int64_t s = 0; s < plan->splits; s++) {
@@ -196,14 +196,14 @@ static void finish_row(const DecodePlan *plan, int64_t sequence, int64_t head, i
         total += p[1] * weight;
         for (int64_t d = 0; d < dim; d++) out[d] += p[PARTIAL_HEAD + d] * weight;
     }
-    for (int64_t i = 0; i < sink_tokens; i++) total += scores[i] = exp2f(scores[i] - highest);
+    for (int64_t i = 0; i < first_tokens; i++) total += scores[i] = exp2f(scores[i] - highest);
     const float inverse = total == 0 ? 0.0f : 1 / total;
     for (int64_t d = 0; d < dim; d++) out[d] *= inverse;
     if (plan->layer->rotate) hadamard_row(out, dim);
-    for (int64_t i = 0; i < sink_tokens; i++) {
+    for (int64_t i = 0; i < first_tokens; i++) {
         float v[MAX_DIM];
         if (scores[i] == 0) continue; /* not seen, perhaps: it may hold anything */
-        load_sink_row(v, plan, sequence, head, i, 1);
+        load_first_row(v, plan, sequence, head, i, 1);
         for (int64_t d = 0; d < dim; d++) out[d] += scores[i] * inverse * v[d];
     }
     const int64_t *stride = call->out_strides;

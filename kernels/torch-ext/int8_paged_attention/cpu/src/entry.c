@@ -33,7 +33,7 @@ INT8_PAGED_EXPORT void int8_paged_set_threads(void *parallel_for_address, void *
 /* sizeof the i-th struct that Python fills, or 0: Python compares them with what it packs. */
 INT8_PAGED_EXPORT int64_t int8_paged_record_size(int64_t i)
 {
-    static const int64_t sizes[] = {sizeof(Layer), sizeof(AppendCall), sizeof(DecodeCall), sizeof(SinkTokens),
+    static const int64_t sizes[] = {sizeof(Layer), sizeof(AppendCall), sizeof(DecodeCall), sizeof(FirstTokens),
                                     sizeof(GatherCall)};
     return i >= 0 && i < (int64_t)(sizeof sizes / sizeof *sizes) ? sizes[i] : 0;
 }
@@ -134,14 +134,14 @@ static void run_decode(void *job, int64_t begin, int64_t end)
     for (int64_t item = begin; item < end; item++) kernels->decode_item(job, item);
 }
 
-/* Whether rows and places of the sink tokens lie where there are some. */
-static int check_sink_tokens(const SinkTokens *sinks, int64_t batch)
+/* Whether rows and places of the first tokens lie where there are some. */
+static int check_first_tokens(const FirstTokens *tokens, int64_t batch)
 {
-    if (!sinks->k) return OK;
-    if (sinks->count < 1 || sinks->count > MAX_SINK_TOKENS) return BAD_SINK_TOKEN;
+    if (!tokens->k) return OK;
+    if (tokens->count < 1 || tokens->count > MAX_FIRST_TOKENS) return BAD_FIRST_TOKEN;
     for (int64_t b = 0; b < batch; b++) {
-        const int64_t row = sinks->row[b], first = sinks->first[b], stop = sinks->stop[b];
-        if (row < 0 || row >= sinks->rows || first < 0 || stop > first + sinks->count) return BAD_SINK_TOKEN;
+        const int64_t row = tokens->row[b], first = tokens->first[b], stop = tokens->stop[b];
+        if (row < 0 || row >= tokens->rows || first < 0 || stop > first + tokens->count) return BAD_FIRST_TOKEN;
     }
     return OK;
 }
@@ -159,7 +159,7 @@ INT8_PAGED_EXPORT int64_t int8_paged_decode(const Layer *layer, const DecodeCall
         return BAD_RANGE;
     within.window = min_i64(given->window, far);
     within.mask_start = max_i64(min_i64(given->mask_start, far), -far);
-    if (check_sink_tokens(&call->sink_tokens, call->batch)) return BAD_SINK_TOKEN;
+    if (check_first_tokens(&call->first_tokens, call->batch)) return BAD_FIRST_TOKEN;
     const int64_t size = layer->block_size;
     int64_t tokens = 0, longest = 0;
     for (int64_t b = 0; b < call->batch; b++) {
@@ -240,7 +240,7 @@ INT8_PAGED_EXPORT int64_t int8_paged_copy(const Layer *layer, const int32_t *src
     return OK;
 }
 
-/* Orthonormal Hadamard transform of float32 rows, contiguous; see ../conditioning.py. */
+/* Orthonormal Hadamard transform of float32 rows, contiguous; see ../../conditioning.py. */
 INT8_PAGED_EXPORT void int8_paged_hadamard(float *out, const float *x, int64_t rows, int64_t dim)
 {
     kernels->hadamard_rows(out, x, rows, dim);

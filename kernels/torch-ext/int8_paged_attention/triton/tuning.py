@@ -12,7 +12,7 @@ from pathlib import Path
 import torch
 import triton
 
-from .triton_tiles import PART
+from .tiles import PART
 
 
 @dataclass(frozen=True)
