@@ -1,0 +1,241 @@
+"""The drill: an exception at every line of the package that an operation passes, and what the caller finds then.
+
+``python -m tests.drill.drill`` injects at every point of every scenario and prints the counts; ``--sample 2000`` takes
+points at random. After each injection the caller either repeats the operation, or resets the cache and begins anew:
+
+* the cache then holds exactly what an undisturbed one holds, or a sentence came (a ValueError or RuntimeError that names
+  ``crop`` or ``reset``) whose advice leads there;
+* ``reset()`` works, and what is stored afterwards is right;
+* when the caches are deleted, no block of the pool is held, and all can be handed out.
+"""
+
+from __future__ import annotations
+
+import argparse
+import functools
+import random
+import re
+import sys
+import time
+import zlib
+from collections import Counter
+from collections.abc import Iterator
+from typing import Any, NamedTuple
+
+import torch
+
+from hf_int8_paged import PagedInt8Cache
+
+from .injection import Point, collect_garbage, inject, only_new_garbage, points_of, time_limit
+from .scenarios import KINDS, LAYERS, SCENARIOS, Scenario, Step, World
+
+BACKENDS = ("cpu", "reference")
+EXCEPTIONS = (MemoryError, KeyboardInterrupt)
+#: What the caller does after the exception.
+REACTIONS = ("repeats", "resets")
+
+
+class Injection(NamedTuple):
+    """One injection and what the caller does then."""
+
+    scenario: str
+    kind: str
+    backend: str
+    point: Point
+    exception: type[BaseException]
+    reaction: str
+
+    def __str__(self) -> str:
+        return (
+            f"{self.scenario} ({self.kind}, {self.backend}): {self.exception.__name__} at {self.point}; "
+            f"caller {self.reaction}"
+        )
+
+
+class Failure(Exception):
+    """What an injection broke; the message is its kind."""
+
+
+def contents(cache: PagedInt8Cache) -> tuple[Any, ...]:
+    """All that can be seen of a cache: lengths, masks, dense keys and values, centres, places of first tokens."""
+    layers: list[Any] = cache.layers
+    found: list[Any] = [[int(cache.get_seq_length(i)) for i in range(LAYERS)], cache._sequences.batch_size]
+    for layer in layers:
+        found.append(layer.get_mask_sizes(1))
+        keys, values = layer.keys, layer.values
+        if keys is None:
+            continue
+        found += [_bytes_of(keys.clone()), _bytes_of(values.clone()), _bytes_of(layer.storage.key_center)]
+        memory = getattr(layer, "memory", None)
+        if memory is None:
+            sinks = cache._sequences.sinks
+            found.append(None if sinks is None else [place.tolist() for place in sinks.on(torch.device("cpu"))])
+        else:
+            found.append(memory.sinks.places[:, : len(keys)].tolist())
+    return tuple(found)
+
+
+def _bytes_of(tensor: torch.Tensor) -> tuple[tuple[int, ...], int]:
+    return tuple(tensor.shape), zlib.crc32(tensor.contiguous().numpy().tobytes())
+
+
+def outcome(world: World, scenario: Scenario) -> tuple[Any, ...]:
+    """What all caches hold after the operation, and what they hold after one more step."""
+    now = {name: contents(cache) for name, cache in world.caches.items()}
+    if "main" in world.caches:
+        Step(1, batch=world.main._sequences.batch_size or 2)(world)
+    return now, {name: contents(cache) for name, cache in world.caches.items()}
+
+
+def run(world: World, scenario: Scenario) -> tuple[Any, ...]:
+    """The whole scenario, undisturbed."""
+    for action in scenario.history:
+        action(world)
+    scenario.operation(world)
+    return outcome(world, scenario)
+
+
+@functools.cache
+def right_outcomes(name: str, kind: str, backend: str) -> tuple[Any, Any]:
+    """Of a fresh cache, and of one that ran the scenario before and was reset, whose keys have a centre already."""
+    world, scenario = World(kind, backend), SCENARIOS[name]
+    fresh = run(world, scenario)
+    if "main" not in world.caches:
+        return fresh, fresh
+    world.main.reset()
+    return fresh, run(world, scenario)
+
+
+def check(injection: Injection) -> str:
+    """Inject and react. Returns what the caller met: ``same``, ``sentence`` or ``deleted``.
+
+    Raises:
+        Failure: anything else.
+    """
+    scenario = SCENARIOS[injection.scenario]
+    fresh, after_reset = right_outcomes(injection.scenario, injection.kind, injection.backend)
+    world = World(injection.kind, injection.backend)
+    for action in scenario.history:
+        action(world)
+    error = inject(lambda: scenario.operation(world), injection.point, injection.exception)
+    if error is not None and not isinstance(error, injection.exception):
+        raise Failure(f"the operation raises {type(error).__name__}")
+    met = "deleted"
+    if "main" in world.caches:
+        try:
+            met = _react(world, scenario, injection.reaction, error is None, fresh, after_reset)
+        except (Failure, TimeoutError):
+            raise
+        except BaseException as unexpected:
+            raise Failure(f"{type(unexpected).__name__} when the caller {injection.reaction}") from unexpected
+    elif "twin" in world.caches and outcome(world, scenario) != fresh:
+        raise Failure("another cache holds other values")
+    check_accounting(world)
+    return met
+
+
+def _react(world: World, scenario: Scenario, reaction: str, finished: bool, fresh: Any, after_reset: Any) -> str:
+    met = "same"
+    if reaction == "repeats":
+        try:
+            if not finished:
+                scenario.operation(world)
+        except (ValueError, RuntimeError) as sentence:
+            met = "sentence"
+            advice = re.search(r"crop\((-\d+)\)|reset\(\)", str(sentence))
+            if advice is None:
+                raise Failure(f"{type(sentence).__name__} without advice") from sentence
+            if advice[1]:
+                world.main.crop(int(advice[1]))
+                scenario.operation(world)
+        if met == "same" or advice[1]:
+            if outcome(world, scenario) != fresh:
+                raise Failure(f"other values, {'after crop' if met == 'sentence' else 'in silence'}")
+    world.caches = {"main": world.main}
+    world.main.reset()
+    if any(int(world.main.get_seq_length(i)) for i in range(LAYERS)):
+        raise Failure("tokens after reset()")
+    if run(world, scenario) not in (fresh, after_reset):
+        raise Failure("other values after reset()")
+    return met if reaction == "repeats" else "reset"
+
+
+def check_accounting(world: World) -> None:
+    """Delete all caches: every block must be free, none may have a holder, and all can be taken."""
+    pool = world.pool
+    world.caches.clear()
+    collect_garbage()
+    for allocator in () if pool is None else pool.allocators.values():
+        counts = [allocator.ref_count(block) for block in range(allocator.num_blocks)]
+        if allocator.num_used or allocator.num_free != len(counts) or any(counts):
+            raise Failure("blocks are held after deletion")
+        if sorted(allocator.allocate(len(counts))) != list(range(len(counts))):
+            raise Failure("not all blocks can be handed out after deletion")
+
+
+def injections() -> Iterator[Injection]:
+    """All there are."""
+    for name, scenario in SCENARIOS.items():
+        for kind in scenario.kinds:
+            for backend in BACKENDS:
+                world = World(kind, backend)
+                for action in scenario.history:
+                    action(world)
+                for point in points_of(functools.partial(scenario.operation, world)):
+                    for exception in EXCEPTIONS:
+                        for reaction in REACTIONS:
+                            yield Injection(name, kind, backend, point, exception, reaction)
+
+
+def drill(chosen: list[Injection], show: int = 0) -> tuple[Counter[str], Counter[str]]:
+    """Carry out these injections. Returns how often each outcome came, and how often each failure did.
+
+    Args:
+        chosen: what to inject.
+        show: print so many failures of each kind of cache and failure.
+    """
+    outcomes: Counter[str] = Counter()
+    failures: Counter[str] = Counter()
+    with only_new_garbage(), torch.no_grad():
+        for injection in chosen:
+            try:
+                with time_limit():
+                    outcomes[check(injection)] += 1
+            except TimeoutError:
+                failure = "hangs"
+            except Failure as error:
+                failure = str(error)
+            else:
+                continue
+            failures[f"{injection.kind}: {failure}"] += 1
+            if failures[f"{injection.kind}: {failure}"] <= show:
+                print(f"{failure}: {injection}", flush=True)
+    return outcomes, failures
+
+
+def main() -> int:
+    """Command line; the exit status says whether anything failed."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])  # type: ignore[union-attr]
+    parser.add_argument("--sample", type=int, help="so many injections, chosen at random (default: all)")
+    parser.add_argument("--seed", type=int, default=0, help="of the choice")
+    parser.add_argument("--only", default="", help="scenarios whose name contains this")
+    parser.add_argument("--kind", choices=sorted(KINDS), help="of the cache (default: both)")
+    parser.add_argument("--show", type=int, default=3, help="failures of each kind to print")
+    options = parser.parse_args()
+    began = time.monotonic()
+    chosen = [x for x in injections() if options.only in x.scenario and options.kind in (None, x.kind)]
+    points = len({injection[:4] for injection in chosen})
+    print(f"{points} points, {len(chosen)} injections")
+    if options.sample is not None:
+        chosen = random.Random(options.seed).sample(chosen, min(options.sample, len(chosen)))
+        print(f"of them {len(chosen)}, chosen with seed {options.seed}")
+    outcomes, failures = drill(chosen, options.show)
+    for name, counts in (("outcome", outcomes), ("failure", failures)):
+        for what, count in counts.most_common():
+            print(f"{name:8} {count:7} {what}")
+    print(f"{sum(failures.values())} failures of {len(chosen)} injections in {time.monotonic() - began:.0f} s")
+    return bool(failures)
+
+
+if __name__ == "__main__":
+    sys.exit(main())
