@@ -3,8 +3,8 @@
 ``python -m tests.drill.drill`` injects at every point of every scenario and prints the counts; ``--sample 2000`` takes
 points at random. After each injection the caller either repeats the operation, or resets the cache and begins anew:
 
-* the cache then holds exactly what an undisturbed one holds, or a sentence came (a ValueError or RuntimeError that names
-  ``crop`` or ``reset``) whose advice leads there;
+* the cache then holds exactly what an undisturbed one holds, or a sentence came (a ValueError or RuntimeError that
+  names ``crop`` or ``reset``) whose advice leads there;
 * ``reset()`` works, and what is stored afterwards is right;
 * when the caches are deleted, no block of the pool is held, and all can be handed out.
 """
@@ -65,8 +65,12 @@ def contents(cache: PagedInt8Cache) -> tuple[Any, ...]:
         keys, values = layer.keys, layer.values
         if keys is None:
             continue
-        found += [_bytes_of(keys.clone()), _bytes_of(values.clone()), _bytes_of(layer.storage.key_center)]
         memory = getattr(layer, "memory", None)
+        # A preallocated layer shows all positions that it has, also those that no query sees.
+        first = 0 if memory is None else max(layer.length - (layer.window or layer.length), 0)
+        seen = slice(first, int(layer.length))
+        found += [_bytes_of(keys.clone()[:, :, seen]), _bytes_of(values.clone()[:, :, seen])]
+        found.append(_bytes_of(layer.storage.key_center))
         if memory is None:
             sinks = cache._sequences.sinks
             found.append(None if sinks is None else [place.tolist() for place in sinks.on(torch.device("cpu"))])
@@ -99,15 +103,16 @@ def run(world: World, scenario: Scenario) -> tuple[Any, ...]:
 def right_outcomes(name: str, kind: str, backend: str) -> tuple[Any, Any]:
     """Of a fresh cache, and of one that ran the scenario before and was reset, whose keys have a centre already."""
     world, scenario = World(kind, backend), SCENARIOS[name]
-    fresh = run(world, scenario)
-    if "main" not in world.caches:
-        return fresh, fresh
-    world.main.reset()
-    return fresh, run(world, scenario)
+    fresh = after_reset = run(world, scenario)
+    if "main" in world.caches:
+        world.main.reset()
+        after_reset = run(world, scenario)
+    check_accounting(world)
+    return fresh, after_reset
 
 
 def check(injection: Injection) -> str:
-    """Inject and react. Returns what the caller met: ``same``, ``sentence`` or ``deleted``.
+    """Inject and react. Returns what the caller met: ``same``, a sentence, ``reset`` or ``deleted``.
 
     Raises:
         Failure: anything else.
@@ -135,29 +140,33 @@ def check(injection: Injection) -> str:
 
 
 def _react(world: World, scenario: Scenario, reaction: str, finished: bool, fresh: Any, after_reset: Any) -> str:
-    met = "same"
+    met = "reset"
     if reaction == "repeats":
-        try:
-            if not finished:
-                scenario.operation(world)
-        except (ValueError, RuntimeError) as sentence:
-            met = "sentence"
-            advice = re.search(r"crop\((-\d+)\)|reset\(\)", str(sentence))
-            if advice is None:
-                raise Failure(f"{type(sentence).__name__} without advice") from sentence
-            if advice[1]:
-                world.main.crop(int(advice[1]))
-                scenario.operation(world)
-        if met == "same" or advice[1]:
-            if outcome(world, scenario) != fresh:
-                raise Failure(f"other values, {'after crop' if met == 'sentence' else 'in silence'}")
+        met = "same" if finished else _repeat(world, scenario)
+        if met != "sentence: reset" and outcome(world, scenario) != fresh:
+            raise Failure(f"other values, {'in silence' if met == 'same' else 'after crop'}")
     world.caches = {"main": world.main}
     world.main.reset()
     if any(int(world.main.get_seq_length(i)) for i in range(LAYERS)):
         raise Failure("tokens after reset()")
     if run(world, scenario) not in (fresh, after_reset):
         raise Failure("other values after reset()")
-    return met if reaction == "repeats" else "reset"
+    return met
+
+
+def _repeat(world: World, scenario: Scenario) -> str:
+    try:
+        scenario.operation(world)
+    except (ValueError, RuntimeError) as sentence:
+        advice = re.search(r"crop\((-\d+)\)|reset\(\)", str(sentence))
+        if advice is None:
+            raise Failure(f"{type(sentence).__name__} without advice") from sentence
+        if not advice[1]:
+            return "sentence: reset"
+        world.main.crop(int(advice[1]))
+        scenario.operation(world)
+        return "sentence: crop"
+    return "same"
 
 
 def check_accounting(world: World) -> None:
@@ -205,6 +214,8 @@ def drill(chosen: list[Injection], show: int = 0) -> tuple[Counter[str], Counter
                 failure = "hangs"
             except Failure as error:
                 failure = str(error)
+            except Exception as error:
+                failure = f"{type(error).__name__} after deletion"
             else:
                 continue
             failures[f"{injection.kind}: {failure}"] += 1
@@ -215,15 +226,17 @@ def drill(chosen: list[Injection], show: int = 0) -> tuple[Counter[str], Counter
 
 def main() -> int:
     """Command line; the exit status says whether anything failed."""
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])  # type: ignore[union-attr]
+    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--sample", type=int, help="so many injections, chosen at random (default: all)")
     parser.add_argument("--seed", type=int, default=0, help="of the choice")
     parser.add_argument("--only", default="", help="scenarios whose name contains this")
     parser.add_argument("--kind", choices=sorted(KINDS), help="of the cache (default: both)")
+    parser.add_argument("--at", default="", help="points in files whose path, with the line, contains this")
     parser.add_argument("--show", type=int, default=3, help="failures of each kind to print")
     options = parser.parse_args()
     began = time.monotonic()
     chosen = [x for x in injections() if options.only in x.scenario and options.kind in (None, x.kind)]
+    chosen = [x for x in chosen if options.at in f"{x.point.file}:{x.point.line} "]
     points = len({injection[:4] for injection in chosen})
     print(f"{points} points, {len(chosen)} injections")
     if options.sample is not None:

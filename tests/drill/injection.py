@@ -45,9 +45,7 @@ def points_of(operation: Callable[[], object]) -> list[Point]:
     with _at_every_line(note):
         operation()
     return [
-        point
-        for point in found
-        if point.passing < FIRST_PASSES or point.passing == passed[point.file, point.line] - 1
+        point for point in found if point.passing < FIRST_PASSES or point.passing == passed[point.file, point.line] - 1
     ]
 
 

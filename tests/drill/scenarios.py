@@ -13,14 +13,15 @@ from transformers import LlamaConfig
 from hf_int8_paged import PagedInt8Cache
 
 LAYERS, HEADS, DIM, WINDOW = 3, 1, 16, 20
-CONFIG = LlamaConfig(
-    num_hidden_layers=LAYERS,
-    hidden_size=2 * DIM,
-    num_attention_heads=2,
-    num_key_value_heads=HEADS,
-    layer_types=["sliding_attention", "full_attention", "sliding_attention"],
-    sliding_window=WINDOW,
-)
+_OPTIONS: dict[str, Any] = {
+    "num_hidden_layers": LAYERS,
+    "hidden_size": 2 * DIM,
+    "num_attention_heads": 2,
+    "num_key_value_heads": HEADS,
+    "layer_types": ["sliding_attention", "full_attention", "sliding_attention"],
+    "sliding_window": WINDOW,
+}
+CONFIG = LlamaConfig(**_OPTIONS)
 #: Options of the cache, by kind.
 KINDS: dict[str, dict[str, Any]] = {"growing": {}, "preallocated": {"max_batch_size": 4, "max_cache_len": 80}}
 

@@ -8,6 +8,7 @@ that a kernel cannot read is copied, or refused where nobody may copy it.
 
 from __future__ import annotations
 
+import functools
 import weakref
 from collections.abc import Callable
 from typing import Generic, NamedTuple, TypeVar
@@ -43,7 +44,8 @@ class OncePerObject(Generic[K, V]):
 
     def _add(self, x: K) -> V:
         value, key = self._make(x), id(x)
-        self._known[key] = (value, weakref.ref(x, lambda _: self._known.pop(key, None)))
+        # No Python runs when the object goes: an exception in there would leave addresses of memory that is no more.
+        self._known[key] = (value, weakref.ref(x, functools.partial(self._known.pop, key)))
         return value
 
 
