@@ -91,9 +91,9 @@ class Group:
             device: where the layer's blocks are.
             start: position of the step's first token.
         """
-        table = self._books.state.tables[self.name]
-        tensors = table.made.get(device)
+        tensors = self._books.state.tables[self.name].made.get(device)
         if tensors is None:
+            table = self.table
             batch = table.batch_size
             tensors = table.made[device] = StepTensors(
                 table.ids_on(device),

@@ -144,7 +144,7 @@ class PagedInt8Layer(OfTheWholeCache, LayerReader, CacheLayerMixin):
             state.centrings[self.index] = sequences.pool.before_centring(self.index, group.name)
             self._centered_now = self._center(key_states, state.prompt_tokens)
             self._keep_sink_tokens(key_states, value_states)
-        elif start < MIN_CENTER_TOKENS + (0 if state.sinks is None else state.sinks.earliest) <= stop:
+        elif start < state.enough_for_center <= stop:
             self._center_late(key_states, start)
         learning = torch.is_grad_enabled() and (key_states.requires_grad or value_states.requires_grad)
         if learning:
@@ -264,9 +264,8 @@ class PagedInt8Layer(OfTheWholeCache, LayerReader, CacheLayerMixin):
         if key_states.requires_grad or value_states.requires_grad:
             key_states, value_states = key_states.detach(), value_states.detach()
         block_table, lens = step.block_table, step.lens_before
-        same_as = self.sequences.books.state.same_as
-        if same_as is not None:
-            first = sorted(set(same_as))
+        if self.sequences.same_as is not None:
+            first = sorted(set(self.sequences.same_as))
             key_states, value_states, block_table, lens = (
                 x[first] for x in (key_states, value_states, block_table, lens)
             )

@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 import threading
 from collections.abc import Callable
+from threading import get_ident
 from typing import Any, TypeVar
 
 _F = TypeVar("_F", bound=Callable)
@@ -32,7 +33,7 @@ class OneThread:
         Raises:
             RuntimeError: another thread is inside.
         """
-        mine = threading.get_ident()
+        mine = get_ident()
         if self.inside:
             owner = self.inside.get("thread")
             if owner is not None and owner != mine and owner in {thread.ident for thread in threading.enumerate()}:
@@ -71,7 +72,7 @@ def whole(method: _F) -> _F:
                 sequences.refuse_if_broken()
             guard.inside["before"] = sequences.checkpoint()
             result = method(self, *args, **kwargs)
-            return (result, guard.inside.clear())[0]
+            return guard.inside.clear() or result  # type: ignore[func-returns-value]
         except BaseException:
             undo_interrupted(sequences, method.__name__)
             guard.inside.clear()

@@ -30,6 +30,7 @@ class SequenceState(NamedTuple):
         padding_known_to: length at which padding was last looked at.
         record_past: keep blocks that fall out of a window until the next `truncate`, so that it can bring them back.
         centrings: by layer, how the keys that the current step has centred were stored before.
+        enough_for_center: tokens from which on the newest step may centre the keys; padding does not count.
         broken: name of an operation that was interrupted and could not be undone, or None.
     """
 
@@ -45,6 +46,7 @@ class SequenceState(NamedTuple):
     padding_known_to: int = 0
     record_past: bool = False
     centrings: dict[int, Centring] = {}  # noqa: RUF012 (never filled in: a step brings its own)
+    enough_for_center: int = 0
     broken: str | None = None
 
     def copied_tables(self) -> dict[str, BlockTable]:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from operator import attrgetter
+
 import numpy as np
 import torch
 
@@ -11,7 +13,7 @@ from .kernels import MAX_DECODE_ROWS
 from .layer_checks import check_none_left_out
 from .layer_group import Group
 from .one_thread import OneThread
-from .pool import CacheFullError, PagedInt8Pool
+from .pool import MIN_CENTER_TOKENS, CacheFullError, PagedInt8Pool
 from .pool_access import Books
 from .sequence_recovery import SequenceRecovery
 from .sequence_state import SequenceState
@@ -52,30 +54,13 @@ class Sequences(SequenceRecovery):
         self.groups[name].num_layers += 1
         return self.groups[name]
 
-    @property
-    def length(self) -> int:
-        """Tokens per sequence."""
-        return self.books.state.length
-
-    @property
-    def batch_size(self) -> int | None:
-        """Sequences; None before the first token."""
-        return self.books.state.batch_size
-
-    @property
-    def step_start(self) -> int:
-        """Where the newest tokens start."""
-        return self.books.state.step_start
-
-    @property
-    def from_blocks(self) -> bool:
-        """Whether attention reads the newest tokens from the blocks."""
-        return self.books.state.from_blocks
-
-    @property
-    def sinks(self) -> SinkPlaces | None:
-        """Where the tokens in full precision are; None if there are none."""
-        return self.books.state.sinks
+    # Read in every layer and step, so without a Python function. `SequenceState` says what they are.
+    length = property(attrgetter("books.state.length"))
+    batch_size = property(attrgetter("books.state.batch_size"))
+    step_start = property(attrgetter("books.state.step_start"))
+    from_blocks = property(attrgetter("books.state.from_blocks"))
+    sinks = property(attrgetter("books.state.sinks"))
+    same_as = property(attrgetter("books.state.same_as"))
 
     @property
     def record_past(self) -> bool:
@@ -145,6 +130,7 @@ class Sequences(SequenceRecovery):
                 state.padding_known_to,
                 state.record_past,
                 {},
+                MIN_CENTER_TOKENS + (0 if sinks is None else sinks.earliest),
             )
         return self.books.state
 
