@@ -194,7 +194,7 @@ class PagedInt8Cache(CacheOperations, metaclass=_Marked):
             undo_interrupted(self._sequences)
         try:
             result = self._update(key_states, value_states, layer_idx, *args, **kwargs)
-            return guard.inside.clear() or result  # type: ignore[func-returns-value]
+            return guard.inside.clear() or result
         except BaseException:
             self._take_back(layer_idx)
             guard.inside.clear()

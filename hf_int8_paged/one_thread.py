@@ -72,7 +72,7 @@ def whole(method: _F) -> _F:
                 sequences.refuse_if_broken()
             guard.inside["before"] = sequences.checkpoint()
             result = method(self, *args, **kwargs)
-            return guard.inside.clear() or result  # type: ignore[func-returns-value]
+            return guard.inside.clear() or result
         except BaseException:
             undo_interrupted(sequences, method.__name__)
             guard.inside.clear()

@@ -19,7 +19,9 @@ import sys
 import time
 import zlib
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
+from concurrent.futures import ProcessPoolExecutor
+from multiprocessing import get_context
 from typing import Any, NamedTuple
 
 import torch
@@ -31,12 +33,10 @@ from .scenarios import KINDS, LAYERS, SCENARIOS, Scenario, Step, World
 
 BACKENDS = ("cpu", "reference")
 EXCEPTIONS = (MemoryError, KeyboardInterrupt)
-#: What the caller does after the exception.
-REACTIONS = ("repeats", "resets")
 
 
 class Injection(NamedTuple):
-    """One injection and what the caller does then."""
+    """One injection; the caller then ``repeats`` the operation, or ``resets`` the cache."""
 
     scenario: str
     kind: str
@@ -62,15 +62,13 @@ def contents(cache: PagedInt8Cache) -> tuple[Any, ...]:
     found: list[Any] = [[int(cache.get_seq_length(i)) for i in range(LAYERS)], cache._sequences.batch_size]
     for layer in layers:
         found.append(layer.get_mask_sizes(1))
-        keys, values = layer.keys, layer.values
-        if keys is None:
+        if layer.keys is None:
             continue
         memory = getattr(layer, "memory", None)
-        # A preallocated layer shows all positions that it has, also those that no query sees.
-        first = 0 if memory is None else max(layer.length - (layer.window or layer.length), 0)
-        seen = slice(first, int(layer.length))
-        found += [_bytes_of(keys.clone()[:, :, seen]), _bytes_of(values.clone()[:, :, seen])]
-        found.append(_bytes_of(layer.storage.key_center))
+        # A preallocated layer has positions that no query sees.
+        first = layer.keys.content.start if memory is None else max(layer.length - (layer.window or layer.length), 0)
+        keys, values = layer.gather(first, layer.length, torch.float32)
+        found += [_bytes_of(keys), _bytes_of(values), _bytes_of(layer.storage.key_center)]
         if memory is None:
             sinks = cache._sequences.sinks
             found.append(None if sinks is None else [place.tolist() for place in sinks.on(torch.device("cpu"))])
@@ -190,13 +188,14 @@ def injections() -> Iterator[Injection]:
                 world = World(kind, backend)
                 for action in scenario.history:
                     action(world)
-                for point in points_of(functools.partial(scenario.operation, world)):
+                for number, point in enumerate(points_of(functools.partial(scenario.operation, world))):
                     for exception in EXCEPTIONS:
-                        for reaction in REACTIONS:
-                            yield Injection(name, kind, backend, point, exception, reaction)
+                        yield Injection(name, kind, backend, point, exception, "repeats")
+                    # A caller who repeats resets afterwards; one who resets at once gets every other exception.
+                    yield Injection(name, kind, backend, point, EXCEPTIONS[number % 2], "resets")
 
 
-def drill(chosen: list[Injection], show: int = 0) -> tuple[Counter[str], Counter[str]]:
+def drill(chosen: Sequence[Injection], show: int = 0) -> tuple[Counter[str], Counter[str]]:
     """Carry out these injections. Returns how often each outcome came, and how often each failure did.
 
     Args:
@@ -232,7 +231,8 @@ def main() -> int:
     parser.add_argument("--only", default="", help="scenarios whose name contains this")
     parser.add_argument("--kind", choices=sorted(KINDS), help="of the cache (default: both)")
     parser.add_argument("--at", default="", help="points in files whose path, with the line, contains this")
-    parser.add_argument("--show", type=int, default=3, help="failures of each kind to print")
+    parser.add_argument("--workers", type=int, default=1, help="processes")
+    parser.add_argument("--show", type=int, default=1, help="failures of each kind to print, of each tenth")
     options = parser.parse_args()
     began = time.monotonic()
     chosen = [x for x in injections() if options.only in x.scenario and options.kind in (None, x.kind)]
@@ -242,7 +242,12 @@ def main() -> int:
     if options.sample is not None:
         chosen = random.Random(options.seed).sample(chosen, min(options.sample, len(chosen)))
         print(f"of them {len(chosen)}, chosen with seed {options.seed}")
-    outcomes, failures = drill(chosen, options.show)
+    chunks = [chosen[i :: 10 * options.workers] for i in range(10 * options.workers)]
+    outcomes, failures = Counter[str](), Counter[str]()
+    with ProcessPoolExecutor(options.workers, get_context("spawn")) as workers:
+        for of_chunk in workers.map(drill, chunks, [options.show] * len(chunks)):
+            outcomes.update(of_chunk[0])
+            failures.update(of_chunk[1])
     for name, counts in (("outcome", outcomes), ("failure", failures)):
         for what, count in counts.most_common():
             print(f"{name:8} {count:7} {what}")

@@ -101,6 +101,12 @@ def deepcopy(world: World) -> None:
 
 def delete(world: World) -> None:
     del world.caches["main"]
+    world.pool.nbytes_used  # noqa: B018 (whoever asks takes note that the cache is gone)
+
+
+def delete_twin_and_step(world: World) -> None:
+    world.caches.pop("twin", None)
+    Step(1)(world)
 
 
 def call(method: str, *arguments: Any) -> Action:
@@ -137,4 +143,5 @@ SCENARIOS: dict[str, Scenario] = {
     "reset": Scenario((Step(20), Step(1)), call("reset")),
     "deletion": Scenario((Step(20), Step(1)), delete, _GROWING),
     "deletion of one of two": Scenario((Step(20), fork, Step(1)), delete, _GROWING),
+    "step after another cache was deleted": Scenario((Step(20), fork, Step(1)), delete_twin_and_step, _GROWING),
 }
