@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
-from typing import Any
+from typing import Any, NoReturn
 
 import torch
 from transformers import PreTrainedConfig
@@ -191,7 +191,7 @@ class PagedInt8Cache(CacheOperations, metaclass=_Marked):
             return layer.update(key_states, value_states, *args, **kwargs)
         guard = self._sequences.guard
         if guard.enter():
-            undo_interrupted(self._sequences)
+            undo_interrupted(self)
         try:
             result = self._update(key_states, value_states, layer_idx, *args, **kwargs)
             return guard.inside.clear() or result
@@ -203,7 +203,7 @@ class PagedInt8Cache(CacheOperations, metaclass=_Marked):
     def _update(
         self, key_states: torch.Tensor, value_states: torch.Tensor, layer_idx: int, *args, **kwargs
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        layer = self.layers[layer_idx] if layer_idx < len(self.layers) else None
+        layer = self.layers[layer_idx] if layer_idx < len(self.layers) else self._refuse_layer(layer_idx)
         if isinstance(layer, PAGED_LAYERS) and isinstance(key_states, torch.Tensor) and not key_states.numel():
             batch, new_tokens = key_states.shape[0], key_states.shape[-2]
             if not int(layer.get_seq_length()) and not (batch and new_tokens):
@@ -217,12 +217,13 @@ class PagedInt8Cache(CacheOperations, metaclass=_Marked):
             value_states = value_states.readable()
         if self._needs_wrapping:
             self._refuse_cross_attention(layer_idx, key_states.shape[2])
-        if layer is None:
-            raise ValueError(
-                f"layer {layer_idx} was updated, but the cache was made for a model with {len(self.layers)} "
-                "layers; make it from this model's config"
-            )
         return layer.update(key_states, value_states, *args, **kwargs)
+
+    def _refuse_layer(self, layer_idx: int) -> NoReturn:
+        raise ValueError(
+            f"layer {layer_idx} was updated, but the cache was made for a model with {len(self.layers)} "
+            "layers; make it from this model's config"
+        )
 
     def _take_back(self, layer_idx: int) -> None:
         """Take back the step in which an exception ended the update of a layer."""

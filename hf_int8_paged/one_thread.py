@@ -66,7 +66,7 @@ def whole(method: _F) -> _F:
         sequences = self._sequences
         guard = sequences.guard
         if guard.enter():
-            undo_interrupted(sequences)
+            undo_interrupted(self)
         try:
             if method.__name__ != "reset":
                 sequences.refuse_if_broken()
@@ -74,23 +74,24 @@ def whole(method: _F) -> _F:
             result = method(self, *args, **kwargs)
             return guard.inside.clear() or result
         except BaseException:
-            undo_interrupted(sequences, method.__name__)
+            undo_interrupted(self, method.__name__)
             guard.inside.clear()
             raise
 
     return guarded  # type: ignore[return-value]
 
 
-def undo_interrupted(sequences: Any, operation: str = "an operation") -> None:
+def undo_interrupted(cache: Any, operation: str = "an operation") -> None:
     """Undo the call that an exception ended.
 
     Args:
-        sequences: the `Sequences` or `StaticSequences` whose guard knows of it.
+        cache: whose ``_sequences.guard`` knows of it.
         operation: its name, for messages.
     """
+    sequences = cache._sequences
     inside = sequences.guard.inside
     if "before" in inside:
-        sequences.restore(inside["before"], operation)
+        sequences.restore(inside["before"], operation, can_undo=not cache._own_layers())
     elif "start" in inside:
         sequences.take_back(inside["start"])
     inside.pop("before", None)

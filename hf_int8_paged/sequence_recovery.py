@@ -19,7 +19,7 @@ class SequenceRecovery:
     #: The pool's turn in which `select`, `truncate` or `clear` last changed the state.
     _turn: int
 
-    def truncate(self, length: int) -> None:
+    def truncate(self, length: int, *, keep_recorded: bool = False) -> None:
         """Forget all tokens from position ``length`` on."""
         raise NotImplementedError
 
@@ -31,7 +31,7 @@ class SequenceRecovery:
         """What `restore` needs to undo an operation."""
         return self.books.state
 
-    def restore(self, before: SequenceState, operation: str) -> None:
+    def restore(self, before: SequenceState, operation: str, *, can_undo: bool = True) -> None:
         """Undo an operation that an exception ended: go back to a `checkpoint`.
 
         Blocks that the operation has given back are taken again. If somebody else was at the pool in the meantime, they
@@ -40,6 +40,7 @@ class SequenceRecovery:
         Args:
             before: the state before the operation.
             operation: its name, for messages.
+            can_undo: whether all that it has changed are sequences; False for a cache with layers of other kinds.
         """
         if self.books.state.tables is before.tables:
             self.books.state = before
@@ -47,7 +48,7 @@ class SequenceRecovery:
         with self.pool.access.exclusive():
             for group in self.groups.values():
                 group.epoch += 1
-            if self.pool.access.turn == self._turn + 1:
+            if can_undo and self.pool.access.turn == self._turn + 1:
                 self.books.state = before
             else:
                 self.books.state = self.books.state._replace(broken=operation)
@@ -63,7 +64,7 @@ class SequenceRecovery:
         length = state.step_start if length is None else length
         if length < state.length:
             self._undo_centrings()
-            self.truncate(length)
+            self.truncate(length, keep_recorded=True)
 
     def _undo_centrings(self) -> None:
         for index, centring in self.books.state.centrings.items():

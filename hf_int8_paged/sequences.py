@@ -117,20 +117,18 @@ class Sequences(SequenceRecovery):
             self.pool.ensure_free(needed)
             for name, table in tables.items():
                 self.pool.copy(name, table.extend(batch, new_tokens, keep_from[name], same_as))
-            self.books.state = SequenceState(
-                tables,
-                dict(state.layer_lengths),
-                stop,
-                batch,
-                start,
-                from_blocks,
-                sinks,
-                None,
-                same_as,
-                state.padding_known_to,
-                state.record_past,
-                {},
-                MIN_CENTER_TOKENS + (0 if sinks is None else sinks.earliest),
+            self.books.state = state._replace(
+                tables=tables,
+                layer_lengths=dict(state.layer_lengths),
+                length=stop,
+                batch_size=batch,
+                step_start=start,
+                from_blocks=from_blocks,
+                sinks=sinks,
+                prompt_tokens=None,
+                same_as=same_as,
+                centrings={},
+                enough_for_center=MIN_CENTER_TOKENS + (0 if sinks is None else sinks.earliest),
             )
         return self.books.state
 
@@ -198,8 +196,12 @@ class Sequences(SequenceRecovery):
                 group.epoch += 1
             self.books.state = state._replace(tables=tables, batch_size=len(rows), sinks=sinks)
 
-    def truncate(self, length: int) -> None:
+    def truncate(self, length: int, *, keep_recorded: bool = False) -> None:
         """Forget all tokens from position ``length`` on.
+
+        Args:
+            length: tokens per sequence to keep.
+            keep_recorded: keep what `record_past` has kept until now.
 
         Raises:
             RuntimeError: tokens that would be visible again have fallen out of a window. Nothing has changed then.
@@ -234,7 +236,7 @@ class Sequences(SequenceRecovery):
             for name, group in self.groups.items():
                 tables[name].truncate(length)
                 group.epoch += 1
-                if state.record_past:
+                if state.record_past and not keep_recorded:
                     tables[name].drop_before(group.first_visible(length))
             self.books.state = state._replace(
                 tables=tables,

@@ -209,9 +209,10 @@ class PagedInt8StaticLayer(StaticReader, CacheLayerMixin):  # type: ignore[misc]
         return self._memory.capacity - (self.window or 0) + 1
 
     def truncate(self, length: int) -> None:
-        """Forget all tokens from position ``length`` on."""
+        """Forget all tokens from position ``length`` on, also those of an interrupted step that nobody counted yet."""
         if self.memory is None:
             return
+        length = min(length, self.length)
         self.memory.truncate(length)
         self.length = length
         if not length:

@@ -116,13 +116,14 @@ class StaticSequences:
         """What `restore` needs to know that an operation has begun to change something."""
         return self._changes
 
-    def restore(self, before: int, operation: str) -> None:
+    def restore(self, before: int, operation: str, *, can_undo: bool = False) -> None:
         """Note that an exception ended an operation which had begun to change the layers: tokens that were moved in
         place cannot be moved back.
 
         Args:
             before: what `checkpoint` returned before the operation.
             operation: its name, for messages.
+            can_undo: of no use here; see `Sequences`.
         """
         if self._changes != before:
             self.broken = operation
