@@ -69,6 +69,8 @@ def equal_rows(seed: int, batch: int, tokens: int) -> torch.Tensor:
 class Step:
     """A forward pass of ``tokens`` tokens: every layer is updated, and told of padding as the attention function does.
 
+    The last layer is not: what comes after its update is behind the step, which then counts as done.
+
     Args:
         tokens: per sequence.
         batch: sequences.
@@ -87,7 +89,7 @@ class Step:
             make = equal_rows if index < self.equal_layers else rows
             keys, values = (make(10 * self.tokens + 2 * index + i, self.batch, self.tokens) for i in range(2))
             cache.update(keys, values, index)
-            if padded:
+            if padded and index < LAYERS - 1:
                 cache.layers[index].note_padding(self.mask, (keys, values))
 
 
