@@ -55,7 +55,7 @@ class Books:
         self.state = state
 
 
-class _OfACache(weakref.ref):
+class _Reference(weakref.ref):
     """A reference to whatever keeps books, which knows them when that is gone."""
 
     __slots__ = ("books",)
@@ -85,8 +85,8 @@ class PoolAccess:
     def __init__(self, allocators: Mapping[str, BlockAllocator] | None = None) -> None:
         self._lock = threading.Lock()
         self._allocators = {} if allocators is None else allocators
-        self._live: dict[int, _OfACache] = {}
-        self._gone: deque[_OfACache] = deque()
+        self._live: dict[int, _Reference] = {}
+        self._gone: deque[_Reference] = deque()
         self._writers: weakref.WeakSet[Writer] = weakref.WeakSet()
         self._must_count = False
         self.is_growing = False
@@ -102,7 +102,7 @@ class PoolAccess:
 
     def register(self, holder: Any, books: Books) -> None:
         """Count the blocks of these books as held for as long as ``holder`` lives."""
-        reference = _OfACache(holder, self._gone.append)
+        reference = _Reference(holder, self._gone.append)
         reference.books = books
         self._live[id(reference)] = reference
 
