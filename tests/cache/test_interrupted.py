@@ -8,11 +8,13 @@ import threading
 from collections.abc import Callable
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from transformers import LlamaConfig, MistralConfig
 
 from hf_int8_paged import PagedInt8Cache, PagedInt8Pool
+from hf_int8_paged.block_allocator import BlockAllocator
 
 LAYERS = 2
 SIZES: dict[str, Any] = {
@@ -153,3 +155,21 @@ def test_a_thread_that_died_inside_a_cache_keeps_nobody_out() -> None:
     assert same(held(cache), before)
     step(cache, 1)
     assert cache.get_seq_length() == 21
+
+
+@pytest.mark.parametrize("num_blocks", [0, 1, 7, 8, 23])
+def test_counting_anew_finds_what_was_counted(num_blocks: int) -> None:
+    allocator = BlockAllocator(num_blocks)
+    first = allocator.allocate(num_blocks // 2)
+    second = allocator.allocate(num_blocks // 3)
+    allocator.retain(second)
+    counts = [allocator.ref_count(block) for block in range(num_blocks)]
+    free = allocator.num_free
+    for _ in range(2):
+        tables = [first, second, second]
+        allocator.count_anew([np.array(blocks, dtype=np.int32) for blocks in tables])
+        assert [allocator.ref_count(block) for block in range(num_blocks)] == counts
+        assert allocator.num_free == free
+        rest = allocator.allocate(free)
+        assert sorted({*first, *second, *rest}) == list(range(num_blocks))
+        assert allocator.num_free == 0
