@@ -42,7 +42,7 @@ endef
 export RUN_NOTEBOOKS
 
 .DEFAULT_GOAL := help
-.PHONY: help demo info test test-all test-interpreted test-versions test-matrix test-sanitize test-neon test-upstream test-gpu bench bench-gpu \
+.PHONY: help demo info test test-all test-interpreted test-versions test-matrix test-sanitize test-neon test-upstream test-gpu drill bench bench-gpu \
 	gpu-audit lint types format notebooks coverage cache-api clean
 
 help:  ## Show this list
@@ -81,6 +81,9 @@ test-upstream: $(DEV)  ## Compare every way to generate, over 16 architectures, 
 
 test-gpu: $(DEV)  ## Run the kernels' tests on a GPU, with fresh inputs
 	HF_INT8_PAGED_TEST_SEED=$$(date +%s) HF_HUB_OFFLINE=1 $(PYTEST) -m gpu tests/gpu tests/kernels $(TRITON_TESTS)
+
+drill: $(DEV)  ## Throw an exception at every line of the package that an operation passes (an hour)
+	OMP_NUM_THREADS=1 HF_HUB_OFFLINE=1 $(BIN)/python -m tests.drill.drill --workers $(WORKERS)
 
 bench: $(DEV)  ## Compare with budgets what the cache costs in time; writes eval/results/budgets.json
 	$(BIN)/python eval/budgets.py --json eval/results/budgets.json

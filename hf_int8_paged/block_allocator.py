@@ -5,6 +5,8 @@ from __future__ import annotations
 import heapq
 from collections.abc import Callable, Iterable
 
+import numpy as np
+
 #: Blocks that a sequence's tokens should find next to each other. A decode then streams through memory instead of
 #: jumping between blocks of different sequences.
 RUN_LENGTH = 8
@@ -15,9 +17,9 @@ HOLE = -1
 class _RunHeap:
     """Run numbers, lowest first, each once. What stopped being usable is thrown out when it surfaces."""
 
-    def __init__(self) -> None:
-        self._heap: list[int] = []
-        self._members: set[int] = set()
+    def __init__(self, runs: Iterable[int] = ()) -> None:
+        self._heap: list[int] = sorted(runs)
+        self._members: set[int] = set(self._heap)
 
     def push(self, run: int) -> None:
         if run not in self._members:
@@ -35,14 +37,21 @@ class BlockAllocator:
 
     Blocks are handed out in ascending runs where possible: a sequence gets the block after its last one if that is
     free, else the start of a run of ``RUN_LENGTH`` free blocks, else any free block.
+
+    An exception inside one of its methods may leave wrong counts behind; `count_anew` makes them right again.
+
+    Args:
+        num_blocks: blocks that there are from the start.
+        settle: called before somebody is told how many blocks are free or used; brings the counts up to date.
     """
 
-    def __init__(self, num_blocks: int = 0):
+    def __init__(self, num_blocks: int = 0, settle: Callable[[], None] | None = None):
+        self._settle = settle
         self._ref_counts: list[int] = []
         self._free_in_run: list[int] = []
         self._whole_runs = _RunHeap()
         self._partial_runs = _RunHeap()
-        self.num_free = 0
+        self._num_free = 0
         self.grow(num_blocks)
 
     @property
@@ -50,12 +59,26 @@ class BlockAllocator:
         return len(self._ref_counts)
 
     @property
+    def num_free(self) -> int:
+        """Blocks that no table holds."""
+        if self._settle is not None:
+            self._settle()
+        return self._num_free
+
+    @property
     def num_used(self) -> int:
+        """Blocks that a table holds."""
         return self.num_blocks - self.num_free
 
     def ref_count(self, block: int) -> int:
         """How many tables hold ``block``."""
+        if self._settle is not None:
+            self._settle()
         return self._ref_counts[block]
+
+    def is_shared(self, block: int) -> bool:
+        """Whether ``block`` is held more than once. To be asked by who changes the tables."""
+        return self._ref_counts[block] > 1
 
     def grow(self, num_blocks: int) -> None:
         """Raise the number of blocks to ``num_blocks``; the new ones are free."""
@@ -65,7 +88,7 @@ class BlockAllocator:
             if run == len(self._free_in_run):
                 self._free_in_run.append(0)
             self._free_in_run[run] += 1
-            self.num_free += 1
+            self._num_free += 1
             if block % RUN_LENGTH == RUN_LENGTH - 1 or block == num_blocks - 1:
                 self._file_run(run)
 
@@ -75,8 +98,8 @@ class BlockAllocator:
         Raises:
             ValueError: fewer than ``count`` blocks are free. Nothing is taken then.
         """
-        if count > self.num_free:
-            raise ValueError(f"{count} blocks asked for, {self.num_free} are free")
+        if count > self._num_free:
+            raise ValueError(f"{count} blocks asked for, {self._num_free} are free")
         taken = []
         for _ in range(count):
             after = self._next_block(after)
@@ -84,7 +107,7 @@ class BlockAllocator:
             self._free_in_run[after // RUN_LENGTH] -= 1
             self._file_run(after // RUN_LENGTH)
             taken.append(after)
-        self.num_free -= count
+        self._num_free -= count
         return taken
 
     def retain(self, blocks: Iterable[int]) -> None:
@@ -99,9 +122,27 @@ class BlockAllocator:
             assert self._ref_counts[block] > 0, f"block {block} is free already"
             self._ref_counts[block] -= 1
             if self._ref_counts[block] == 0:
-                self.num_free += 1
+                self._num_free += 1
                 self._free_in_run[block // RUN_LENGTH] += 1
                 self._file_run(block // RUN_LENGTH)
+
+    def count_anew(self, held: Iterable[np.ndarray]) -> None:
+        """Forget what was counted.
+
+        Args:
+            held: blocks, one array for each table; a block has as many references as it is found in them.
+        """
+        counts = np.zeros(self.num_blocks, dtype=np.int64)
+        for blocks in held:
+            counts += np.bincount(blocks, minlength=self.num_blocks)
+        is_free = counts == 0
+        free_in_run = np.add.reduceat(is_free, range(0, len(counts), RUN_LENGTH)) if len(counts) else counts
+        size = np.minimum(RUN_LENGTH, len(counts) - np.arange(len(free_in_run)) * RUN_LENGTH)
+        whole = _RunHeap(np.flatnonzero(free_in_run == size).tolist())
+        partial = _RunHeap(np.flatnonzero((free_in_run > 0) & (free_in_run < size)).tolist())
+        self._whole_runs, self._partial_runs = whole, partial
+        self._ref_counts, self._free_in_run = counts.tolist(), free_in_run.tolist()
+        self._num_free = int(is_free.sum())
 
     def _next_block(self, after: int) -> int:
         block = after + 1

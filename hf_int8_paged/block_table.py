@@ -6,6 +6,7 @@ table* maps the logical blocks of each sequence to physical ones.
 
 from __future__ import annotations
 
+import copy
 from collections import Counter
 from collections.abc import Iterable, Sequence
 from typing import Any
@@ -19,24 +20,28 @@ from .block_allocator import HOLE, BlockAllocator
 class BlockTable:
     """The blocks of every sequence of one cache, for one layer group.
 
-    All sequences have the same number of tokens (padding counts).
+    All sequences have the same number of tokens (padding counts). The ids of columns in use never change in place: an
+    operation makes another array, so that copies of a table may share theirs and only one of them is changed.
 
     Attributes:
         length: tokens per sequence.
         ids: int32 ``[batch, columns]`` on the host: physical block of each logical one, or ``HOLE``.
+        made: what others have made of this very table, by device; copies begin with nothing.
     """
 
     def __init__(self, allocator: BlockAllocator, block_size: int):
         self.allocator = allocator
         self.block_size = block_size
         self.length = 0
+        self.made: dict[torch.device, Any] = {}
         self._store = np.full((0, 0), HOLE, dtype=np.int32)  # [batch, columns and room for more]
         self._columns = 0
         self._dropped_columns = 0
         #: Columns from the first to before the second never held anything: out of sight when their tokens came.
         self._skipped_columns = (0, 0)
-        self._version = 0
-        self._mirrors: dict[torch.device, tuple[int, torch.Tensor]] = {}
+        #: Another object after every change of the ids.
+        self._version = object()
+        self._mirrors: dict[torch.device, tuple[object, torch.Tensor]] = {}
 
     @property
     def ids(self) -> np.ndarray:
@@ -45,6 +50,16 @@ class BlockTable:
     @property
     def batch_size(self) -> int:
         return len(self._store)
+
+    def held(self) -> np.ndarray:
+        """The blocks that the sequences hold, each as often as they do."""
+        return self.ids[self.ids != HOLE]
+
+    def copy(self) -> BlockTable:
+        """The same table, to be changed in place of this one. It holds the same blocks, not once more."""
+        twin = copy.copy(self)
+        twin.made = {}
+        return twin
 
     def blocks_needed(self, batch: int, new_tokens: int, keep_from: int = 0) -> int:
         """Blocks that `extend` would take at most, given the same arguments."""
@@ -72,39 +87,42 @@ class BlockTable:
         Returns:
             Pairs (source block, destination block) whose contents have to be copied before anything is written.
         """
+        store, skipped, version = self._store, self._skipped_columns, self._version
         if not self.batch_size:
-            self._store = np.full((batch, 0), HOLE, dtype=np.int32)
-        copies = []
+            store = np.full((batch, 0), HOLE, dtype=np.int32)
+        copies: list[tuple[int, int]] = []
         for row, block in self._shared_last_blocks():
+            if not copies:
+                store, version = store.copy(), object()
             (private,) = self.allocator.allocate(1)
             self.allocator.release([block])
-            self._store[row, self._columns - 1] = private
-            self._version += 1
+            store[row, self._columns - 1] = private
             copies.append((block, private))
+        before = self._columns
         first, last = self._new_columns(new_tokens, keep_from)
-        if last > self._columns:
-            before = self._columns
-            self._make_room(last)
+        if last > before:
+            store, version = self._with_room(store, last), object()
+            store[:, before:first] = HOLE
             for row in range(batch):
                 twin = row if same_as is None else same_as[row]
                 if twin != row:
-                    self._store[row, first:last] = self._store[twin, first:last]
-                    self.allocator.retain(self._store[row, first:last].tolist())
+                    store[row, first:last] = store[twin, first:last]
+                    self.allocator.retain(store[row, first:last].tolist())
                 elif last > first:
-                    held = self._store[row, :before]
+                    held = store[row, :before]
                     after = int(held[-1]) if before and held[-1] != HOLE else HOLE
-                    self._store[row, first:last] = self.allocator.allocate(last - first, after)
+                    store[row, first:last] = self.allocator.allocate(last - first, after)
             if first > before:
-                self._skipped_columns = (before, first)
-            self._columns = last
-            self._version += 1
-        self.length += new_tokens
+                skipped = (before, first)
+        length, columns = self.length + new_tokens, max(last, before)
+        self._store, self._columns, self._skipped_columns, self._version = store, columns, skipped, version
+        self.length = length
         return copies
 
     def select(self, rows: Sequence[int]) -> None:
         """Make sequence i what sequence ``rows[i]`` is, sharing its blocks. Moves no tokens.
 
-        Time does not depend on blocks that a sequence and its successor have in common.
+        The allocator is told of those blocks only that a sequence and its successor do not have in common.
         """
         new = self.ids[list(rows)]
         if len(new) == self.batch_size:
@@ -114,37 +132,34 @@ class BlockTable:
             gained, lost = new.ravel(), self.ids.ravel()
         gained, lost = gained[gained != HOLE].tolist(), lost[lost != HOLE].tolist()
         self.allocator.retain(gained)
+        store = np.full((len(new), self._store.shape[1]), HOLE, dtype=np.int32)
+        store[:, : self._columns] = new
+        self._store, self._version = store, object()
         self.allocator.release(lost)
-        if len(new) != self.batch_size:
-            self._store = np.full((len(new), self._store.shape[1]), HOLE, dtype=np.int32)
-        self._store[:, : self._columns] = new
-        self._version += 1
 
     def fork(self) -> BlockTable:
         """A table of its own over the same blocks."""
-        twin = BlockTable(self.allocator, self.block_size)
-        twin.length, twin._columns = self.length, self._columns
-        twin._dropped_columns, twin._skipped_columns = self._dropped_columns, self._skipped_columns
-        twin._store = self._store.copy()
-        self.allocator.retain(self.ids[self.ids != HOLE].tolist())
+        twin = self.copy()
+        twin._store, twin._mirrors = self._store.copy(), {}
+        self.allocator.retain(self.held().tolist())
         return twin
 
     def unshare(self) -> list[tuple[int, int]]:
         """Give every sequence blocks of its own. Returns pairs (source, destination) to copy."""
-        copies = []
-        for row, column in self._held():
-            block = int(self._store[row, column])
-            if self.allocator.ref_count(block) > 1:
-                (private,) = self.allocator.allocate(1, int(self._store[row, column - 1]) if column else HOLE)
+        store, copies = self._store.copy(), []
+        for row, column in self._held_entries():
+            block = int(store[row, column])
+            if self.allocator.is_shared(block):
+                (private,) = self.allocator.allocate(1, int(store[row, column - 1]) if column else HOLE)
                 self.allocator.release([block])
-                self._store[row, column] = private
+                store[row, column] = private
                 copies.append((block, private))
-        self._version += 1
+        self._store, self._version = store, object()
         return copies
 
     def blocks_to_unshare(self) -> int:
         """Blocks that `unshare` would take."""
-        shared = Counter(int(self._store[where]) for where in self._held())
+        shared = Counter(self.held().tolist())
         return sum(min(held, self.allocator.ref_count(block) - 1) for block, held in shared.items())
 
     def drop_before(self, position: int) -> bool:
@@ -175,13 +190,12 @@ class BlockTable:
 
     def truncate(self, length: int) -> None:
         """Forget the tokens from position ``length`` on and give their blocks back."""
-        columns = -(-length // self.block_size)
-        self._make_holes(np.s_[:, columns : self._columns])
-        self.length = min(length, self.length)
-        self._columns = min(columns, self._columns)
-        self._dropped_columns = min(self._dropped_columns, self._columns)
-        if self._skipped_columns[0] >= self._columns:
-            self._skipped_columns = (0, 0)
+        columns = min(-(-length // self.block_size), self._columns)
+        lost = self.ids[:, columns:]
+        skipped = self._skipped_columns if self._skipped_columns[0] < columns else (0, 0)
+        self.length, self._columns, self._skipped_columns = min(length, self.length), columns, skipped
+        self._dropped_columns, self._version = min(self._dropped_columns, columns), object()
+        self.allocator.release(lost[lost != HOLE].tolist())
 
     def first_held(self, length: int) -> int:
         """First position from which on all tokens before position ``length`` are held."""
@@ -199,8 +213,8 @@ class BlockTable:
         anew only after a change, and without waiting for the device."""
         if device.type == "cpu":
             return torch.from_numpy(self._store)[:, : self._columns]
-        version, mirror = self._mirrors.get(device, (-1, None))
-        if version != self._version or mirror is None:
+        version, mirror = self._mirrors.get(device, (None, None))
+        if version is not self._version or mirror is None:
             mirror = torch.from_numpy(self._store).to(device, non_blocking=True)
             self._mirrors[device] = (self._version, mirror)
         return mirror[:, : self._columns]
@@ -214,21 +228,24 @@ class BlockTable:
         """(sequence, block) of partly filled last blocks that are held more than once."""
         if self.length % self.block_size:
             for row, block in enumerate(self.ids[:, -1].tolist()):
-                if block != HOLE and self.allocator.ref_count(block) > 1:
+                if block != HOLE and self.allocator.is_shared(block):
                     yield row, block
 
-    def _held(self) -> Iterable[tuple[int, int]]:
+    def _held_entries(self) -> Iterable[tuple[int, int]]:
         """(sequence, column) of every table entry that holds a block."""
         return zip(*(axis.tolist() for axis in np.nonzero(self.ids != HOLE)))
 
-    def _make_room(self, columns: int) -> None:
-        if columns > self._store.shape[1]:
-            store = np.full((self.batch_size, max(columns, 2 * self._store.shape[1], 16)), HOLE, dtype=np.int32)
-            store[:, : self._columns] = self.ids
-            self._store = store
+    def _with_room(self, store: np.ndarray, columns: int) -> np.ndarray:
+        """A store with room for so many columns, whose columns in use are those of ``store``."""
+        if columns <= store.shape[1]:
+            return store
+        larger = np.full((len(store), max(columns, 2 * store.shape[1], 16)), HOLE, dtype=np.int32)
+        larger[:, : self._columns] = store[:, : self._columns]
+        return larger
 
     def _make_holes(self, where: Any) -> None:
-        blocks = self._store[where].ravel()
+        store = self._store.copy()
+        blocks = store[where].flatten()  # a copy
+        store[where] = HOLE
+        self._store, self._version = store, object()
         self.allocator.release(blocks[blocks != HOLE].tolist())
-        self._store[where] = HOLE
-        self._version += 1

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
-from typing import Any
+from typing import Any, NoReturn
 
 import torch
 from transformers import PreTrainedConfig
@@ -14,6 +14,7 @@ from .cache_operations import PAGED_LAYERS, CacheOperations
 from .generate_limits import UserDefinedMark
 from .layer_types import growing_layers, is_layer_data, layers_of_data, preallocated_layers
 from .layers import PagedInt8Layer
+from .one_thread import undo_interrupted
 from .options import PoolOptions, check_cache_options, check_device, decoder_config
 from .pool import PagedInt8Pool
 from .read_only import ReadOnly
@@ -188,13 +189,21 @@ class PagedInt8Cache(CacheOperations, metaclass=_Marked):
                 # Block tables are the host's: no graph can hold what happens here.
                 return _update_outside_graphs(self, key_states, value_states, layer_idx)
             return layer.update(key_states, value_states, *args, **kwargs)
-        with self._sequences.guard:
-            return self._update(key_states, value_states, layer_idx, *args, **kwargs)
+        guard = self._sequences.guard
+        if guard.enter():
+            undo_interrupted(self)
+        try:
+            result = self._update(key_states, value_states, layer_idx, *args, **kwargs)
+            return guard.inside.clear() or result
+        except BaseException:
+            self._take_back(layer_idx)
+            guard.inside.clear()
+            raise
 
     def _update(
         self, key_states: torch.Tensor, value_states: torch.Tensor, layer_idx: int, *args, **kwargs
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        layer = self.layers[layer_idx] if layer_idx < len(self.layers) else None
+        layer = self.layers[layer_idx] if layer_idx < len(self.layers) else self._refuse_layer(layer_idx)
         if isinstance(layer, PAGED_LAYERS) and isinstance(key_states, torch.Tensor) and not key_states.numel():
             batch, new_tokens = key_states.shape[0], key_states.shape[-2]
             if not int(layer.get_seq_length()) and not (batch and new_tokens):
@@ -208,18 +217,24 @@ class PagedInt8Cache(CacheOperations, metaclass=_Marked):
             value_states = value_states.readable()
         if self._needs_wrapping:
             self._refuse_cross_attention(layer_idx, key_states.shape[2])
-        try:
-            if layer is None:
-                raise ValueError(
-                    f"layer {layer_idx} was updated, but the cache was made for a model with {len(self.layers)} "
-                    "layers; make it from this model's config"
-                )
-            return layer.update(key_states, value_states, *args, **kwargs)
-        except Exception:
-            # A layer that is behind is the one that ended this forward pass; one that is not has changed nothing.
-            if layer is None or (isinstance(layer, PAGED_LAYERS) and layer.length < self._sequences.length):
-                self._sequences.take_back()
-            raise
+        return layer.update(key_states, value_states, *args, **kwargs)
+
+    def _refuse_layer(self, layer_idx: int) -> NoReturn:
+        raise ValueError(
+            f"layer {layer_idx} was updated, but the cache was made for a model with {len(self.layers)} "
+            "layers; make it from this model's config"
+        )
+
+    def _take_back(self, layer_idx: int) -> None:
+        """Take back the step in which an exception ended the update of a layer."""
+        self._newest, start = None, self._sequences.guard.inside.get("start")
+        if start is None:
+            # The layer has not changed: if it is behind the others, it has ended the forward pass that these had begun.
+            layer = self.layers[layer_idx] if layer_idx < len(self.layers) else None
+            if layer is not None and not isinstance(layer, PAGED_LAYERS):
+                return
+            start = None if layer is None else layer.length
+        self._sequences.take_back(start)
 
     def get_seq_length(self=None, layer_idx: int = 0) -> int:  # type: ignore[assignment]
         """Tokens per sequence that a layer holds; preallocated layers answer with a tensor on their device."""

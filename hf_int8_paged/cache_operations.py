@@ -11,7 +11,7 @@ from transformers.cache_utils import DynamicCache, LinearAttentionCacheLayerMixi
 from .batch_rows import reordered_rows, selected_rows
 from .hybrid import PagedInt8HybridLayer
 from .layers import PagedInt8Layer
-from .one_thread import one_thread
+from .one_thread import whole
 from .static_layers import PagedInt8StaticLayer
 from .static_sequences import StaticSequences
 
@@ -34,15 +34,15 @@ class CacheOperations(DynamicCache):
     #: For encoder-decoder models: index of the layer updated last, and with how many tokens.
     _newest: tuple[int, int] | None = None
 
-    @one_thread
+    @whole
     def reset(self) -> None:
         """Forget all tokens. The memory stays allocated."""
         self._newest = None
-        self._sequences.truncate(0)
+        self._sequences.clear()
         for layer in self._own_layers():
             layer.reset()
 
-    @one_thread
+    @whole
     def crop(self, tokens_to_remove: int) -> None:
         """Take the newest tokens back.
 
@@ -69,7 +69,7 @@ class CacheOperations(DynamicCache):
         for layer in others:
             layer.crop(tokens_to_remove)
 
-    @one_thread
+    @whole
     def activate_past_recording(self) -> None:
         """Keep what falls out of sliding windows until the next `crop`, so that it can be taken back."""
         self._sequences.record_past = True
@@ -77,7 +77,7 @@ class CacheOperations(DynamicCache):
             if hasattr(layer, "activate_past_recording"):
                 layer.activate_past_recording()
 
-    @one_thread
+    @whole
     def reorder_cache(self, beam_idx: torch.Tensor) -> None:
         """Make sequence i what sequence ``beam_idx[i]`` is. Only block tables change; blocks are shared.
 
@@ -96,7 +96,7 @@ class CacheOperations(DynamicCache):
         for layer in others:
             layer.reorder_cache(beam_idx)
 
-    @one_thread
+    @whole
     def batch_repeat_interleave(self, repeats: int) -> None:
         """Repeat every sequence ``repeats`` times in place. The copies share all blocks."""
         rows = torch.arange(self._batch or 0).repeat_interleave(repeats).tolist()
@@ -105,7 +105,7 @@ class CacheOperations(DynamicCache):
         for layer in others:
             layer.batch_repeat_interleave(repeats)
 
-    @one_thread
+    @whole
     def batch_select_indices(self, indices: Any) -> None:
         """Keep the sequences at ``indices``, or those where a boolean ``indices`` is True, in this order.
 
@@ -122,7 +122,7 @@ class CacheOperations(DynamicCache):
         for layer in others:
             layer.batch_select_indices(indices)
 
-    @one_thread
+    @whole
     def fork(self) -> Self:
         """A cache with the same tokens that goes on independently. All blocks are shared until one of them
         writes to a partly filled last block. ``copy.deepcopy`` does the same."""
@@ -150,7 +150,7 @@ class CacheOperations(DynamicCache):
             if rows:
                 self._sequences.select(rows)
             else:
-                self._sequences.truncate(0)  # no sequences, no tokens
+                self._sequences.clear()  # no sequences, no tokens
 
     def _static_layers(self) -> list[PagedInt8StaticLayer]:
         return [x for x in self.layers if isinstance(x, PagedInt8StaticLayer) and x.memory is not None]

@@ -116,6 +116,15 @@ def check_none_left_out(layers: int, left_out: list[int], kept: int, held: int) 
         )
 
 
+def refuse_broken(operation: str | None) -> None:
+    """Raise ``RuntimeError`` if ``operation`` is the name of one that was interrupted and could not be undone."""
+    if operation is not None:
+        raise RuntimeError(
+            f"{operation} of this cache was interrupted by an exception and could not be undone; reset() forgets all "
+            "tokens, after which the cache can be used again"
+        )
+
+
 def of_one_dtype(keys: torch.Tensor, values: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     """Keys and values of one dtype, as the kernels take them: theirs, or float32, which holds all others exactly."""
     return (keys, values) if keys.dtype == values.dtype else (keys.float(), values.float())

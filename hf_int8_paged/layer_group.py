@@ -8,6 +8,7 @@ import torch
 from .block_allocator import HOLE
 from .block_table import BlockTable
 from .kernels import Tokens
+from .pool_access import Books
 from .views import PagedView
 
 
@@ -16,21 +17,25 @@ class Group:
 
     Args:
         name: the pool's name for the group.
-        table: block table of the group's layers.
+        books: of the cache; its state has the group's table under this name.
         window: sliding window in tokens (a query sees ``window`` positions, its own included), or ``None``.
     """
 
-    def __init__(self, name: str, table: BlockTable, window: int | None):
+    def __init__(self, name: str, books: Books, window: int | None):
         self.name = name
-        self.table = table
         self.window = window
         #: Counts the times that tokens were dropped or moved; views made before are no longer valid.
         self.epoch = 0
         #: Layers that share the table.
         self.num_layers = 0
-        self._tokens: dict[torch.device, Tokens] = {}
-        self._blank_views: list[tuple[PagedView, PagedView]] = []
-        self._blank_kind: tuple = ()
+        self._books = books
+        #: Views for the layers that the step has yet to reach, and what they are views of.
+        self._blank: tuple[tuple, list[tuple[PagedView, PagedView]]] = ((), [])
+
+    @property
+    def table(self) -> BlockTable:
+        """Block table of the group's layers: another object after every change."""
+        return self._books.state.tables[self.name]
 
     def first_visible(self, position: int) -> int:
         """First position that a query at ``position`` sees."""
@@ -41,11 +46,6 @@ class Group:
         """Whether all blocks in use are this table's."""
         held = np.unique(self.table.ids)
         return self.table.allocator.num_used == len(held) - (HOLE in held)
-
-    def changed(self) -> None:
-        """Note that lengths or blocks are no longer what they were at the last step."""
-        self._tokens.clear()
-        self._blank_views.clear()
 
     def blank_views(
         self,
@@ -62,17 +62,18 @@ class Group:
         making one needs out of the processor's caches.
         """
         kind = (batch, tokens, key_shape, value_shape, dtypes, device)
-        if not self._blank_views or kind != self._blank_kind:
+        made_for, views = self._blank
+        if not views or kind != made_for:
             of_keys, of_values = ((batch, heads, tokens, dim) for heads, dim in (key_shape, value_shape))
-            self._blank_kind = kind
-            self._blank_views = [
+            views = [
                 (
                     PagedView.blank(of_keys, dtypes[0], device, is_values=False),
                     PagedView.blank(of_values, dtypes[1], device, is_values=True),
                 )
                 for _ in range(self.num_layers)
             ]
-        return self._blank_views.pop()
+            self._blank = kind, views
+        return views.pop()
 
     def tokens(self, device: torch.device, start: int) -> Tokens:
         """Where the sequences' tokens are, on ``device``: made once per step for all layers.
@@ -81,13 +82,14 @@ class Group:
             device: where the layer's blocks are.
             start: position of the step's first token.
         """
-        tokens = self._tokens.get(device)
+        table = self._books.state.tables[self.name]
+        tokens = table.made.get(device)
         if tokens is None:
-            batch = self.table.batch_size
-            tokens = self._tokens[device] = Tokens(
-                self.table.ids_on(device),
+            batch = table.batch_size
+            tokens = table.made[device] = Tokens(
+                table.ids_on(device),
                 torch.full((batch,), start, dtype=torch.int32, device=device),
-                torch.full((batch,), self.table.length, dtype=torch.int32, device=device),
+                torch.full((batch,), table.length, dtype=torch.int32, device=device),
                 self.window,
             )
         return tokens

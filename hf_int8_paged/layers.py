@@ -6,6 +6,7 @@ import copy
 import logging
 from dataclasses import replace
 
+import numpy as np
 import torch
 from transformers.cache_utils import CacheLayerMixin
 
@@ -18,9 +19,10 @@ from .pool import MIN_CENTER_TOKENS
 from .prompts import is_same, same_prompts
 from .sequences import Sequences
 from .views import Content, PagedView
+from .whole_cache import OfTheWholeCache
 
 
-class PagedInt8Layer(LayerReader, CacheLayerMixin):
+class PagedInt8Layer(OfTheWholeCache, LayerReader, CacheLayerMixin):
     """Keys and values of one attention layer, as paged int8.
 
     ``update`` quantizes and appends; it returns lazy views (`views.PagedView`) of the whole context. Where the
@@ -37,9 +39,9 @@ class PagedInt8Layer(LayerReader, CacheLayerMixin):
 
     def __init__(self, index: int, sequences: Sequences, window: int | None = None):
         LayerReader.__init__(self, index, sequences, sequences.add_group(window))
-        sequences.layer_lengths[index] = 0
+        sequences.books.state.layer_lengths[index] = 0
         self.is_initialized = False
-        #: Whether the keys' centre is the mean of the current step's.
+        #: Whether the keys' centre is the mean of the first prompt's, as long as its step lasts.
         self._centered_now = False
 
     # -- what transformers calls -----------------------------------------------------------------------------------
@@ -75,7 +77,7 @@ class PagedInt8Layer(LayerReader, CacheLayerMixin):
     @property
     def length(self) -> int:
         """Tokens per sequence that this layer holds."""
-        return self.sequences.layer_lengths[self.index]
+        return self.sequences.books.state.layer_lengths[self.index]
 
     @property
     def batch_size(self) -> int:
@@ -90,8 +92,8 @@ class PagedInt8Layer(LayerReader, CacheLayerMixin):
         self._key_shape = (key_states.shape[1], key_states.shape[3])
         self._value_shape = (value_states.shape[1], value_states.shape[3])
         if not self.is_initialized or self._backend_name != self.storage.backend:
-            self._backend_name = self.storage.backend
-            self._backend = load_backend(self._backend_name)
+            name = self.storage.backend
+            self._backend, self._backend_name = load_backend(name), name
         self.is_initialized = True
 
     def update(
@@ -115,31 +117,33 @@ class PagedInt8Layer(LayerReader, CacheLayerMixin):
             CacheFullError: a limit is reached. The cache is unchanged.
         """
         sequences, group = self.sequences, self.group
-        start = sequences.layer_lengths[self.index]
+        state = sequences.books.state
+        # What goes before this line changes nothing, and what goes after it is undone if an exception ends it.
+        start = sequences.guard.inside["start"] = state.layer_lengths[self.index]
         if start == 0:
             check_first_states(self.index, key_states, value_states)
         else:
             check_states(self.index, key_states, value_states, self._key_shape, self._value_shape, self._device)
         batch, _, new_tokens, _ = key_states.shape
         stop = start + new_tokens
-        if start == sequences.length:
-            sequences.advance(batch, new_tokens, same_prompts(key_states) if start == 0 else None)
-        elif start != sequences.step_start or stop != sequences.length or batch != sequences.batch_size:
+        if start == state.length:
+            state = sequences.advance(batch, new_tokens, same_prompts(key_states) if start == 0 else None)
+        elif start != state.step_start or stop != state.length or batch != state.batch_size:
             raise ValueError(
                 f"layer {self.index} holds {start} tokens and got {new_tokens} more for {batch} sequences, while the "
-                f"layers before it hold {sequences.length} for {sequences.batch_size}; if a forward pass was "
-                f"interrupted, {way_back(sequences.step_start, sequences.length)}"
+                f"layers before it hold {state.length} for {state.batch_size}; if a forward pass was "
+                f"interrupted, {way_back(state.step_start, state.length)}"
             )
-        elif sequences.same_as is not None and not all(
-            is_same(states, sequences.same_as) for states in (key_states, value_states)
+        elif state.same_as is not None and not all(
+            is_same(states, state.same_as) for states in (key_states, value_states)
         ):
-            sequences.unshare()
-        self._centered_now = False
+            state = sequences.unshare()
         if start == 0:
             self.lazy_initialization(key_states, value_states)
-            self._centered_now = self._center(key_states, sequences.prompt_tokens)
+            state.centrings[self.index] = sequences.pool.before_centring(self.index, group.name)
+            self._centered_now = self._center(key_states, state.prompt_tokens)
             self._keep_first_tokens(key_states, value_states)
-        elif start < sequences.padding + MIN_CENTER_TOKENS <= stop:
+        elif start < state.enough_for_center <= stop:
             self._center_late(key_states, start)
         learning = torch.is_grad_enabled() and (key_states.requires_grad or value_states.requires_grad)
         if learning:
@@ -152,12 +156,12 @@ class PagedInt8Layer(LayerReader, CacheLayerMixin):
         if (key_states.dtype, value_states.dtype) != self._dtypes:
             held = zip(self._dtypes, (key_states.dtype, value_states.dtype))
             self._dtypes = tuple(torch.promote_types(*pair) for pair in held)
-        sequences.layer_lengths[self.index] = stop
+        state.layer_lengths[self.index] = stop
         first = group.first_visible(start)
         keys, values = group.blank_views(
             batch, stop - first, self._key_shape, self._value_shape, self._dtypes, self._device
         )
-        fresh = None if sequences.from_blocks else (key_states, value_states)
+        fresh = None if state.from_blocks else (key_states, value_states)
         keys.content = values.content = Content(self, first, stop, group.epoch, fresh)
         if learning and fresh is not None:
             return keys.dense(), values.dense()  # autograd does not look into views
@@ -200,30 +204,6 @@ class PagedInt8Layer(LayerReader, CacheLayerMixin):
     def record_past(self) -> bool:
         return self.sequences.record_past
 
-    def reset(self) -> None:
-        raise NotImplementedError("layers share their block table; call reset() of the cache")
-
-    def reorder_cache(self, beam_idx: torch.LongTensor) -> None:
-        raise NotImplementedError("layers share their block table; call reorder_cache() of the cache")
-
-    def crop(self, tokens_to_remove: int) -> None:
-        raise NotImplementedError("layers share their block table; call crop() of the cache")
-
-    def batch_repeat_interleave(self, repeats: int) -> None:
-        raise NotImplementedError("layers share their block table; call batch_repeat_interleave() of the cache")
-
-    def batch_select_indices(self, indices: torch.Tensor) -> None:
-        raise NotImplementedError("layers share their block table; call batch_select_indices() of the cache")
-
-    def activate_past_recording(self) -> None:
-        raise NotImplementedError("layers share their block table; call activate_past_recording() of the cache")
-
-    def prefetch(self) -> None:
-        raise NotImplementedError("prefetch is not supported by PagedInt8Cache: the blocks stay on their device")
-
-    def offload(self) -> None:
-        raise NotImplementedError("offload is not supported by PagedInt8Cache: the blocks stay on their device")
-
     def fork(self, sequences: Sequences) -> PagedInt8Layer:
         """This layer for another cache over the same pool, whose `sequences` were forked from this cache's."""
         twin = copy.copy(self)
@@ -239,11 +219,16 @@ class PagedInt8Layer(LayerReader, CacheLayerMixin):
             tokens: bool ``[batch, tokens]``, False for padding.
             fresh: keys and values of the newest tokens, if they are at hand.
         """
-        if not self.sequences.drop_padding(tokens) or fresh is None:
-            return
-        self._keep_first_tokens(*fresh)
-        if self._centered_now and self._center(fresh[0], self.sequences.prompt_tokens, again=True):
-            self._append(*fresh, self.group.tokens(self._device, 0))
+        try:
+            if not self.sequences.drop_padding(tokens) or fresh is None:
+                return
+            self._keep_first_tokens(*fresh)
+            if self._centered_now and self._center(fresh[0], self.sequences.books.state.prompt_tokens, again=True):
+                self._append(*fresh, self.group.tokens(self._device, 0))
+        except BaseException:
+            # It ends the forward pass.
+            self.sequences.take_back()
+            raise
 
     # -- internals -------------------------------------------------------------------------------------------------
 
@@ -260,6 +245,8 @@ class PagedInt8Layer(LayerReader, CacheLayerMixin):
         keys, values = self.gather(0, start, torch.float32)
         together = torch.cat([keys, key_states.detach().float()], dim=2)
         first = torch.zeros(len(together), 1) if sinks is None else torch.from_numpy(sinks.first)[:, None]
+        blocks = torch.from_numpy(np.unique(self.group.table.held())).long().to(self._device)
+        self.sequences.books.state.centrings[self.index] = pool.before_centring(self.index, self.group.name, blocks)
         if self._center(together, torch.arange(together.shape[2]) >= first):
             self.store_anew(keys, values, 0)
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Callable, Iterable, Mapping
+from typing import NamedTuple
 
 import torch
 
@@ -20,6 +21,22 @@ MIN_CENTER_TOKENS = 16
 
 class CacheFullError(RuntimeError):
     """The cache's limit is reached. Raised before anything is written: the cache stays valid at its old length."""
+
+
+class Centring(NamedTuple):
+    """How a layer's keys were stored before a step centred them, so that this can be undone.
+
+    Attributes:
+        group: the layer's group.
+        center: float32 ``[num_kv_heads, head_dim]``, the centre before; None if the pool has none.
+        blocks: int64 ids of the blocks that the step stores once more; None if there are none.
+        stored: what they held: the storage's four tensors, at these blocks.
+    """
+
+    group: str
+    center: torch.Tensor | None
+    blocks: torch.Tensor | None = None
+    stored: tuple[torch.Tensor, ...] = ()
 
 
 class PagedInt8Pool:
@@ -52,9 +69,10 @@ class PagedInt8Pool:
     ):
         options = PoolOptions(block_size, backend, max_tokens, rotation, center_keys).checked()
         self.block_size, self.backend, self.max_tokens, self.rotation, self.center_keys = options
-        self.access = PoolAccess()
-        self._centered: set[int] = set()
         self.allocators: dict[str, BlockAllocator] = {}
+        self.access = PoolAccess(self.allocators)
+        #: The centre of each layer whose keys have been centred, as long as its storage has this very one.
+        self._centers: dict[int, torch.Tensor] = {}
         self._storage: dict[int, KvCacheQuant] = {}
         self._members: dict[str, list[int]] = {}
 
@@ -62,7 +80,7 @@ class PagedInt8Pool:
         """The allocator of ``group``, made if need be."""
         with self.access.exclusive():
             self._members.setdefault(group, [])
-            return self.allocators.setdefault(group, BlockAllocator())
+            return self.allocators.setdefault(group, BlockAllocator(settle=self.access.settle))
 
     @torch.inference_mode(False)  # blocks may be written to outside it later, which inference tensors refuse
     def add_layer(
@@ -90,9 +108,9 @@ class PagedInt8Pool:
         with self.access.exclusive():
             held = self._storage.get(layer)
             theirs = None if held is None else (held.num_kv_heads, held.head_dim, held.v_head_dim, held.device)
-            if mine == theirs:
+            if mine == theirs and layer in self._members[group]:
                 return
-            if theirs is None or only_user():
+            if theirs is None or mine == theirs or only_user():
                 self._storage[layer] = alloc_paged_int8_layer(
                     self.allocators[group].num_blocks,
                     self.block_size,
@@ -104,7 +122,6 @@ class PagedInt8Pool:
                     rotation=self.rotation,
                     center_keys=self.center_keys,
                 )
-                self._centered.discard(layer)
                 if layer not in self._members[group]:
                     self._members[group].append(layer)
                 return
@@ -138,7 +155,7 @@ class PagedInt8Pool:
             Whether the centre is now another.
         """
         center = self._storage[layer].key_center
-        if center is None or (layer in self._centered) != again:
+        if center is None or self.lacks_center(layer) == again:
             return False
         longest = key_states.shape[2] if tokens is None else int(tokens.sum(dim=1).max())
         enough = longest >= MIN_CENTER_TOKENS
@@ -146,19 +163,56 @@ class PagedInt8Pool:
             return False
         mean = mean_key(key_states, None if tokens is None else tokens.to(key_states.device)) if enough else None
         with self.access.exclusive():
-            if not only_user() or (layer in self._centered) != again:
+            if not only_user() or self.lacks_center(layer) == again:
                 return False
-            if mean is None:
-                center.zero_()
-                self._centered.discard(layer)
-            else:
-                center.copy_(mean)
-                self._centered.add(layer)
+            with torch.inference_mode(False):  # kernels read it outside inference mode too
+                new = torch.zeros_like(center)
+                if mean is not None:
+                    self._centers[layer] = new.copy_(mean)
+                self._storage[layer] = dataclasses.replace(self._storage[layer], key_center=new)
+        return True
+
+    def before_centring(self, layer: int, group: str, blocks: torch.Tensor | None = None) -> Centring:
+        """What `undo_centring` needs.
+
+        Args:
+            layer: index of the layer.
+            group: its group.
+            blocks: int64 ids of blocks that will be stored once more.
+        """
+        storage = self._storage[layer]
+        if blocks is None:
+            return Centring(group, storage.key_center)
+        tensors = (storage.k, storage.v, storage.k_scales, storage.v_scales)
+        return Centring(group, storage.key_center, blocks, tuple(tensor[:, blocks] for tensor in tensors))
+
+    @torch.inference_mode(False)
+    def undo_centring(self, layer: int, before: Centring, only_user: Callable[[], bool]) -> bool:
+        """Give a layer the centre back that it had, and its blocks what they held.
+
+        Args:
+            layer: index of the layer.
+            before: what `before_centring` returned.
+            only_user: whether no block of the layer holds a token of another cache; asked while nobody can allocate.
+
+        Returns:
+            False if blocks had to be restored and cannot, as another cache has stored tokens with the new centre.
+        """
+        with self.access.exclusive():
+            storage = self._storage[layer]
+            if storage.key_center is before.center:
+                return True
+            if not only_user():
+                return before.blocks is None
+            for held, stored in zip((storage.k, storage.v, storage.k_scales, storage.v_scales), before.stored):
+                held[:, before.blocks] = stored
+            self._storage[layer] = dataclasses.replace(storage, key_center=before.center)
         return True
 
     def lacks_center(self, layer: int) -> bool:
         """Whether a layer's keys are to be centred and are not yet."""
-        return self._storage[layer].key_center is not None and layer not in self._centered
+        center = self._storage[layer].key_center
+        return center is not None and self._centers.get(layer) is not center
 
     def storage(self, layer: int) -> KvCacheQuant | None:
         """The layer's blocks as they are now; growth replaces the object. None before the layer's first token."""

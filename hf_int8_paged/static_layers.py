@@ -84,10 +84,11 @@ class PagedInt8StaticLayer(StaticReader, CacheLayerMixin):  # type: ignore[misc]
         dtypes = (key_states.dtype, value_states.dtype)
         sizes = (sequences.max_batch_size, sequences.max_cache_len)
         with torch.inference_mode(False):  # tensors made in inference mode could not be written to outside it
-            self.memory = StaticMemory(shape, dtypes, *sizes, **self._options)
+            memory = StaticMemory(shape, dtypes, *sizes, **self._options)
         self.dtypes, self.is_initialized, self.may_be_empty = dtypes, True, True
         self.length = self.first_held = 0
         self.epoch += 1
+        self.memory = memory
 
     def update(
         self, key_states: torch.Tensor, value_states: torch.Tensor, *args, **kwargs
@@ -142,11 +143,11 @@ class PagedInt8StaticLayer(StaticReader, CacheLayerMixin):  # type: ignore[misc]
                     torch.cat([past[0].to(key_states.dtype), key_states], dim=2),
                     torch.cat([past[1].to(value_states.dtype), value_states], dim=2),
                 )
+        self._note_overwritten(stop)
         self._append(key_states, value_states, memory.lens[:batch])
         memory.lens.add_(new_tokens)
         memory.length.add_(new_tokens)
         self.length, self.may_be_empty = stop, False
-        self._note_overwritten()
         return self._views(stop, fresh)
 
     def get_seq_length(self) -> torch.Tensor | int:  # type: ignore[override]
@@ -203,7 +204,7 @@ class PagedInt8StaticLayer(StaticReader, CacheLayerMixin):  # type: ignore[misc]
         """Read the length from the device."""
         if self.memory is not None:
             self.length = int(self.memory.length)
-            self._note_overwritten()
+            self._note_overwritten(self.length)
 
     def holds_window_of(self, length: int) -> bool:
         """Whether all that a token at position ``length`` sees is still there."""
@@ -215,9 +216,10 @@ class PagedInt8StaticLayer(StaticReader, CacheLayerMixin):  # type: ignore[misc]
         return self._memory.capacity - (self.window or 0) + 1
 
     def truncate(self, length: int) -> None:
-        """Forget all tokens from position ``length`` on."""
-        if self.memory is None or self.length <= length:
+        """Forget all tokens from position ``length`` on, also those of an interrupted step that nobody counted yet."""
+        if self.memory is None:
             return
+        length = min(length, self.length)
         self.memory.truncate(length)
         self.length = length
         if not length:
@@ -236,7 +238,14 @@ class PagedInt8StaticLayer(StaticReader, CacheLayerMixin):  # type: ignore[misc]
         """Make nothing of padding in the first prompt; see `PagedInt8Layer.note_padding`. Preallocated blocks stay."""
         if not self._in_first_step or fresh is None:
             return
-        keys, values = fresh
+        try:
+            self._leave_out_padding(tokens, *fresh)
+        except BaseException:
+            # It ends the forward pass.
+            self.sequences.take_back()
+            raise
+
+    def _leave_out_padding(self, tokens: torch.Tensor, keys: torch.Tensor, values: torch.Tensor) -> None:
         tokens = tokens[:, : keys.shape[2]]
         if self._memory.sinks is not None:
             self._memory.sinks.keep(keys, values, tokens.int().argmax(dim=1).to(torch.int32))
@@ -252,9 +261,10 @@ class PagedInt8StaticLayer(StaticReader, CacheLayerMixin):  # type: ignore[misc]
         table = self._memory.table[: len(keys)]
         self._memory.append(keys[:, :, skipped:], values[:, :, skipped:], table, lens_before + skipped)
 
-    def _note_overwritten(self) -> None:
+    def _note_overwritten(self, length: int) -> None:
+        """Note what is no longer held with so many tokens."""
         if self.window is not None:
-            self.first_held = max(self.first_held, self.length - self._memory.capacity)
+            self.first_held = max(self.first_held, length - self._memory.capacity)
 
 
 def _shape_of(keys: torch.Tensor, values: torch.Tensor) -> LayerShape:

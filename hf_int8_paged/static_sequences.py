@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
-from .layer_checks import check_none_left_out, way_back
+from .layer_checks import check_none_left_out, refuse_broken, way_back
 from .one_thread import OneThread
 from .pool import CacheFullError
 
@@ -41,6 +41,10 @@ class StaticSequences:
         self.captured = False
         #: What ``generate`` asks for before it drafts tokens. Rings always keep the tokens that they have room for.
         self.record_past = False
+        #: Name of an operation that was interrupted and could not be undone, or None.
+        self.broken: str | None = None
+        #: Counts the operations that have begun to change the layers.
+        self._changes = 0
         self._length = 0
 
     @property
@@ -67,9 +71,11 @@ class StaticSequences:
         Raises:
             ValueError: another batch size, or a step that left layers out or was interrupted. Nothing has changed then.
             CacheFullError: the tokens do not fit. Nothing has changed then.
+            RuntimeError: an operation was interrupted and could not be undone.
         """
         self.count_again()
-        start = layer.length
+        # What goes before this line changes nothing, and what goes after it is undone if an exception ends it.
+        start = self.guard.inside["start"] = layer.length
         stop = start + new_tokens
         if start != self._length:
             if start != self.step_start or stop != self._length or batch != self.batch_size:
@@ -79,6 +85,7 @@ class StaticSequences:
                     f"interrupted, {way_back(self.step_start, self._length)}"
                 )
             return start
+        self.refuse_if_broken()
         self.check_batch(batch)
         behind = [other for other in self.layers if other.length != start]
         kept = min((other.length for other in behind), default=start)
@@ -101,10 +108,45 @@ class StaticSequences:
                 "use one cache per batch, or reset() it first"
             )
 
-    def take_back(self) -> None:
-        """Take back what some layers have stored of a step that the others refused, where that can be done."""
-        if all(layer.holds_window_of(self.step_start) for layer in self.layers if layer.length > self.step_start):
-            self._set_length(self.step_start)
+    def refuse_if_broken(self) -> None:
+        """Raise ``RuntimeError`` if an operation was interrupted and could not be undone."""
+        refuse_broken(self.broken)
+
+    def checkpoint(self) -> int:
+        """What `restore` needs to know that an operation has begun to change something."""
+        return self._changes
+
+    def restore(self, before: int, operation: str, *, can_undo: bool = False) -> None:
+        """Note that an exception ended an operation which had begun to change the layers: tokens that were moved in
+        place cannot be moved back.
+
+        Args:
+            before: what `checkpoint` returned before the operation.
+            operation: its name, for messages.
+            can_undo: of no use here; see `Sequences`.
+        """
+        if self._changes != before:
+            self.broken = operation
+
+    def take_back(self, length: int | None = None) -> None:
+        """Take back what some layers have stored of a step that an exception ended, where that can be done.
+
+        Args:
+            length: tokens to go back to, those before the step; ``None`` for where the newest step starts.
+        """
+        length = self.step_start if length is None else length
+        if length >= self._length:
+            return
+        if all(layer.holds_window_of(length) for layer in self.layers):
+            self._set_length(length)
+        else:
+            self.broken = "a step"
+
+    def clear(self) -> None:
+        """Forget all tokens, whatever state they are in."""
+        self._changes += 1
+        self._set_length(0)
+        self.broken = None
 
     def truncate(self, length: int) -> None:
         """Forget all tokens from position ``length`` on, also those of an interrupted step.
@@ -123,6 +165,7 @@ class StaticSequences:
                         f"back {layer.most_to_crop} tokens: let fewer candidates be drafted, use a cache that grows, "
                         "or reset()"
                     )
+        self._changes += 1
         self._set_length(length)
 
     def select(self, rows: Sequence[int]) -> None:
@@ -140,6 +183,7 @@ class StaticSequences:
         if wrong:
             raise IndexError(f"sequence {wrong[0]} asked for, but the cache holds {self.batch_size}")
         kept = [row % self.batch_size for row in rows]
+        self._changes += 1
         for layer in self.layers:
             layer.select(kept)
         self.batch_size = len(kept)
