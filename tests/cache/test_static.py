@@ -132,7 +132,10 @@ def test_a_forward_pass_compiled_by_hand_computes_the_same(name, monkeypatch):
 
 
 @pytest.mark.slow
-def test_decoding_compiles_with_inductor():
+def test_decoding_compiles_with_inductor(monkeypatch):
+    """To one graph, whose operators work on the storages that the layers own: what backends know of them stays."""
+    used, find = [], compiled_ops._storage_of
+    monkeypatch.setattr(compiled_ops, "_storage_of", lambda *given: used.append(find(*given)) or used[-1])
     model, ids = ready("llama", num_hidden_layers=2), random_ids(2, 21, seed=9)
     expected = model.generate(ids, past_key_values=PagedInt8Cache(model.config), max_new_tokens=40, **GREEDY)
     torch._dynamo.reset()
@@ -143,6 +146,9 @@ def test_decoding_compiles_with_inductor():
     )
     assert torch.equal(tokens, expected)
     assert counters["stats"]["unique_graphs"] == 1
+    owned = [layer.storage for layer in cache.layers]
+    assert len(used) >= 2 * 2 * 39  # an append and an attention in both layers of every step
+    assert all(any(storage is own for own in owned) for storage in used)
 
 
 def flat_storage() -> tuple:

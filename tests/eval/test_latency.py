@@ -35,13 +35,13 @@ def test_contestants_rotate_over_more_bytes_than_stay_in_the_cache() -> None:
 def test_the_int8_contestant_computes_the_attention_that_torch_computes(random_order: bool) -> None:
     q = torch.randn(2, 6, 1, 32)
     (call,) = latency.int8_calls(CASE, 1, random_order=random_order, q=q)
-    out, _, cache, table, lens = call.args[:5]
+    out, _, storage, tokens = call.args[:4]
     call()
-    k, v = gather_dense(cache, table, lens)
+    k, v = gather_dense(storage, tokens.block_table, tokens.context_lens)
     want = scaled_dot_product_attention(q.view(2, 2, 3, 32), k, v).view(2, 6, 1, 32)
     # 1e-4 of the largest value, as in tests/kernels/attention_oracle.py.
     torch.testing.assert_close(out, want, rtol=0, atol=1e-4 * float(v.abs().max()))
-    assert cache.bytes_per_token * 2 * 48 == CASE.elements + 2 * CASE.elements // CASE.head_dim
+    assert storage.bytes_per_token * 2 * 48 == CASE.elements + 2 * CASE.elements // CASE.head_dim
 
 
 def test_results_name_machine_versions_and_every_contestant(

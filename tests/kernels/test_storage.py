@@ -2,14 +2,25 @@
 
 from __future__ import annotations
 
+import copy
+import pickle
+from collections.abc import Callable
+
 import numpy as np
 import pytest
 import torch
 
-from hf_int8_paged.kernels import TILE_ORDERS, alloc_paged_int8_layer, load_backend, resolve_backend
+from hf_int8_paged.kernels import (
+    TILE_ORDERS,
+    KvCacheQuant,
+    alloc_paged_int8_layer,
+    int8_kv_append_paged,
+    load_backend,
+    resolve_backend,
+)
 from hf_int8_paged.kernels.storage import tiles_to_rows, write_rows
 
-from .helpers import device_of, tile_offsets
+from .helpers import device_of, make_case, snapshot, tile_offsets
 
 
 @pytest.mark.parametrize("values", [False, True], ids=["keys", "values"])
@@ -75,3 +86,22 @@ def test_without_a_name_the_device_gets_its_best_backend(backend: str) -> None:
     best = {"cpu": "cpu", "cuda": "triton"}[device.type]
     assert resolve_backend(None, device).NAME in (best, "reference")
     assert alloc_paged_int8_layer(1, 16, 1, 64, device=device).backend == resolve_backend(None, device).NAME
+
+
+@pytest.mark.parametrize("copied", [copy.deepcopy, lambda x: pickle.loads(pickle.dumps(x))], ids=["deepcopy", "pickle"])
+def test_what_kernels_know_of_a_storage_does_not_go_with_its_copy(
+    backend: str, copied: Callable[[KvCacheQuant], KvCacheQuant]
+) -> None:
+    """They keep addresses with it, and those of the copy are others."""
+    case = make_case(backend, lens=(20,), rotation="hadamard", center=True)
+    table, lens = case.block_table, case.context_lens
+    rows = torch.randn(2, 1, 2, 3, 64, generator=torch.Generator().manual_seed(0)).to(table.device)
+    int8_kv_append_paged(rows[0], rows[0], case.storage, table, lens)
+    before, twin = snapshot(case.storage), copied(case.storage)
+    int8_kv_append_paged(rows[1], rows[1], twin, table, lens)
+    after, theirs = snapshot(case.storage), snapshot(twin)
+    assert all((before[name] == after[name]).all() for name in before)
+    assert any((before[name] != theirs[name]).any() for name in before)
+    int8_kv_append_paged(rows[1], rows[1], case.storage, table, lens)
+    after = snapshot(case.storage)
+    assert all((after[name] == theirs[name]).all() for name in after)

@@ -23,7 +23,8 @@ class Tokens:
     """Where the tokens of a batch of sequences lie, and which of them a query may see at all.
 
     The same for all layers that share a block table. Native kernels check the tensors once per object and keep their
-    addresses, so the fields cannot be replaced. The values in the tensors may change.
+    addresses, so the fields cannot be replaced. The values in the tensors may change, but not those of a ragged step,
+    whose sequences are grouped once.
 
     Args:
         block_table: int32 ``[batch, max_blocks]`` physical block of each logical one, each row contiguous. A negative
