@@ -12,7 +12,7 @@ from functools import partial
 from typing import Any
 
 import torch
-from latency import Case, Contestant, int8_calls, race, sdpa_calls, sets_for, warm_up_context
+from _latency_race import Case, Contestant, int8_calls, race, sdpa_calls, sets_for, warm_up_context
 
 CASES = (
     Case(1, 8, 4, 128, 8192),

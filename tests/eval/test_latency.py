@@ -9,6 +9,7 @@ from functools import partial
 from pathlib import Path
 
 import _latency_cuda
+import _latency_race
 import latency
 import pytest
 import torch
@@ -16,15 +17,15 @@ from torch.nn.functional import scaled_dot_product_attention
 
 from hf_int8_paged.kernels import gather_dense
 
-CASE = latency.Case(batch=2, kv_heads=2, group=3, head_dim=32, context=48)
+CASE = _latency_race.Case(batch=2, kv_heads=2, group=3, head_dim=32, context=48)
 
 
 def test_contestants_rotate_over_more_bytes_than_stay_in_the_cache() -> None:
-    assert latency.sets_for(bytes_read=10, cold_bytes=101) == 11
-    assert latency.sets_for(bytes_read=1000, cold_bytes=10) == 2
+    assert _latency_race.sets_for(bytes_read=10, cold_bytes=101) == 11
+    assert _latency_race.sets_for(bytes_read=1000, cold_bytes=10) == 2
     calls: list[int] = []
     first, second, warm_up = (partial(calls.append, i) for i in range(3))
-    contestant = latency.Contestant([first, second], bytes_read=1, warm_up=warm_up)
+    contestant = _latency_race.Contestant([first, second], bytes_read=1, warm_up=warm_up)
     for _ in range(5):
         contestant.step()
     assert calls == [2, 0, 2, 1, 2, 0, 2, 1, 2, 0]
@@ -34,7 +35,7 @@ def test_contestants_rotate_over_more_bytes_than_stay_in_the_cache() -> None:
 @pytest.mark.parametrize("random_order", [False, True])
 def test_the_int8_contestant_computes_the_attention_that_torch_computes(random_order: bool) -> None:
     q = torch.randn(2, 6, 1, 32)
-    (call,) = latency.int8_calls(CASE, 1, random_order=random_order, q=q)
+    (call,) = _latency_race.int8_calls(CASE, 1, random_order=random_order, q=q)
     out, _, storage, tokens = call.args[:4]
     call()
     k, v = gather_dense(storage, tokens.block_table, tokens.context_lens)
@@ -83,7 +84,7 @@ def test_on_a_gpu_all_contestants_compute_the_same_attention_and_are_judged() ->
     attended = flex(q, keys, values, enable_gqa=True)
     # float16 has 11 bits, and rounds weights and outputs.
     torch.testing.assert_close(attended, dense().view(2, 6, 1, 32), rtol=0, atol=2**-9)
-    contestants = {name: latency.Contestant(*parts) for name, parts in found.items()}
+    contestants = {name: _latency_race.Contestant(*parts) for name, parts in found.items()}
     result = _latency_cuda.judged(CASE, latency.race(contestants, rounds=3))
     assert all(contestant.bytes_read * len(contestant.calls) >= 1 << 12 for contestant in contestants.values())
     assert {"speedup_over_sdpa_fp16", "speedup_over_flex_fp16", "share_of_read_bandwidth"} <= set(result)
