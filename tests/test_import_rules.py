@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ast
 import os
+import re
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -110,6 +111,15 @@ def test_the_package_leaves_triton_to_the_kernels(path: Path) -> None:
 def test_the_cache_does_not_know_the_command(path: Path) -> None:
     known = {name.split(".")[0] for level, name in imports(path) if level == 1}
     assert "tools" not in known or path.name == "__main__.py"
+
+
+@pytest.mark.parametrize("folder", [PACKAGE, KERNELS], ids=["package", "kernels"])
+def test_the_plan_in_design_names_every_module(folder: Path) -> None:
+    design = (ROOT / "DESIGN.md").read_text(encoding="utf-8")
+    plan = design[design.index(f"\n{'hf_int8_paged/' if folder == PACKAGE else 'kernels/torch-ext/'}") :]
+    plan = plan[: plan.index("```")]
+    modules = [path.name for path in folder.rglob("*.py") if path.name != "__init__.py"]
+    assert not [name for name in modules if not re.search(rf"(?<!\w){re.escape(name)}", plan)]
 
 
 def test_the_kernels_folder_is_no_package() -> None:
