@@ -13,8 +13,9 @@ PARALLEL := OMP_NUM_THREADS=1 $(PYTEST) -n $(WORKERS) --dist loadfile
 # `make test-versions`: the oldest and the newest supported release, laid over the environment without what they ask for.
 TRANSFORMERS ?= 5.18.0 5.24.0
 OVERLAYS := $(abspath $(VENV))/overlays
-# Those of the cache's tests that no release of transformers can change the outcome of.
-UNVERSIONED := block_table beam_reorder overhead shared_pool_threads two_readers
+# Those of the cache's tests that are about the cache alone; releases of transformers differ in what the others touch.
+UNVERSIONED := block_table beam_reorder interrupted native_backend overhead read_only_views shared_pool_threads \
+	states_checked two_readers
 # `make test-matrix`: rows of tests/matrix.py (none: all), where their environments are, arguments for pytest and for it.
 ROWS ?=
 MATRIX_ENVS ?= .matrix
@@ -61,7 +62,7 @@ test-all: $(DEV)  ## Run all tests but those of the next line
 	$(PARALLEL) -m "not interpreted"
 
 test-interpreted: $(DEV)  ## Run the cache's tests under Triton's interpreter, which takes many minutes
-	$(PARALLEL) --dist load -m interpreted
+	$(PARALLEL) --dist load -m interpreted $(PYTEST_ARGS)
 
 test-versions: $(addprefix $(OVERLAYS)/transformers-,$(TRANSFORMERS))  ## Run the cache's tests with the oldest and newest transformers
 	for overlay in $^; do PYTHONPATH=$$overlay $(PARALLEL) -m "not slow" tests/cache \
