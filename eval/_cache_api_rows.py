@@ -84,7 +84,7 @@ def _attributes(*names: str) -> dict[str, Row]:
 ORDER, CHOICE = torch.tensor([1, 0]), torch.tensor([1])
 EARLY = (BATCH, HEADS, DIM, torch.float32, "cpu")
 _FIXED = "blocks stay on their device"
-_TABLE = "layers share their block table; call {}() of the cache"
+_SEQUENCES = "layers share their sequences; call {}() of the cache"
 _RING = "a window is a ring over all positions, so a layer with one answers as one without, max_cache_len"
 _NO_OFFLOADING = {
     "prefetch": Row(lambda x: x.prefetch(0), REFUSED, _FIXED),
@@ -134,7 +134,6 @@ GROWING_CACHE = _CACHE | {
 }
 _MASKS = "always all positions, also of a layer with a window: what was compiled for one step serves all"
 _COPIES = "copies blocks, for up to max_batch_size sequences; StaticCache has none"
-_LENGTHS = "layers share their lengths; call {}() of the cache"
 PREALLOCATED_CACHE = (
     _CACHE
     | _attributes("batch_size", "max_batch_size")
@@ -187,7 +186,7 @@ GROWING_LAYER = (
     _LAYER
     | _attributes("is_croppable", "record_past", "sliding_window")
     | {
-        name: Row(after(name, *arguments), REFUSED, _TABLE.format(name))
+        name: Row(after(name, *arguments), REFUSED, _SEQUENCES.format(name))
         for name, arguments in {
             "activate_past_recording": (),
             "batch_repeat_interleave": (2,),
@@ -207,9 +206,9 @@ PREALLOCATED_LAYER = (
     | _attributes("batch_size", "cumulative_length_int", "k_head_dim", "num_heads", "v_head_dim")
     | {
         "is_croppable": PREALLOCATED_CACHE["is_croppable"],
-        "crop": Row(after("crop", -3), REFUSED, _LENGTHS.format("crop")),
-        "reorder_cache": Row(after("reorder_cache", ORDER), REFUSED, _LENGTHS.format("reorder_cache")),
-        "reset": Row(after("reset"), REFUSED, _LENGTHS.format("reset")),
+        "crop": Row(after("crop", -3), REFUSED, _SEQUENCES.format("crop")),
+        "reorder_cache": Row(after("reorder_cache", ORDER), REFUSED, _SEQUENCES.format("reorder_cache")),
+        "reset": Row(after("reset"), REFUSED, _SEQUENCES.format("reset")),
         "max_cache_len": Row(read("max_cache_len"), DIFFERS, _RING, holds=lambda ours, _: ours == MAX_CACHE_LEN),
         "get_max_length": Row(
             lambda x: x.get_max_length(), DIFFERS, _RING, holds=lambda ours, _: ours == MAX_CACHE_LEN

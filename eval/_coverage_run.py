@@ -20,9 +20,9 @@ from eval._tiny_configs import tiny_model
 from hf_int8_paged import PagedInt8Cache
 from hf_int8_paged.cache_argument import CACHE_ARGUMENT
 from hf_int8_paged.hybrid import PagedInt8HybridLayer
+from hf_int8_paged.layer import PagedInt8Layer
 from hf_int8_paged.layer_types import layer_types
-from hf_int8_paged.layers import PagedInt8Layer
-from hf_int8_paged.views import PagedView
+from hf_int8_paged.seam.views import PagedView
 
 NEW_TOKENS = 24
 #: float32 rounding, summed over the layers: largest difference from the oracle, relative to the largest logit.
@@ -78,7 +78,7 @@ def _measure(mapping: str, architecture: str, class_name: str) -> dict[str, Any]
     paged = [layer for layer in _layers(cache) if isinstance(layer, PagedInt8Layer) and layer.is_initialized]
     result |= figures | {
         "routes": _routes(cache, calls),
-        "widths": sorted({(layer._key_shape[1], layer._value_shape[1]) for layer in paged}),
+        "widths": sorted({layer.room.shape[1:3] for layer in paged if layer.room.shape}),
     }
     if paged and not figures["effect"]:
         problems.append("quantization left no trace in the logits")
@@ -186,7 +186,7 @@ def _padding(cache: Cache) -> list[tuple]:
     caches: list[Any] = [cache]
     if isinstance(cache, EncoderDecoderCache):
         caches = [cache.self_attention_cache, cache.cross_attention_cache]
-    sinks = [x._sequences.sinks for x in caches]
+    sinks = [x._sequences.first_tokens for x in caches]
     return [() if held is None else tuple(held.first.tolist()) for held in sinks]
 
 

@@ -11,8 +11,8 @@ import torch
 from transformers import LlamaConfig
 
 from hf_int8_paged import PagedInt8Cache
-from hf_int8_paged.attention import int8_paged_attention
 from hf_int8_paged.kernels import FirstTokens, KvCacheQuant, Scoring, Tokens, alloc_paged_int8_layer, load_backend
+from hf_int8_paged.seam.attention import int8_paged_attention
 
 LAYERS = 30
 #: Heads of keys and values, queries of each, width: of SmolLM2-135M, of an 8B Llama, of Gemma 3 1B.

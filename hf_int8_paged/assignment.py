@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 
 from .kernels import FLOAT_DTYPES
 
 if TYPE_CHECKING:
-    from .layers import PagedInt8Layer
+    from .layer import PagedInt8Layer
 
 
 def assign(layer: PagedInt8Layer, dense: torch.Tensor, *, values: bool) -> None:
@@ -28,6 +28,7 @@ def assign(layer: PagedInt8Layer, dense: torch.Tensor, *, values: bool) -> None:
         CacheFullError: the pool's budget does not allow blocks of their own. Nothing has changed then.
     """
     name = "values" if values else "keys"
+    layer.sequences.refuse_if_broken()
     held = layer.stored(values=values)
     if held is None:
         raise ValueError(f"layer {layer.index} holds no {name} yet that could be replaced; call update() first")
@@ -41,6 +42,10 @@ def assign(layer: PagedInt8Layer, dense: torch.Tensor, *, values: bool) -> None:
         )
     first, stop = held.content.start, held.content.stop
     kept = layer.gather(first, stop, torch.float32)[not values]
-    layer.sequences.unshare()
+    sequences: Any = layer.sequences
+    sequences.unshare()
+    # From here on an exception leaves some tokens replaced and others not.
+    sequences.broken = f"an assignment of {name}"
     layer.store_anew(*((kept, dense) if values else (dense, kept)), first)
-    layer.forget_first_tokens()
+    layer.room.forget_first_tokens()  # type: ignore[attr-defined]
+    sequences.broken = None

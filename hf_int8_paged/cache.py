@@ -10,16 +10,16 @@ from transformers import PreTrainedConfig
 from transformers.cache_utils import Cache, LinearAttentionCacheLayerMixin
 
 from .absent_names import ABSENT, WRAP_IT, NotFlattened
-from .cache_operations import PAGED_LAYERS, CacheOperations
+from .cache_operations import CacheOperations
 from .generate_limits import UserDefinedMark
+from .layer import PagedInt8Layer
 from .layer_types import growing_layers, is_layer_data, layers_of_data, preallocated_layers
-from .layers import PagedInt8Layer
 from .one_thread import undo_interrupted
 from .options import PoolOptions, check_cache_options, check_device, decoder_config
 from .pool import PagedInt8Pool
-from .read_only import ReadOnly
-from .sequences import Sequences
-from .static_sequences import StaticSequences
+from .seam.read_only import ReadOnly
+from .sequences.growing import GrowingSequences
+from .sequences.preallocated import PreallocatedSequences
 
 _THE_CLASS = "a model got the class PagedInt8Cache instead of a cache; give it PagedInt8Cache(model.config)"
 
@@ -72,8 +72,9 @@ class PagedInt8Cache(CacheOperations, metaclass=_Marked):
             first so heavily that its rounding is in every score; more than one adds nothing that could be measured.
             They are those of the first forward pass, and padding does not count where the attention function sees it
             (``"int8_paged"`` does).
-        pool: take blocks from this pool, which other caches of the same model may use too. ``block_size``,
-            ``backend``, ``max_tokens``, ``rotation`` and ``center_keys`` are then the pool's.
+        format: name of what a stored row is: ``"int8"``, or one that `kernels.register_format` has made known.
+        pool: take blocks from this pool, which other caches of the same model may use too. ``block_size``, ``backend``,
+            ``max_tokens``, ``rotation``, ``center_keys`` and ``format`` are then the pool's.
         device: where the model will run, to be checked now: that the machine has it, and that the backend serves it.
             Without ``device``, a backend that can serve no device of this machine is refused.
         offloading: must be False. Models that make a cross-attention cache of the same class pass it.
@@ -115,11 +116,12 @@ class PagedInt8Cache(CacheOperations, metaclass=_Marked):
         rotation: str | None = "hadamard",
         center_keys: bool = True,
         sink_tokens: int = 1,
+        format: str = "int8",
         pool: PagedInt8Pool | None = None,
         device: torch.device | str | None = None,
         offloading: bool = False,
     ):
-        own = PoolOptions(block_size, backend, max_tokens, rotation, center_keys).checked()
+        own = PoolOptions(block_size, backend, max_tokens, rotation, center_keys, format).checked()
         if pool is not None and not isinstance(pool, PagedInt8Pool):
             raise TypeError(f"pool must be a PagedInt8Pool or None, got {pool!r}")
         options = check_cache_options(
@@ -130,13 +132,14 @@ class PagedInt8Cache(CacheOperations, metaclass=_Marked):
             pool_given=pool is not None,
             offloading=offloading,
         )
-        check_device(device, own.backend if pool is None else pool.backend, own.block_size)
+        given = own if pool is None else pool
+        check_device(device, given.backend, own.block_size, given.format)
         data = list(config) if is_layer_data(config) else None  # type: ignore[arg-type]
         text_config = decoder_config(config) if data is None else None
         self._not_flattened = NotFlattened()
         if options.max_batch_size is None:
             self.pool = PagedInt8Pool(*own) if pool is None else pool
-            self._sequences = Sequences(self.pool, options.max_cache_len, options.sink_tokens)
+            self._sequences = GrowingSequences(self.pool, options.max_cache_len, options.sink_tokens)
             if text_config is None:
                 layers = layers_of_data(data or [], self._sequences)
             else:
@@ -145,10 +148,12 @@ class PagedInt8Cache(CacheOperations, metaclass=_Marked):
             raise ValueError("a cache made of keys and values grows; leave out max_batch_size, or give a config")
         else:
             assert options.max_cache_len is not None
-            self._sequences = StaticSequences(options.max_batch_size, options.max_cache_len)
-            layers = preallocated_layers(text_config, self._sequences, own, options.sink_tokens)
+            self._sequences = PreallocatedSequences(
+                options.max_batch_size, options.max_cache_len, own, options.sink_tokens
+            )
+            layers = preallocated_layers(text_config, self._sequences)
         #: Whether a layer that is updated twice in a row shows that the cache should have been wrapped.
-        paged = sum(isinstance(layer, PAGED_LAYERS) for layer in layers)
+        paged = sum(isinstance(layer, PagedInt8Layer) for layer in layers)
         self._needs_wrapping = bool(getattr(config, "is_encoder_decoder", False)) and paged > 1
         # A `DynamicCache`, as transformers lets only those be cropped within an `EncoderDecoderCache`.
         Cache.__init__(self, layers=layers)
@@ -185,7 +190,7 @@ class PagedInt8Cache(CacheOperations, metaclass=_Marked):
         """
         if torch.compiler.is_compiling():
             layer = self.layers[layer_idx]
-            if isinstance(layer, PagedInt8Layer):
+            if isinstance(layer, PagedInt8Layer) and not layer.is_compileable:
                 # Block tables are the host's: no graph can hold what happens here.
                 return _update_outside_graphs(self, key_states, value_states, layer_idx)
             return layer.update(key_states, value_states, *args, **kwargs)
@@ -204,7 +209,7 @@ class PagedInt8Cache(CacheOperations, metaclass=_Marked):
         self, key_states: torch.Tensor, value_states: torch.Tensor, layer_idx: int, *args, **kwargs
     ) -> tuple[torch.Tensor, torch.Tensor]:
         layer = self.layers[layer_idx] if layer_idx < len(self.layers) else self._refuse_layer(layer_idx)
-        if isinstance(layer, PAGED_LAYERS) and isinstance(key_states, torch.Tensor) and not key_states.numel():
+        if isinstance(layer, PagedInt8Layer) and isinstance(key_states, torch.Tensor) and not key_states.numel():
             batch, new_tokens = key_states.shape[0], key_states.shape[-2]
             if not int(layer.get_seq_length()) and not (batch and new_tokens):
                 return key_states, value_states
@@ -231,10 +236,11 @@ class PagedInt8Cache(CacheOperations, metaclass=_Marked):
         if start is None:
             # The layer has not changed: if it is behind the others, it has ended the forward pass that these had begun.
             layer = self.layers[layer_idx] if layer_idx < len(self.layers) else None
-            if layer is not None and not isinstance(layer, PAGED_LAYERS):
+            if layer is not None and not isinstance(layer, PagedInt8Layer):
                 return
             start = None if layer is None else layer.length
         self._sequences.take_back(start)
+        self._take_back_others(layer_idx)
 
     def get_seq_length(self=None, layer_idx: int = 0) -> int:  # type: ignore[assignment]
         """Tokens per sequence that a layer holds; preallocated layers answer with a tensor on their device."""
@@ -245,16 +251,14 @@ class PagedInt8Cache(CacheOperations, metaclass=_Marked):
     @property
     def nbytes_allocated(self) -> int:
         """Bytes of keys, values and scales allocated, all layers, and of first tokens in full precision."""
-        static = sum(layer.storage.nbytes for layer in self._static_layers())
-        return static + self._sink_nbytes + (self.pool.nbytes_allocated if "pool" in vars(self) else 0)
+        return self._sequences.nbytes_allocated + self._first_tokens_nbytes
 
     @property
     def nbytes_used(self) -> int:
         """Bytes of the blocks that hold tokens, all layers, and of first tokens in full precision; at most one block
         per sequence and layer more than the tokens themselves take."""
-        static = sum(layer.nbytes_used for layer in self._static_layers())
-        sinks = self._sink_nbytes if int(self.get_seq_length()) else 0
-        return static + sinks + (self.pool.nbytes_used if "pool" in vars(self) else 0)
+        first_tokens = self._first_tokens_nbytes if int(self.get_seq_length()) else 0
+        return self._sequences.nbytes_used + first_tokens
 
     def prefetch(self, layer_idx: int, only_non_sliding: bool = True) -> None:
         raise NotImplementedError("prefetch is not supported by PagedInt8Cache: the blocks stay on their device")
@@ -271,8 +275,8 @@ class PagedInt8Cache(CacheOperations, metaclass=_Marked):
         ]
 
     @property
-    def _sink_nbytes(self) -> int:
-        return sum(layer.sink_nbytes for layer in self.layers if hasattr(layer, "sink_nbytes"))
+    def _first_tokens_nbytes(self) -> int:
+        return sum(layer.first_tokens_nbytes for layer in self.layers if isinstance(layer, PagedInt8Layer))
 
     def _refuse_cross_attention(self, layer_idx: int, new_tokens: int) -> None:
         before, self._newest = self._newest, (layer_idx, new_tokens)

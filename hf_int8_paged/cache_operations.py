@@ -10,16 +10,11 @@ from transformers.cache_utils import DynamicCache, LinearAttentionCacheLayerMixi
 
 from .batch_rows import reordered_rows, selected_rows
 from .hybrid import PagedInt8HybridLayer
-from .layers import PagedInt8Layer
+from .layer import PagedInt8Layer
 from .one_thread import whole
-from .static_layers import PagedInt8StaticLayer
-from .static_sequences import StaticSequences
 
 if TYPE_CHECKING:
     from typing_extensions import Self
-
-#: Layers whose lengths and rows their cache's `Sequences` or `StaticSequences` changes.
-PAGED_LAYERS = (PagedInt8Layer, PagedInt8StaticLayer)
 
 
 class CacheOperations(DynamicCache):
@@ -30,7 +25,7 @@ class CacheOperations(DynamicCache):
 
     #: `PagedInt8Layer` where keys and values are held, transformers' own classes elsewhere.
     layers: list
-    _sequences: Any  # `Sequences` or `StaticSequences`; tests look into either
+    _sequences: Any  # `GrowingSequences` or `PreallocatedSequences`; tests look into either
     #: For encoder-decoder models: index of the layer updated last, and with how many tokens.
     _newest: tuple[int, int] | None = None
 
@@ -127,14 +122,7 @@ class CacheOperations(DynamicCache):
         """A cache with the same tokens that goes on independently. All blocks are shared until one of them
         writes to a partly filled last block. ``copy.deepcopy`` does the same."""
         twin = copy.copy(self)
-        if isinstance(self._sequences, StaticSequences):
-            twin._sequences, twin.layers = copy.deepcopy((self._sequences, self.layers))
-            return twin
-        twin._sequences = self._sequences.fork()
-        twin.layers = [
-            layer.fork(twin._sequences) if isinstance(layer, PagedInt8Layer) else copy.deepcopy(layer)
-            for layer in self.layers
-        ]
+        twin._sequences, twin.layers = self._sequences.fork(self.layers)
         return twin
 
     def __deepcopy__(self, memo: dict) -> Self:
@@ -152,16 +140,30 @@ class CacheOperations(DynamicCache):
             else:
                 self._sequences.clear()  # no sequences, no tokens
 
-    def _static_layers(self) -> list[PagedInt8StaticLayer]:
-        return [x for x in self.layers if isinstance(x, PagedInt8StaticLayer) and x.memory is not None]
-
     def _own_layers(self) -> list:
         """Layers with state outside the pool: transformers' own, and the linear part of hybrid ones."""
         return [
             layer.linear_part if isinstance(layer, PagedInt8HybridLayer) else layer
             for layer in self.layers
-            if not isinstance(layer, PAGED_LAYERS) or isinstance(layer, PagedInt8HybridLayer)
+            if not isinstance(layer, PagedInt8Layer) or isinstance(layer, PagedInt8HybridLayer)
         ]
+
+    def _take_back_others(self, layer_idx: int | None = None) -> None:
+        """Of a step that was taken back, take back what layers with a state of their own have made of it, which only
+        their beginning allows.
+
+        Args:
+            layer_idx: of the layer in which it ended, if that is known.
+        """
+        if any(
+            isinstance(layer, LinearAttentionCacheLayerMixin) and (layer_idx is None or index <= layer_idx)
+            for index, layer in enumerate(self.layers)
+        ):
+            if self._sequences.length:
+                self._sequences.broken = "a step"
+            else:
+                for layer in self._own_layers():
+                    layer.reset()
 
     def _require(self, operation: str) -> list:
         """The layers with state of their own, all of which can do ``operation``."""

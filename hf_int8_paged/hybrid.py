@@ -8,8 +8,8 @@ from typing import Any
 import torch
 from transformers.cache_utils import LinearAttentionCacheLayerMixin, LinearAttentionLayer
 
-from .layers import PagedInt8Layer
-from .sequences import Sequences
+from .layer import PagedInt8Layer
+from .sequences.growing import GrowingSequences
 
 
 class PagedInt8HybridLayer(PagedInt8Layer, LinearAttentionCacheLayerMixin):  # type: ignore[misc,override]
@@ -23,7 +23,7 @@ class PagedInt8HybridLayer(PagedInt8Layer, LinearAttentionCacheLayerMixin):  # t
     """
 
     def __init__(
-        self, index: int, sequences: Sequences, sliding_window: int | None = None, number_of_states: int = 1
+        self, index: int, sequences: GrowingSequences, sliding_window: int | None = None, number_of_states: int = 1
     ) -> None:
         PagedInt8Layer.__init__(self, index, sequences, sliding_window)
         self.linear_part = LinearAttentionLayer(number_of_states=number_of_states)
@@ -44,7 +44,7 @@ class PagedInt8HybridLayer(PagedInt8Layer, LinearAttentionCacheLayerMixin):  # t
     def is_croppable(self) -> bool:  # type: ignore[override]
         return self.linear_part.is_croppable
 
-    def fork(self, sequences: Sequences) -> PagedInt8HybridLayer:
+    def fork(self, sequences: GrowingSequences) -> PagedInt8HybridLayer:
         twin = super().fork(sequences)
         assert isinstance(twin, PagedInt8HybridLayer)
         twin.linear_part = copy.deepcopy(self.linear_part)

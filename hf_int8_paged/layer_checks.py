@@ -3,11 +3,33 @@
 from __future__ import annotations
 
 import functools
+from typing import NamedTuple, Protocol
 
 import torch
 from transformers.cache_utils import DynamicLayer
 
 from .kernels import FLOAT_DTYPES
+
+
+class LayerShape(NamedTuple):
+    """What a layer's first keys and values fix for all that follow.
+
+    Attributes:
+        num_kv_heads: heads of the keys, and of the values.
+        head_dim: width of a key row.
+        v_head_dim: width of a value row.
+        device: where the layer's blocks are.
+    """
+
+    num_kv_heads: int
+    head_dim: int
+    v_head_dim: int
+    device: torch.device
+
+
+def shape_of(keys: torch.Tensor, values: torch.Tensor) -> LayerShape:
+    """Of keys ``[batch, num_kv_heads, tokens, head_dim]`` and values ``[batch, num_kv_heads, tokens, v_head_dim]``."""
+    return LayerShape(keys.shape[1], keys.shape[3], values.shape[3], keys.device)
 
 
 def check_first_states(index: int, keys: torch.Tensor, values: torch.Tensor) -> None:
@@ -42,49 +64,71 @@ def check_first_states(index: int, keys: torch.Tensor, values: torch.Tensor) -> 
         raise ValueError(f"layer {index}: keys are on {keys.device}, but values on {values.device}")
 
 
-def check_states(
-    index: int,
-    keys: torch.Tensor,
-    values: torch.Tensor,
-    key_shape: tuple[int, int],
-    value_shape: tuple[int, int],
-    device: torch.device,
-) -> None:
+def check_states(index: int, keys: torch.Tensor, values: torch.Tensor, shape: LayerShape) -> None:
     """Check later keys and values of a layer; the dtype may change from step to step, as it does under autocast.
 
     Args:
         index: the layer's index in the model.
         keys: ``[batch, num_kv_heads, new_tokens, head_dim]``.
         values: ``[batch, num_kv_heads, new_tokens, v_head_dim]``.
-        key_shape: heads and width of the keys that the layer holds.
-        value_shape: likewise for the values.
-        device: where the layer is.
+        shape: of those that the layer holds.
 
     Raises:
         TypeError: not tensors.
         ValueError: another dtype than float32, float16 and bfloat16; other heads, widths or device than the layer's, or
             values that do not fit the keys.
     """
+    num_kv_heads, head_dim, v_head_dim, device = shape
     if isinstance(keys, torch.Tensor) and isinstance(values, torch.Tensor) and keys.dim() == 4:
         batch, heads, tokens, dim = keys.shape
         if (
-            (heads, dim) == key_shape
-            and values.shape == (batch, heads, tokens, value_shape[1])
+            heads == num_kv_heads
+            and dim == head_dim
+            and values.shape == (batch, heads, tokens, v_head_dim)
             and keys.dtype in FLOAT_DTYPES
             and values.dtype in FLOAT_DTYPES
             and keys.device == device == values.device
         ):
             return  # what every step of a model passes; below is found out what is wrong
     check_first_states(index, keys, values)
-    if (keys.shape[1], keys.shape[3]) != key_shape or (values.shape[1], values.shape[3]) != value_shape:
+    if (*keys.shape[1::2], values.shape[3]) != shape[:3]:
         raise ValueError(
-            f"layer {index} holds {key_shape[0]} KV heads of width {key_shape[1]} (values {value_shape[1]}), but keys "
+            f"layer {index} holds {num_kv_heads} KV heads of width {head_dim} (values {v_head_dim}), but keys "
             f"{list(keys.shape)} and values {list(values.shape)} came; is this another model's cache?"
         )
     if keys.device != device:
         raise ValueError(
             f"layer {index} is on {device}, but keys came on {keys.device}; reset() the cache, or use one per device"
         )
+
+
+class StepLengths(Protocol):
+    """How far the newest step has come, for messages."""
+
+    @property
+    def length(self) -> int: ...
+
+    @property
+    def step_start(self) -> int: ...
+
+    @property
+    def batch_size(self) -> int | None: ...
+
+
+def interrupted(index: int, start: int, keys: torch.Tensor, step: StepLengths) -> ValueError:
+    """The error for keys that do not continue the step which the layers before this one have begun.
+
+    Args:
+        index: the layer's index in the model.
+        start: tokens that it holds.
+        keys: ``[batch, num_kv_heads, new_tokens, head_dim]``.
+        step: the newest one.
+    """
+    return ValueError(
+        f"layer {index} holds {start} tokens and got {keys.shape[2]} more for {keys.shape[0]} sequences, while the "
+        f"layers before it hold {step.length} for {step.batch_size}; if a forward pass was interrupted, "
+        f"{way_back(step.step_start, step.length)}"
+    )
 
 
 def way_back(kept: int, held: int) -> str:

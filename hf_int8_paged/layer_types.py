@@ -17,11 +17,10 @@ from transformers.cache_utils import (
 )
 
 from .hybrid import PagedInt8HybridLayer
-from .layers import PagedInt8Layer
-from .options import PoolOptions
-from .sequences import Sequences
-from .static_layers import PagedInt8StaticLayer
-from .static_sequences import StaticSequences
+from .layer import PagedInt8Layer
+from .sequences.growing import GrowingSequences
+from .sequences.preallocated import PreallocatedSequences
+from .static_layer import PagedInt8StaticLayer
 
 _WINDOWED = ("sliding_attention", "chunked_attention", "hybrid_sliding")
 
@@ -39,7 +38,7 @@ def layer_types(config: PreTrainedConfig) -> list[tuple[str, dict[str, Any]]]:
     return list(zip(kinds, kwargs, strict=True))
 
 
-def growing_layers(config: PreTrainedConfig, sequences: Sequences) -> list:
+def growing_layers(config: PreTrainedConfig, sequences: GrowingSequences) -> list:
     """One layer per model layer: paged where keys and values are held per token, transformers' own class elsewhere."""
     layers: list = []
     # Layers that attend to another sequence, an image say, hold its keys: as many as that has, or none without one.
@@ -62,15 +61,12 @@ def growing_layers(config: PreTrainedConfig, sequences: Sequences) -> list:
     return layers
 
 
-def preallocated_layers(
-    config: PreTrainedConfig, sequences: StaticSequences, blocks: PoolOptions, sink_tokens: int
-) -> list:
+def preallocated_layers(config: PreTrainedConfig, sequences: PreallocatedSequences) -> list:
     """One preallocated layer per model layer; transformers' own class where nothing is held per token."""
     layers: list = []
-    options = (blocks.block_size, blocks.backend, blocks.rotation, blocks.center_keys, sink_tokens)
     for index, (layer_type, kwargs) in enumerate(layer_types(config)):
         if layer_type in ("full_attention", "sliding_attention", "chunked_attention"):
-            layers.append(PagedInt8StaticLayer(index, sequences, kwargs.get("sliding_window"), *options))
+            layers.append(PagedInt8StaticLayer(index, sequences, kwargs.get("sliding_window")))
         elif not issubclass(STATIC_LAYER_TYPE_MAPPING.get(layer_type, StaticLayer), StaticLayer):
             layers.append(STATIC_LAYER_TYPE_MAPPING[layer_type](max_cache_len=sequences.max_cache_len, **kwargs))
         else:
@@ -87,7 +83,7 @@ def is_layer_data(config: Any) -> bool:
     return isinstance(config, Iterable) and not isinstance(config, others)
 
 
-def layers_of_data(data: list, sequences: Sequences) -> list:
+def layers_of_data(data: list, sequences: GrowingSequences) -> list:
     """One empty layer for each ``(keys, values)`` or ``(keys, values, window)``.
 
     Where others have tokens, a layer without them is none that holds any: transformers' own then, as in `DynamicCache`.

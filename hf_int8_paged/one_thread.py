@@ -94,5 +94,6 @@ def undo_interrupted(cache: Any, operation: str = "an operation") -> None:
         sequences.restore(inside["before"], operation, can_undo=not cache._own_layers())
     elif "start" in inside:
         sequences.take_back(inside["start"])
+        cache._take_back_others()
     inside.pop("before", None)
     inside.pop("start", None)

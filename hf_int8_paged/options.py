@@ -12,7 +12,7 @@ from typing import Any, NamedTuple
 import torch
 from transformers import PreTrainedConfig
 
-from .kernels import MAX_FIRST_TOKENS, ROTATIONS, resolve_backend, why_unavailable
+from .kernels import INT8, MAX_FIRST_TOKENS, ROTATIONS, format_called, resolve_backend, why_unavailable
 
 
 class PoolOptions(NamedTuple):
@@ -23,6 +23,7 @@ class PoolOptions(NamedTuple):
     max_tokens: int | None = None
     rotation: str | None = "hadamard"
     center_keys: bool = True
+    format: str = INT8.name
 
     def checked(self) -> PoolOptions:
         """The same options as Python's own types.
@@ -47,8 +48,11 @@ class PoolOptions(NamedTuple):
             why_unavailable(self.backend, torch.device("cpu"))  # refuses unknown names
         if self.rotation is not None and (not isinstance(self.rotation, str) or self.rotation not in ROTATIONS):
             raise ValueError(f"unknown rotation {self.rotation!r}; choose one of {', '.join(ROTATIONS)}, or None")
-        return PoolOptions(
-            block_size, self.backend, max_tokens, self.rotation, _switch("center_keys", self.center_keys)
+        if not isinstance(self.format, str):
+            raise TypeError(f"format must be a storage format's name, got {_shown(self.format)}")
+        format_called(self.format)  # refuses unknown names
+        return self._replace(
+            block_size=block_size, max_tokens=max_tokens, center_keys=_switch("center_keys", self.center_keys)
         )
 
 
@@ -93,8 +97,7 @@ def check_cache_options(
     given = [name for name, value, default in zip(PoolOptions._fields, pool_options, PoolOptions()) if value != default]
     if pool_given and given:
         raise ValueError(
-            f"{', '.join(given)}: block_size, backend, max_tokens, rotation and center_keys belong to the pool; "
-            "give them to PagedInt8Pool"
+            f"{', '.join(given)}: {', '.join(PoolOptions._fields)} belong to the pool; give them to PagedInt8Pool"
         )
     if options.max_batch_size is None:
         return options
@@ -113,16 +116,16 @@ def check_cache_options(
     return options
 
 
-def check_device(device: Any, backend: str | None, block_size: int) -> None:
+def check_device(device: Any, backend: str | None, block_size: int, format: str = INT8.name) -> None:
     """Raise ``ValueError`` for a device that this machine lacks, and for a backend that cannot serve ``device`` or, if
     that is ``None``, any device of this machine."""
     accelerator = torch.accelerator.current_accelerator(check_available=True)
     if device is not None:
-        resolve_backend(backend, _device(device, accelerator), block_size)
+        resolve_backend(backend, _device(device, accelerator), block_size, format=format)
     elif backend is not None:
         devices = [torch.device("cpu")] + ([accelerator] if accelerator is not None else [])
-        if all(why_unavailable(backend, d, block_size) is not None for d in devices):
-            resolve_backend(backend, devices[-1], block_size)
+        if all(why_unavailable(backend, d, block_size, format=format) is not None for d in devices):
+            resolve_backend(backend, devices[-1], block_size, format=format)
 
 
 def decoder_config(config: Any) -> PreTrainedConfig:

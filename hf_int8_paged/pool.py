@@ -10,6 +10,7 @@ import torch
 
 from .block_allocator import RUN_LENGTH, BlockAllocator
 from .kernels import KvCacheQuant, alloc_paged_int8_layer, copy_blocks, mean_key
+from .layer_checks import LayerShape
 from .options import PoolOptions
 from .pool_access import PoolAccess
 
@@ -21,6 +22,12 @@ MIN_CENTER_TOKENS = 16
 
 class CacheFullError(RuntimeError):
     """The cache's limit is reached. Raised before anything is written: the cache stays valid at its old length."""
+
+
+def enough_for_mean(keys: torch.Tensor, tokens: torch.Tensor | None = None) -> bool:
+    """Whether keys ``[batch, num_kv_heads, tokens, head_dim]`` are enough for a mean that says something. ``tokens`` is
+    False for padding, bool ``[batch, tokens]`` on the host."""
+    return (keys.shape[2] if tokens is None else int(tokens.sum(dim=1).max())) >= MIN_CENTER_TOKENS
 
 
 class Centring(NamedTuple):
@@ -54,6 +61,7 @@ class PagedInt8Pool:
         max_tokens: slots that any group may have at most (a hard limit), or ``None``.
         rotation: ``"hadamard"`` rotates rows before quantization, ``None`` does not.
         center_keys: whether the mean of a layer's first tokens is subtracted from its keys before quantization.
+        format: name of the storage format (`kernels.Format`).
 
     Raises:
         TypeError, ValueError: an option is of the wrong kind or out of range.
@@ -66,9 +74,10 @@ class PagedInt8Pool:
         max_tokens: int | None = None,
         rotation: str | None = "hadamard",
         center_keys: bool = True,
+        format: str = "int8",
     ):
-        options = PoolOptions(block_size, backend, max_tokens, rotation, center_keys).checked()
-        self.block_size, self.backend, self.max_tokens, self.rotation, self.center_keys = options
+        options = PoolOptions(block_size, backend, max_tokens, rotation, center_keys, format).checked()
+        self.block_size, self.backend, self.max_tokens, self.rotation, self.center_keys, self.format = options
         self.allocators: dict[str, BlockAllocator] = {}
         self.access = PoolAccess(self.allocators)
         #: The centre of each layer whose keys have been centred, as long as its storage has this very one.
@@ -87,8 +96,7 @@ class PagedInt8Pool:
         self,
         layer: int,
         group: str,
-        key_states: torch.Tensor,
-        value_states: torch.Tensor,
+        mine: LayerShape,
         only_user: Callable[[], bool],
     ) -> None:
         """Allocate a layer's blocks with the heads, widths and device of its first keys and values, unless it has them.
@@ -96,31 +104,29 @@ class PagedInt8Pool:
         Args:
             layer: index of the layer.
             group: its group, which says how many blocks.
-            key_states: ``[batch, num_kv_heads, tokens, head_dim]``.
-            value_states: ``[batch, num_kv_heads, tokens, v_head_dim]``.
+            mine: heads, widths and device.
             only_user: whether no block of the layer holds a token of another cache; asked while nobody can allocate.
 
         Raises:
             ValueError: another cache of this pool uses the layer with other heads or widths, or on another device.
         """
-        num_kv_heads, head_dim, v_head_dim = key_states.shape[1], key_states.shape[3], value_states.shape[3]
-        mine = (num_kv_heads, head_dim, v_head_dim, key_states.device)
         with self.access.exclusive():
             held = self._storage.get(layer)
-            theirs = None if held is None else (held.num_kv_heads, held.head_dim, held.v_head_dim, held.device)
+            theirs = held and LayerShape(held.num_kv_heads, held.head_dim, held.v_head_dim, held.device)
             if mine == theirs and layer in self._members[group]:
                 return
             if theirs is None or mine == theirs or only_user():
                 self._storage[layer] = alloc_paged_int8_layer(
                     self.allocators[group].num_blocks,
                     self.block_size,
-                    num_kv_heads,
-                    head_dim,
-                    v_head_dim=v_head_dim,
-                    device=key_states.device,
+                    mine.num_kv_heads,
+                    mine.head_dim,
+                    v_head_dim=mine.v_head_dim,
+                    device=mine.device,
                     backend=self.backend,
                     rotation=self.rotation,
                     center_keys=self.center_keys,
+                    format=self.format,
                 )
                 if layer not in self._members[group]:
                     self._members[group].append(layer)
@@ -137,8 +143,6 @@ class PagedInt8Pool:
         key_states: torch.Tensor,
         only_user: Callable[[], bool],
         tokens: torch.Tensor | None = None,
-        *,
-        again: bool = False,
     ) -> bool:
         """Centre a layer's keys on the mean of these, unless they have been centred before or are too few.
 
@@ -149,27 +153,19 @@ class PagedInt8Pool:
             key_states: ``[batch, num_kv_heads, tokens, head_dim]``.
             only_user: whether no block of the layer holds a token of another cache; asked while nobody can allocate.
             tokens: bool ``[batch, tokens]`` on the host, False for padding, which does not count; ``None`` without.
-            again: centre anew what was centred before.
 
         Returns:
             Whether the centre is now another.
         """
-        center = self._storage[layer].key_center
-        if center is None or self.lacks_center(layer) == again:
+        if not self.lacks_center(layer) or not enough_for_mean(key_states, tokens):
             return False
-        longest = key_states.shape[2] if tokens is None else int(tokens.sum(dim=1).max())
-        enough = longest >= MIN_CENTER_TOKENS
-        if not enough and not again:
-            return False
-        mean = mean_key(key_states, None if tokens is None else tokens.to(key_states.device)) if enough else None
+        mean = mean_key(key_states, None if tokens is None else tokens.to(key_states.device))
         with self.access.exclusive():
-            if not only_user() or self.lacks_center(layer) == again:
+            if not only_user() or not self.lacks_center(layer):
                 return False
             with torch.inference_mode(False):  # kernels read it outside inference mode too
-                new = torch.zeros_like(center)
-                if mean is not None:
-                    self._centers[layer] = new.copy_(mean)
-                self._storage[layer] = dataclasses.replace(self._storage[layer], key_center=new)
+                self._centers[layer] = torch.empty_like(mean).copy_(mean)
+                self._storage[layer] = dataclasses.replace(self._storage[layer], key_center=self._centers[layer])
         return True
 
     def before_centring(self, layer: int, group: str, blocks: torch.Tensor | None = None) -> Centring:

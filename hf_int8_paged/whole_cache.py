@@ -1,4 +1,4 @@
-"""Operations that no single layer can do: layers share their block table, and move no blocks."""
+"""Operations that no single layer can do: layers share their sequences."""
 
 from __future__ import annotations
 
@@ -9,22 +9,22 @@ class OfTheWholeCache:
     """A layer that refuses what only its cache can do."""
 
     def reset(self) -> None:
-        raise NotImplementedError("layers share their block table; call reset() of the cache")
+        raise NotImplementedError("layers share their sequences; call reset() of the cache")
 
     def reorder_cache(self, beam_idx: torch.LongTensor) -> None:
-        raise NotImplementedError("layers share their block table; call reorder_cache() of the cache")
+        raise NotImplementedError("layers share their sequences; call reorder_cache() of the cache")
 
     def crop(self, tokens_to_remove: int) -> None:
-        raise NotImplementedError("layers share their block table; call crop() of the cache")
+        raise NotImplementedError("layers share their sequences; call crop() of the cache")
 
     def batch_repeat_interleave(self, repeats: int) -> None:
-        raise NotImplementedError("layers share their block table; call batch_repeat_interleave() of the cache")
+        raise NotImplementedError("layers share their sequences; call batch_repeat_interleave() of the cache")
 
     def batch_select_indices(self, indices: torch.Tensor) -> None:
-        raise NotImplementedError("layers share their block table; call batch_select_indices() of the cache")
+        raise NotImplementedError("layers share their sequences; call batch_select_indices() of the cache")
 
     def activate_past_recording(self) -> None:
-        raise NotImplementedError("layers share their block table; call activate_past_recording() of the cache")
+        raise NotImplementedError("layers share their sequences; call activate_past_recording() of the cache")
 
     def prefetch(self) -> None:
         raise NotImplementedError("prefetch is not supported by PagedInt8Cache: the blocks stay on their device")

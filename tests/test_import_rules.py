@@ -18,34 +18,23 @@ ROOT = Path(__file__).parent.parent
 PACKAGE = ROOT / "hf_int8_paged"
 KERNELS = ROOT / "kernels" / "torch-ext" / "int8_paged_attention"
 
-#: The core, lowest first: each module may import those before it, and modules that import nothing of the package.
+#: The folders and modules of the package, lowest first: each may import those before it. Modules that import nothing of
+#: the package are anyone's.
 ORDER = (
     "kernels",
     "layer_checks",
-    "compiled_ops",
     "one_thread",
-    "read_only",
-    "views",
+    "seam",
     "block_allocator",
-    "block_table",
     "pool_access",
     "options",
     "pool",
-    "sink_places",
-    "layer_group",
-    "sequence_state",
-    "sequence_recovery",
     "sequences",
     "layer_reader",
     "assignment",
     "whole_cache",
-    "layers",
-    "static_sinks",
-    "static_memory",
-    "static_sequences",
-    "static_step",
-    "static_reader",
-    "static_layers",
+    "layer",
+    "static_layer",
     "hybrid",
     "layer_types",
     "batch_rows",
@@ -54,8 +43,14 @@ ORDER = (
     "generate_limits",
     "cache",
 )
-#: What the attention function may know of the core.
-SEEN_BY_ATTENTION = {"kernels", "compiled_ops", "views", "mask_function"}
+#: Within folders.
+SEAM = ("read_only", "views", "padding", "masks", "once", "dense_attention", "mask_function", "operators", "attention")
+SEQUENCES = (
+    "block_table", "first_tokens", "state", "group", "prompts", "memory", "room", "growing_room", "recovery", "growing",
+    "preallocated_room", "preallocated", "device_step",
+)  # fmt: skip
+#: Most positional parameters of a function.
+MAX_POSITIONAL = 8
 
 
 def imports(path: Path) -> Iterator[tuple[int, str]]:
@@ -83,23 +78,83 @@ def test_kernels_import_only_themselves_torch_triton_and_the_standard_library(pa
             assert top != "triton" or path.parent.name == "triton", f"{path.name} imports triton"
 
 
-def imports_inside(module: str) -> set[str]:
-    """Modules of the package that a module imports."""
-    path = PACKAGE / f"{module}.py"
-    if not path.exists():  # the kernels, or a name that the package itself defines
-        return set()
-    return {
-        name.removeprefix("hf_int8_paged.").split(".")[0]
-        for level, name in imports(path)
-        if level or name.split(".")[0] == "hf_int8_paged"
-    }
+def imports_inside(path: Path) -> set[Path]:
+    """Files of the package that a module imports when it is imported, or within a function."""
+    found = set()
+    for level, name in imports(path):
+        parts = name.split(".")
+        if level == 0 and parts[0] != "hf_int8_paged":
+            continue
+        folder = PACKAGE if level == 0 else [path.parent, *path.parent.parents][level - 1]
+        parts = parts[1:] if level == 0 else parts
+        if parts[:1] == ["kernels"]:  # lies elsewhere, and imports nothing of the package
+            continue
+        while parts and not (folder.joinpath(*parts).with_suffix(".py").exists() or folder.joinpath(*parts).is_dir()):
+            parts = parts[:-1]
+        target = folder.joinpath(*parts)
+        found.add(target.with_suffix(".py") if target.with_suffix(".py").exists() else target / "__init__.py")
+    return {target for target in found if target.is_relative_to(PACKAGE)}
 
 
-@pytest.mark.parametrize("module", [*ORDER[1:], "attention"])
+def place(path: Path) -> str:
+    """The folder or module of the core that a file is, or is in."""
+    return path.relative_to(PACKAGE).parts[0].removesuffix(".py")
+
+
+@pytest.mark.parametrize("module", [name for name in ORDER if name != "kernels"])
 def test_the_core_imports_downwards_only(module: str) -> None:
-    allowed = SEEN_BY_ATTENTION if module == "attention" else set(ORDER[: ORDER.index(module)])
-    wrong = {name for name in imports_inside(module) - allowed if name in ORDER or imports_inside(name)}
-    assert not wrong, f"{module}.py must not import {sorted(wrong)}; a new module of the core belongs into ORDER"
+    allowed = {*ORDER[: ORDER.index(module)], module}
+    paths = [PACKAGE / f"{module}.py"] if (PACKAGE / f"{module}.py").exists() else (PACKAGE / module).glob("*.py")
+    for path in paths:
+        wrong = {
+            target
+            for target in imports_inside(path)
+            if place(target) not in allowed and (place(target) in ORDER or imports_inside(target))
+        }
+        assert not wrong, f"{path.name} must not import {wrong}; a new module of the core belongs into ORDER"
+
+
+@pytest.mark.parametrize(("folder", "order"), [("seam", SEAM), ("sequences", SEQUENCES)])
+def test_folders_import_downwards_inside(folder: str, order: tuple[str, ...]) -> None:
+    files = {path.stem for path in (PACKAGE / folder).glob("*.py")} - {"__init__"}
+    assert files == set(order), "every module of the folder has a place in the order"
+    for i, name in enumerate(order):
+        inside = {target.stem for target in imports_inside(PACKAGE / folder / f"{name}.py") if place(target) == folder}
+        assert inside <= set(order[:i]), f"{folder}/{name}.py must not import {inside - set(order[:i])}"
+
+
+def test_no_import_goes_round_in_a_circle() -> None:
+    """Of the package, the kernels and the evaluation, also where types alone are imported within the kernels."""
+    graph = {path: imports_inside(path) for path in PACKAGE.rglob("*.py")}
+    for folder in (ROOT / "eval", KERNELS):
+        names = {path.stem: path for path in folder.rglob("*.py") if path.stem not in ("__init__", "backend")}
+        for path in folder.rglob("*.py"):
+            own = {name.split(".")[-1] for level, name in imports(path) if level or name.startswith("eval")}
+            graph[path] = {names[name] for name in own if name in names and names[name] != path}
+    left = dict(graph)
+    while left:
+        leaves = {path for path, targets in left.items() if not (targets & left.keys()) - {path}}
+        assert leaves, f"a circle among {sorted(str(path.relative_to(ROOT)) for path in left)}"
+        left = {path: targets for path, targets in left.items() if path not in leaves}
+
+
+def test_no_signature_is_a_list_of_arguments() -> None:
+    """Kernels of Triton take pointers one by one; everything else takes records."""
+    long = []
+    for path in (*PACKAGE.rglob("*.py"), *KERNELS.rglob("*.py"), *(ROOT / "eval").rglob("*.py")):
+        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+            if isinstance(node, ast.FunctionDef):
+                jitted = any("jit" in ast.unparse(decorator) for decorator in node.decorator_list)
+                if len(node.args.posonlyargs + node.args.args) > MAX_POSITIONAL and not jitted:
+                    long.append(f"{path.name}:{node.name}")
+    assert not long
+
+
+@pytest.mark.parametrize("folder", ["hf_int8_paged", "kernels", "tests", "eval", "examples"])
+def test_no_file_is_longer_than_300_lines(folder: str) -> None:
+    files = [path for path in (ROOT / folder).rglob("*") if path.suffix in (".py", ".c", ".h", ".sh")]
+    assert files
+    assert not [path.name for path in files if len(path.read_text(encoding="utf-8").splitlines()) > 300]
 
 
 @pytest.mark.parametrize("path", sorted(PACKAGE.rglob("*.py")), ids=lambda path: path.name)

@@ -14,9 +14,9 @@ from transformers import Gemma2Config
 from transformers.masking_utils import causal_mask_function, sliding_window_causal_mask_function
 
 from hf_int8_paged import CacheFullError, PagedInt8Pool
-from hf_int8_paged.attention import int8_paged_attention
-from hf_int8_paged.layers import PagedInt8Layer
-from hf_int8_paged.mask_function import int8_paged_mask
+from hf_int8_paged.layer import PagedInt8Layer
+from hf_int8_paged.seam.attention import int8_paged_attention
+from hf_int8_paged.seam.mask_function import int8_paged_mask
 from tests.kernels.helpers import device_of
 
 from .shadowed_cache import ShadowedCache
@@ -234,16 +234,16 @@ class OperationSequence:
                 k[1:], v[1:] = k[:1], v[:1]
             k, v, q = (x.to(self.device) for x in (k, v, q))
             pattern: Any = causal_mask_function
-            if layer.group.window is not None:
-                pattern = sliding_window_causal_mask_function(layer.group.window)
+            if layer.window is not None:
+                pattern = sliding_window_causal_mask_function(layer.window)
             width, offset = layer.get_mask_sizes(count)
             shown = int8_paged_mask(
                 batch, count, width, stop - count, offset, pattern,
-                None if padded is None else padded.to(self.device), layer.group.window, device=self.device,
+                None if padded is None else padded.to(self.device), layer.window, device=self.device,
             )  # fmt: skip
             keys, values = cache.update(k, v, index)
             scale = self.dims[0] ** -0.5
-            visible = visible_keys(count, offset, stop, layer.group.window, padded)
+            visible = visible_keys(count, offset, stop, layer.window, padded)
             other = Attention(q, keys.dense(), values.dense(), visible, scale, self.softcap, self.sinks)
             sinks = None if self.sinks is None else self.sinks.to(self.device)
             module: Any = SimpleNamespace(is_causal=True, num_key_value_groups=self.group, training=False)

@@ -13,8 +13,8 @@ from transformers import PreTrainedConfig
 
 from eval._fake_quantized import FakeQuantizedLayer
 from hf_int8_paged import PagedInt8Cache
-from hf_int8_paged.layers import PagedInt8Layer
-from hf_int8_paged.views import PagedView
+from hf_int8_paged.layer import PagedInt8Layer
+from hf_int8_paged.seam.views import PagedView
 from tests.models import FakeQuantizedCache
 
 from .two_readers import U
@@ -64,7 +64,7 @@ class ShadowedCache(PagedInt8Cache):
         dense = shadow.update(key_states.detach(), value_states.detach())
         if past and shadow.center is not None and not was_centred:
             self.rounded_twice.add(layer_idx)
-        first = layer.group.first_visible(past)
+        first = layer.room.first_shown(past)
         for view, expected in zip(views, dense):
             keys = view.dense() if isinstance(view, PagedView) else view
             self._compare(keys, expected, first, layer_idx)
@@ -75,7 +75,7 @@ class ShadowedCache(PagedInt8Cache):
         for index, shadow in self._shadows().items():
             if shadow.get_seq_length():
                 layer = self.layers[index]
-                first = layer.group.first_visible(layer.length)
+                first = layer.room.first_shown(layer.length)
                 for name in ("keys", "values"):
                     self._compare(getattr(layer, name).clone(), getattr(shadow, name)[:, :, first:], first, index)
 

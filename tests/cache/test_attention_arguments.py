@@ -16,8 +16,9 @@ import pytest
 import torch
 from transformers import DynamicCache, EncoderDecoderCache, StaticCache
 
-from hf_int8_paged import PagedInt8Cache, once
-from hf_int8_paged.attention import int8_paged_attention
+from hf_int8_paged import PagedInt8Cache
+from hf_int8_paged.seam import once
+from hf_int8_paged.seam.attention import int8_paged_attention
 from tests.models import random_ids, tiny_model
 
 #: Names that models pass, and why `int8_paged_attention` need not look at them.

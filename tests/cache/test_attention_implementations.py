@@ -17,7 +17,7 @@ from transformers.integrations import flex_attention as flex_integration
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from hf_int8_paged import PagedInt8Cache
-from hf_int8_paged.views import PagedView
+from hf_int8_paged.seam.views import PagedView
 from tests.models import random_ids, tiny_model
 
 #: Implementations that are compared with SDPA; those with a package that is not here get a stand-in for it.

@@ -18,8 +18,8 @@ from transformers import LlamaConfig, MistralConfig
 from transformers.masking_utils import causal_mask_function, sliding_window_causal_mask_function
 
 from hf_int8_paged import PagedInt8Cache
-from hf_int8_paged.attention import int8_paged_attention
-from hf_int8_paged.mask_function import int8_paged_mask
+from hf_int8_paged.seam.attention import int8_paged_attention
+from hf_int8_paged.seam.mask_function import int8_paged_mask
 from tests.kernels.conftest import INTERPRETED, backends_here
 
 HEADS, KV_HEADS, DIM, WINDOW = 4, 2, 16, 20

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from hf_int8_paged.block_allocator import HOLE, RUN_LENGTH, BlockAllocator
-from hf_int8_paged.block_table import BlockTable
+from hf_int8_paged.sequences.block_table import BlockTable
 
 CPU = torch.device("cpu")
 

@@ -6,15 +6,18 @@ from __future__ import annotations
 import functools
 import threading
 from collections.abc import Callable
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
-from transformers import LlamaConfig, MistralConfig
+from transformers import LlamaConfig, MistralConfig, Qwen3NextConfig, Qwen3NextForCausalLM
 
-from hf_int8_paged import PagedInt8Cache, PagedInt8Pool
+from hf_int8_paged import CacheFullError, PagedInt8Cache, PagedInt8Pool
 from hf_int8_paged.block_allocator import BlockAllocator
+from hf_int8_paged.seam.attention import int8_paged_attention
+from tests.models import random_ids
 
 LAYERS = 2
 SIZES: dict[str, Any] = {
@@ -84,7 +87,7 @@ def test_a_preallocated_cache_that_was_reordered_by_half_says_so(monkeypatch) ->
     before = held(cache)
     layer = cache.layers[0]
     swap = torch.tensor([1, 0])
-    interrupt(monkeypatch, layer, "select", interrupting(layer.select), lambda: cache.reorder_cache(swap))
+    interrupt(monkeypatch, layer.room, "select", interrupting(layer.room.select), lambda: cache.reorder_cache(swap))
     for operation in (lambda: step(cache, 1), lambda: cache.crop(-1), cache.fork):
         with pytest.raises(RuntimeError, match=r"reorder_cache of this cache was interrupted.*reset\(\)"):
             operation()
@@ -173,3 +176,74 @@ def test_counting_anew_finds_what_was_counted(num_blocks: int) -> None:
         rest = allocator.allocate(free)
         assert sorted({*first, *second, *rest}) == list(range(num_blocks))
         assert allocator.num_free == 0
+
+
+@pytest.mark.parametrize("layer", range(LAYERS))
+@pytest.mark.parametrize("tokens", [1, 20], ids=["from_the_blocks", "long_chunk"])
+@pytest.mark.parametrize("kind", KINDS)
+def test_an_exception_in_the_attention_function_takes_the_step_back(kind: str, tokens: int, layer: int) -> None:
+    """In the last layer too, behind whose update a step would count as done, and be appended twice when repeated."""
+    cache = PagedInt8Cache(CONFIG, **KINDS[kind])
+    step(cache, 20)
+    before = held(cache)
+    for index in range(layer + 1):
+        views = cache.update(rows(tokens, 1), rows(tokens, 2), index)
+    wrong_heads = torch.randn(2, 3, tokens, 16)
+    module: Any = SimpleNamespace(is_causal=True, num_key_value_groups=2, training=False)
+    with pytest.raises((ValueError, RuntimeError)):
+        int8_paged_attention(module, wrong_heads, *views, None)
+    assert [int(cache.get_seq_length(index)) for index in range(LAYERS)] == [20] * LAYERS
+    assert same(held(cache), before)
+    step(cache, 1)
+
+
+def test_an_exception_over_older_views_leaves_the_newer_step_alone() -> None:
+    cache = PagedInt8Cache(CONFIG)
+    step(cache, 20)
+    older = cache.update(rows(1, 1), rows(1, 2), 0)
+    cache.update(rows(1, 1), rows(1, 2), 1)
+    step(cache, 2)
+    with pytest.raises((ValueError, RuntimeError)):
+        int8_paged_attention(torch.nn.Identity(), torch.randn(2, 3, 1, 16), *older, None)
+    assert cache.get_seq_length() == 23
+
+
+def test_a_recurrent_state_that_has_moved_on_is_not_repeated_on() -> None:
+    """Linear layers before the one that failed have taken the step's tokens in, and cannot give them back."""
+    linear: dict[str, Any] = {
+        "linear_num_key_heads": 2, "linear_num_value_heads": 4, "linear_key_head_dim": 16, "linear_value_head_dim": 16,
+        "layer_types": ["linear_attention", "full_attention"], "head_dim": 16, "vocab_size": 64, "num_experts": 4, "num_experts_per_tok": 2,
+        "moe_intermediate_size": 32, "shared_expert_intermediate_size": 32,
+    }  # fmt: skip
+    torch.manual_seed(0)
+    model = Qwen3NextForCausalLM(Qwen3NextConfig(**SIZES, **linear)).eval()
+    model.set_attn_implementation("int8_paged")
+    cache = PagedInt8Cache(model.config, max_tokens=32)
+    kinds = [type(layer).__name__ for layer in cache.layers]
+    assert kinds.index("PagedInt8Layer") > 0
+    with torch.no_grad():
+        with pytest.raises(CacheFullError):  # of a first prompt nothing is left, anywhere
+            model(random_ids(1, 40) % 64, past_key_values=cache)
+        first = model(random_ids(1, 30) % 64, past_key_values=cache).logits
+        with pytest.raises(CacheFullError):
+            model(random_ids(1, 5) % 64, past_key_values=cache)
+        with pytest.raises(RuntimeError, match=r"a step of this cache was interrupted.*reset\(\)"):
+            model(random_ids(1, 1) % 64, past_key_values=cache)
+        cache.reset()
+        assert torch.equal(model(random_ids(1, 30) % 64, past_key_values=cache).logits, first)
+
+
+def test_an_assignment_that_was_interrupted_says_so(monkeypatch: pytest.MonkeyPatch) -> None:
+    cache = PagedInt8Cache(CONFIG)
+    step(cache, 20)
+    layer = cache.layers[0]
+
+    def assign() -> None:
+        layer.keys = rows(20, 9)
+
+    interrupt(monkeypatch, layer, "_append", interrupting(layer._append), assign)
+    for operation in (lambda: step(cache, 1), lambda: cache.crop(-1), assign):
+        with pytest.raises(RuntimeError, match=r"an assignment of keys.*interrupted.*reset\(\)"):
+            operation()
+    cache.reset()
+    step(cache, 20)

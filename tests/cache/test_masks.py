@@ -7,9 +7,9 @@ import torch
 from transformers import BigBirdPegasusConfig, GptOssConfig, LlamaConfig, NllbMoeConfig
 
 from hf_int8_paged import PagedInt8Cache
-from hf_int8_paged.attention import int8_paged_attention
-from hf_int8_paged.mask_function import int8_paged_mask
-from hf_int8_paged.masks import needs_additive_masks
+from hf_int8_paged.seam.attention import int8_paged_attention
+from hf_int8_paged.seam.mask_function import int8_paged_mask
+from hf_int8_paged.seam.masks import needs_additive_masks
 from tests.models import tiny_model
 
 

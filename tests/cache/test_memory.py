@@ -138,7 +138,7 @@ class SpyBackend:
 def test_decode_never_waits_for_the_device(name, padded, monkeypatch):
     """A whole model on the meta device, which has no data: whatever needed a value on the host would fail there, and
     what waits or copies to the host is counted besides. Only a first prompt may wait: equal ones are looked for."""
-    monkeypatch.setattr("hf_int8_paged.layers.same_prompts", lambda key_states: None)
+    monkeypatch.setattr("hf_int8_paged.sequences.growing_room.same_prompts", lambda key_states: None)
     model = tiny_model(name).to("meta")
     model.set_attn_implementation("int8_paged")
     cache, spy = PagedInt8Cache(model.config), SpyBackend()
@@ -146,7 +146,7 @@ def test_decode_never_waits_for_the_device(name, padded, monkeypatch):
     keys = torch.empty(2, 2, 20, model.model.layers[0].self_attn.head_dim, device="meta")
     for layer in cache.layers:
         layer.lazy_initialization(keys, keys)
-        layer._backend = spy
+        layer.room.backend = spy
     for layer in cache.layers:
         cache.update(keys, keys, layer.index)
     spy.calls.clear()

@@ -10,7 +10,7 @@ import torch
 
 from hf_int8_paged import PagedInt8Cache
 from hf_int8_paged.kernels import load_backend, why_unavailable
-from hf_int8_paged.views import PagedView
+from hf_int8_paged.seam.views import PagedView
 from tests.models import TINY, random_ids, tiny_model
 
 from .shadowed_cache import ShadowedCache

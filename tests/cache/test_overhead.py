@@ -93,7 +93,7 @@ def test_a_block_table_is_copied_to_the_device_when_a_block_was_added_and_nothin
     prompt, row = (torch.empty(1, 2, tokens, 16, device="meta") for tokens in (20, 1))
     for layer in cache.layers:
         layer.lazy_initialization(prompt, prompt)
-        layer._backend = LaunchesNothing()
+        layer.room.backend = LaunchesNothing()
     copies = []
     for tokens in [prompt, *[row] * 40]:
         with Operators() as counted:

@@ -173,7 +173,7 @@ def test_a_second_thread_inside_one_cache_is_refused(operation: str, monkeypatch
     rows = torch.randn(2, 2, 20, 16)
     for layer in range(LAYERS):
         cache.update(rows, rows, layer)
-    backend = cache.layers[1]._backend
+    backend = cache.layers[1].room.backend
     inside, release, append = threading.Event(), threading.Event(), backend.append
 
     def slow_append(*args) -> None:

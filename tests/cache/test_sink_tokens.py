@@ -167,9 +167,9 @@ def test_what_follows_a_prompt_that_was_cropped_to_padding_is_seen(kind: str, ba
 def test_padding_whose_block_was_given_back_is_not_gone_back_to(backend: str):
     cache = PagedInt8Cache(ready().config, backend=backend)
     rows = torch.randn(2, 2, 40, 16, generator=torch.Generator().manual_seed(0))
+    cache._sequences.padding.leave(torch.arange(40) >= torch.tensor([0, 20])[:, None])
     for layer in cache.layers:
         keys: Any = cache.update(rows, rows, layer.index)[0]
-        layer.note_padding(torch.arange(40) >= torch.tensor([0, 20])[:, None], (rows, rows))
     with pytest.raises(RuntimeError, match="cannot go back to 10 tokens: of sequence 1 only padding would be left"):
         cache.crop(-30)
     assert cache.get_seq_length() == 40
@@ -222,19 +222,6 @@ def test_short_first_prompts_are_centred_once_there_are_16_tokens(name: str, pad
         torch.testing.assert_close(layer.storage.key_center, centre, rtol=1e-4, atol=1e-4)
     real_tokens = sum(steps) - min(padding)
     assert bool(cache.layers[0].storage.key_center.any()) == (real_tokens >= 16)
-
-
-def test_a_mask_that_is_known_too_late_moves_nothing():
-    """Layers that have stored their first tokens, padding, already would not follow."""
-    cache = PagedInt8Cache(ready().config)
-    rows = torch.randn(2, 2, 40, 16, generator=torch.Generator().manual_seed(0))
-    views = [cache.update(rows, rows, layer) for layer in range(3)]
-    tokens = torch.ones(2, 40, dtype=torch.bool)
-    tokens[1, :9] = False
-    for layer, (keys, _) in zip(cache.layers, views):
-        layer.note_padding(tokens, keys.content.fresh)
-    for layer in range(3):
-        assert exact_tokens(cache, layer, rows) == [[0], [0]]
 
 
 def test_other_implementations_keep_the_first_position():

@@ -10,8 +10,9 @@ import torch
 from torch._dynamo.utils import counters
 from transformers import CompileConfig
 
-from hf_int8_paged import CacheFullError, PagedInt8Cache, compiled_ops, masks
-from hf_int8_paged.kernels import alloc_paged_int8_layer, reference
+from hf_int8_paged import CacheFullError, PagedInt8Cache
+from hf_int8_paged.kernels import Scoring, alloc_paged_int8_layer, reference
+from hf_int8_paged.seam import masks, operators
 from tests.models import random_ids, tiny_model, tipped_roundings
 
 GREEDY = {"do_sample": False, "pad_token_id": 0}
@@ -134,8 +135,8 @@ def test_a_forward_pass_compiled_by_hand_computes_the_same(name, monkeypatch):
 @pytest.mark.slow
 def test_decoding_compiles_with_inductor(monkeypatch):
     """To one graph, whose operators work on the storages that the layers own: what backends know of them stays."""
-    used, find = [], compiled_ops._storage_of
-    monkeypatch.setattr(compiled_ops, "_storage_of", lambda *given: used.append(find(*given)) or used[-1])
+    used, find = [], operators._storage
+    monkeypatch.setattr(operators, "_storage", lambda *given: used.append(find(*given)) or used[-1])
     model, ids = ready("llama", num_hidden_layers=2), random_ids(2, 21, seed=9)
     expected = model.generate(ids, past_key_values=PagedInt8Cache(model.config), max_new_tokens=40, **GREEDY)
     torch._dynamo.reset()
@@ -151,47 +152,58 @@ def test_decoding_compiles_with_inductor(monkeypatch):
     assert all(any(storage is own for own in owned) for storage in used)
 
 
-def flat_storage() -> tuple:
+def flat_storage() -> tuple[list[torch.Tensor], str]:
     storage = alloc_paged_int8_layer(4, 16, 2, 32, backend="reference")
     for tensor in (storage.k, storage.v, storage.k_scales, storage.v_scales):
         tensor.fill_(1)
-    return compiled_ops.flat(storage)
+    return operators.flat_storage(storage)
 
 
 def test_operators_declare_what_they_do():
     """Schema, fakes and mutations, by torch's own check."""
-    storage = flat_storage()
+    storage, names = flat_storage()
     table = torch.tensor([[0, 1], [2, 3]], dtype=torch.int32)
     lens = torch.tensor([5, 20], dtype=torch.int32)
     new = torch.randn(2, 2, 3, 32)
-    torch.library.opcheck(compiled_ops.append, (new, new, *storage, table, lens))
+    where = [table, lens]
+    torch.library.opcheck(operators.append, (*storage, [], names, [new, new], where))
     mask = torch.rand(2, 32) > 0.3
     query = torch.randn(2, 4, 1, 32)
     rows = torch.randn(2, 2, 3, 32)
     places = torch.tensor([[1, 0], [0, 2], [3, 4]], dtype=torch.int32)
-    for first_tokens in ((None, None, None, 0), (rows, rows.neg(), places, 32)):
-        scoring = (0.2, 30.0, torch.randn(4), mask)
-        torch.library.opcheck(compiled_ops.attend, (query, *storage, table, lens, 9, *first_tokens, *scoring))
-        dense = (32, torch.float32, *first_tokens)
-        torch.library.opcheck(compiled_ops.gather_dense, (*storage, table, lens, *dense))
+    scoring = operators.flat_scoring(Scoring(0.2, 30.0, torch.randn(4), mask))
+    for first_tokens in ([], [rows, rows.neg(), places]):
+        torch.library.opcheck(operators.attend, (query, storage, names, where, 9, first_tokens, *scoring))
+        torch.library.opcheck(operators.gather_dense, (storage, names, where, first_tokens, 32, torch.float32))
+
+
+def test_scoring_comes_out_of_an_operator_as_it_went_in():
+    """Whatever fields it has: a new option is one more field."""
+    mask = torch.ones(1, 3, dtype=torch.bool)
+    for scoring in (Scoring(0.2), Scoring(0.5, 30.0, torch.randn(4), mask, 7), Scoring(0.1, None, None, mask)):
+        tensors, numbers = operators.flat_scoring(scoring)
+        assert all(x is None or isinstance(x, torch.Tensor) for x in tensors)
+        again = operators._scoring(tensors, numbers)
+        assert all(a is b or (a == b and type(a) is type(b)) for a, b in zip(again, scoring, strict=True))
 
 
 def test_operators_find_the_storage_of_the_layer_that_owns_it():
     """What a backend knows of a storage is kept with the object: another one of the same tensors would begin anew."""
     owned = alloc_paged_int8_layer(4, 16, 2, 32, backend="reference", center_keys=True)
-    compiled_ops.remember(owned)
-    aliases = [x.detach() if isinstance(x, torch.Tensor) else x for x in compiled_ops.flat(owned)]
-    assert compiled_ops._storage_of(*aliases) is owned
-    others = [
-        *aliases[:2], aliases[2].clone(), *aliases[3:],
-    ]  # fmt: skip
-    assert compiled_ops._storage_of(*others).k_scales is others[2]
-    assert compiled_ops._storage_of(*aliases[:-2], "hadamard", aliases[-1]).rotation == "hadamard"
+    operators.remember(owned)
+    tensors, names = operators.flat_storage(owned)
+    aliases = [x.detach() for x in tensors]
+    assert operators._storage(aliases, names) is owned
+    others = [*aliases[:2], aliases[2].clone(), *aliases[3:]]
+    assert operators._storage(others, names).k_scales is others[2]
+    assert operators._storage(aliases[:4], names).key_center is None
+    assert names == "reference row_major None int8"
+    assert operators._storage(aliases, "reference row_major hadamard int8").rotation == "hadamard"
     gone, address = weakref.ref(owned), owned.k.data_ptr()
     del owned
     gc.collect()
     assert gone() is None
-    assert address not in compiled_ops._owned
+    assert address not in operators._owned
 
 
 def test_limits():

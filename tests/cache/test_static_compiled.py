@@ -52,7 +52,7 @@ def test_a_prompt_compiled_in_chunks_gives_the_same_tokens(chunk, name, implemen
     assert torch.equal(tokens, expected)
     # Nothing else than the first layer's allocation, which serves all layers; it is counted once per frame around it.
     assert len(counters["graph_break"]) == 1
-    assert all("_prepare_all" in reason for reason in counters["graph_break"])
+    assert all("_allocate_all" in reason for reason in counters["graph_break"])
 
 
 @pytest.mark.slow
@@ -66,6 +66,20 @@ def test_generate_with_a_forward_compiled_by_hand(kind, name, implementation):
     model.forward = torch.compile(model.forward, backend="eager")
     cache = (growing if kind == "growing" else static)(model)
     assert torch.equal(model.generate(ids, past_key_values=cache, max_new_tokens=6, **GREEDY), expected)
+
+
+@pytest.mark.slow
+def test_a_growing_cache_within_a_forward_compiled_by_inductor():
+    """The graph breaks in each layer twice, at `update` and at the attention function, and nowhere else."""
+    model, ids = ready("llama"), random_ids(2, 21, seed=9)
+    expected = model.generate(ids, past_key_values=growing(model), max_new_tokens=6, **GREEDY)
+    torch._dynamo.reset()
+    counters.clear()
+    model.forward = torch.compile(model.forward)
+    assert torch.equal(model.generate(ids, past_key_values=growing(model), max_new_tokens=6, **GREEDY), expected)
+    places = ("_update_outside_graphs", "int8_paged_attention")
+    assert len(counters["graph_break"]) == len(places)
+    assert all(any(f"<function {place} " in reason for reason in counters["graph_break"]) for place in places)
 
 
 def test_early_initialization_needs_no_graph_break():
@@ -91,7 +105,7 @@ def test_a_compiled_step_under_another_attention_leaves_nothing_behind():
     with torch.no_grad():
         model(random_ids(2, 20), past_key_values=cache)
         step(random_ids(2, 1), past_key_values=cache, position_ids=torch.full((2, 1), 20), use_cache=True)
-    memory = weakref.ref(cache.layers[-1].memory)
+    memory = weakref.ref(cache.layers[-1].room.memory)
     del cache, step
     torch._dynamo.reset()
     gc.collect()
@@ -100,7 +114,7 @@ def test_a_compiled_step_under_another_attention_leaves_nothing_behind():
 
 def test_a_step_takes_only_what_its_own_update_returned():
     """Another thread traces a step between an update and its attention."""
-    from hf_int8_paged.views import layer_of, stands_for
+    from hf_int8_paged.seam.views import layer_of, stands_for
 
     mine, other = (torch.zeros(2), torch.zeros(2)), (torch.zeros(2), torch.zeros(2))
     stands_for("mine", *mine)

@@ -10,8 +10,9 @@ import torch
 from hf_int8_paged import CacheFullError, PagedInt8Cache
 from tests.models import random_ids, tiny_model
 
+from .conftest import BACKENDS
+
 GREEDY = {"do_sample": False, "pad_token_id": 0}
-BACKENDS = ["reference", "cpu"]
 
 
 def ready(name: str = "llama", **changes):
@@ -28,8 +29,8 @@ def contents(cache: PagedInt8Cache) -> list[torch.Tensor]:
     """Copies of every tensor that a step writes to."""
     tensors = []
     for layer in cache.layers:
-        memory = layer.memory
-        tensors += [*memory.tensors[:4], memory.lens, memory.length, memory.sinks.places, *memory.sinks.rows]
+        memory = layer.room.memory
+        tensors += [*memory.tensors[:4], memory.lens, memory.length, *memory.first_tokens.tensors]
     return [tensor.clone() for tensor in tensors]
 
 

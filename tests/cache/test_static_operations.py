@@ -58,7 +58,7 @@ def test_a_window_that_cannot_go_back_says_so_and_nothing_changes():
     cache = both(model, 2, 256)[1]
     logits(model, cache, random_ids(2, 200))
     lengths = [int(layer.get_seq_length()) for layer in cache.layers]
-    room = cache.layers[0].most_to_crop
+    room = cache.layers[0].room.most_to_crop
     with pytest.raises(RuntimeError, match=rf"cannot go back to 100 tokens.*can give back {room} tokens"):
         cache.crop(-100)
     assert [int(layer.get_seq_length()) for layer in cache.layers] == lengths

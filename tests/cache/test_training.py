@@ -10,7 +10,8 @@ import torch
 from torch.utils.data import TensorDataset
 from transformers import DynamicCache, Trainer, TrainingArguments
 
-from hf_int8_paged import PagedInt8Cache, once
+from hf_int8_paged import PagedInt8Cache
+from hf_int8_paged.seam import once
 from tests.models import random_ids, tiny_model
 
 

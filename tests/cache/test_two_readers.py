@@ -12,7 +12,7 @@ import torch
 
 from hf_int8_paged import PagedInt8Cache
 from hf_int8_paged.kernels import Scoring, why_unavailable
-from hf_int8_paged.views import PagedView
+from hf_int8_paged.seam.views import PagedView
 from tests.kernels.helpers import device_of
 from tests.models import tiny_model
 
@@ -86,10 +86,10 @@ def test_equal_prompts_of_which_only_the_first_is_padded(backend: str) -> None:
     config, generator = tiny_model("llama").config, torch.Generator().manual_seed(0)
     cache = ShadowedCache(config, padding=(20, 0, 3), backend=backend)
     mask = torch.arange(40) >= torch.tensor(cache.padding)[:, None]
+    cache._sequences.padding.leave(mask)
     for count in (40, 1):
         for layer in cache.layers:
             k, v = (torch.randn(1, 2, count, 16, generator=generator).repeat(3, 1, 1, 1) + 1 for _ in "kv")
             cache.update(k, v, layer.index)
-            layer.note_padding(mask, (k, v) if count > 1 else None)
     cache.check()
-    assert cache.layers[0].group.table.allocator.num_used == 2 + 3
+    assert cache.layers[0].room.group.table.allocator.num_used == 2 + 3

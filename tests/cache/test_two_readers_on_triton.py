@@ -9,14 +9,19 @@ import pytest
 from tests.kernels.conftest import INTERPRETED
 from tests.kernels.test_triton import in_another_python
 
+FILES = [
+    "two_readers", "state_machine", "decoding_matrix", "operations", "sink_tokens", "static_limits", "fuzz", "layouts",
+]  # fmt: skip
+
 
 @pytest.mark.slow
 @pytest.mark.interpreted
 @pytest.mark.skipif(INTERPRETED, reason="this process interprets the kernels itself")
-@pytest.mark.parametrize("file", ["two_readers", "state_machine", "decoding_matrix", "operations", "sink_tokens"])
+@pytest.mark.parametrize("file", FILES)
 def test_interpreted(file: str, record_property: Callable[[str, str], None]) -> None:
-    path = f"tests/cache/test_{file}.py"
-    run = in_another_python(["-m", "pytest", "-q", "-k", "triton", path], TRITON_INTERPRET="1")
+    folder = "kernels" if file in ("fuzz", "layouts") else "cache"
+    arguments = ["-m", "pytest", "-q", "-k", "triton", f"tests/{folder}/test_{file}.py"]
+    run = in_another_python(arguments, TRITON_INTERPRET="1", HF_INT8_PAGED_FUZZ="1000")
     assert run.returncode == 0
     assert " passed" in run.stdout
     for line in run.stdout.splitlines():

@@ -10,7 +10,7 @@ import torch
 
 from hf_int8_paged import PagedInt8Cache
 from hf_int8_paged.kernels.triton import backend as triton_backend
-from hf_int8_paged.layers import PagedInt8Layer
+from hf_int8_paged.layer import PagedInt8Layer
 from tests.kernels.conftest import on_the_device
 from tests.kernels.helpers import device_of
 from tests.models import random_ids, tiny_model, tipped_roundings

@@ -15,8 +15,8 @@ import pytest
 import torch
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
-from hf_int8_paged.attention import NAME, int8_paged_attention
-from hf_int8_paged.views import PagedView
+from hf_int8_paged.seam.attention import NAME, int8_paged_attention
+from hf_int8_paged.seam.views import PagedView
 from tests.kernels.helpers import hadamard_matrix
 
 #: Unit roundoff of float32.
@@ -187,7 +187,7 @@ class CheckedAttention:
         module: Any, query: torch.Tensor, key: PagedView, value: PagedView, mask: torch.Tensor | None, **options: Any
     ) -> Attention:
         layer, stop = key.content.layer, key.content.stop
-        window = layer.group.window if hasattr(layer, "group") else layer.window
+        window = layer.window
         causal = options.get("is_causal")
         causal = getattr(module, "is_causal", True) if causal is None else causal
         if causal and not isinstance(layer.get_seq_length(), torch.Tensor):

@@ -5,12 +5,14 @@ from __future__ import annotations
 import copy
 import functools
 from collections.abc import Callable
+from types import SimpleNamespace
 from typing import Any, NamedTuple
 
 import torch
 from transformers import LlamaConfig
 
 from hf_int8_paged import PagedInt8Cache
+from hf_int8_paged.seam.attention import int8_paged_attention
 
 LAYERS, HEADS, DIM, WINDOW = 3, 1, 16, 20
 _OPTIONS: dict[str, Any] = {
@@ -22,6 +24,8 @@ _OPTIONS: dict[str, Any] = {
     "sliding_window": WINDOW,
 }
 CONFIG = LlamaConfig(**_OPTIONS)
+#: Stands for a model's attention module.
+MODULE: Any = SimpleNamespace(is_causal=True, num_key_value_groups=2, training=False)
 #: Options of the cache, by kind.
 KINDS: dict[str, dict[str, Any]] = {"growing": {}, "preallocated": {"max_batch_size": 4, "max_cache_len": 80}}
 
@@ -66,10 +70,20 @@ def equal_rows(seed: int, batch: int, tokens: int) -> torch.Tensor:
     return rows(seed, 1, tokens).repeat(batch, 1, 1, 1)
 
 
-class Step:
-    """A forward pass of ``tokens`` tokens: every layer is updated, and told of padding as the attention function does.
+@functools.cache
+def queries(batch: int, tokens: int) -> torch.Tensor:
+    """Random queries ``[batch, 2 * HEADS, tokens, DIM]``."""
+    return torch.randn(batch, 2 * HEADS, tokens, DIM, generator=torch.Generator().manual_seed(tokens))
 
-    The last layer is not: what comes after its update is behind the step, which then counts as done.
+
+def assign(world: World) -> None:
+    """Other values for one layer."""
+    world.main.layers[1].values = rows(9, 2, 21)
+
+
+class Step:
+    """A forward pass of ``tokens`` tokens, after the mask function has said what padding is: every layer is updated and
+    then attended to.
 
     Args:
         tokens: per sequence.
@@ -85,12 +99,14 @@ class Step:
 
     def __call__(self, world: World) -> None:
         cache, padded = world.main, not bool(self.mask.all())
+        if padded:
+            # As `get_mask_sizes` and the mask function do.
+            cache._sequences.padding.leave(self.mask)
         for index in range(LAYERS):
             make = equal_rows if index < self.equal_layers else rows
             keys, values = (make(10 * self.tokens + 2 * index + i, self.batch, self.tokens) for i in range(2))
-            cache.update(keys, values, index)
-            if padded and index < LAYERS - 1:
-                cache.layers[index].note_padding(self.mask, (keys, values))
+            views = cache.update(keys, values, index)
+            int8_paged_attention(MODULE, queries(self.batch, self.tokens), *views, None)
 
 
 def fork(world: World) -> None:
@@ -142,6 +158,7 @@ SCENARIOS: dict[str, Scenario] = {
     "batch_repeat_interleave": Scenario((Step(20),), call("batch_repeat_interleave", 2)),
     "fork": Scenario((Step(20),), fork),
     "deepcopy": Scenario((Step(20), Step(1)), deepcopy),
+    "assignment of values": Scenario((Step(20), fork, Step(1)), assign, _GROWING),
     "reset": Scenario((Step(20), Step(1)), call("reset")),
     "deletion": Scenario((Step(20), Step(1)), delete, _GROWING),
     "deletion of one of two": Scenario((Step(20), fork, Step(1)), delete, _GROWING),

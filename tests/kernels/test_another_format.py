@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from typing import Any
 
 import pytest
 import torch
+from transformers import DynamicCache
 
+from hf_int8_paged import PagedInt8Cache
 from hf_int8_paged.kernels import (
     BACKENDS,
     Format,
@@ -21,6 +24,7 @@ from hf_int8_paged.kernels import (
     register_format,
     why_unavailable,
 )
+from tests.models import random_ids, tiny_model
 
 
 class Int16(Format):
@@ -109,3 +113,34 @@ def test_unknown_and_taken_names() -> None:
         alloc_paged_int8_layer(4, 16, 2, 64, format="int4")
     with pytest.raises(ValueError, match="another format is called 'int16' already"):
         register_format(Int16())
+
+
+@pytest.mark.parametrize("kind", [{}, {"max_batch_size": 1, "max_cache_len": 64}], ids=["growing", "preallocated"])
+def test_a_cache_takes_it_by_its_name(kind: dict[str, Any]) -> None:
+    """Attention from 16-bit rows is that of the unquantized model, 256 times as close as int8's."""
+    model = tiny_model("llama")
+    ids = random_ids(1, 30)
+    off = {}
+    for name in ("int16", "int8"):
+        cache = PagedInt8Cache(model.config, format=name, backend="reference", **kind)
+        steps: list[Any] = [DynamicCache(config=model.config), cache]
+        logits = []
+        for each, implementation in zip(steps, ("sdpa", "int8_paged")):
+            model.set_attn_implementation(implementation)
+            with torch.no_grad():
+                model(ids[:, :29], past_key_values=each)
+                logits.append(model(ids[:, 29:], past_key_values=each).logits)
+        off[name] = float((logits[0] - logits[1]).abs().max())
+        assert cache.layers[0].storage.format == name
+    assert off["int16"] < off["int8"] / 30
+
+
+@pytest.mark.parametrize(("options", "error"), [({"format": "int4"}, ValueError), ({"format": 16}, TypeError)])
+def test_a_cache_refuses_a_format_that_is_none(options: dict[str, Any], error: type[Exception]) -> None:
+    with pytest.raises(error, match="format"):
+        PagedInt8Cache(tiny_model("llama").config, **options)
+
+
+def test_a_cache_says_which_backend_cannot_serve_it() -> None:
+    with pytest.raises(ValueError, match="serves the format int8, not 'int16'"):
+        PagedInt8Cache(tiny_model("llama").config, format="int16", backend="cpu", device="cpu")

@@ -148,7 +148,9 @@ FINE = {
 @pytest.mark.parametrize("backend", NATIVE)
 @pytest.mark.parametrize("function", POINTERS)
 def test_every_tensor_of_every_record_is_refused_or_read_as_it_is(backend: str, function: str) -> None:
-    if function == "attend_to_fresh" and not load_backend(backend).LONG_CHUNKS:
+    if (function == "attend_to_fresh" and not load_backend(backend).LONG_CHUNKS) or (
+        function in ("gather", "copy") and backend == "triton"
+    ):
         return  # torch computes it, which checks on its own
     filled = arguments(backend)
     fill(filled, backend)

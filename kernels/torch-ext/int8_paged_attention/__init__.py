@@ -32,7 +32,7 @@ from .checks import (
 from .conditioning import ROTATIONS, mean_key
 from .decode_attention import int8_paged_decode_attention
 from .first_tokens import MAX_FIRST_TOKENS, FirstTokens
-from .formats import FORMATS, Format, register_format
+from .formats import FORMATS, INT8, Format, format_called, register_format
 from .ragged_attention import int8_paged_ragged_attention
 from .storage import TILE_ORDERS, KvCacheQuant
 
@@ -40,6 +40,7 @@ __all__ = [
     "BACKENDS",
     "FLOAT_DTYPES",
     "FORMATS",
+    "INT8",
     "MAX_DECODE_ROWS",
     "MAX_FIRST_TOKENS",
     "MAX_HEAD_DIM",
@@ -53,6 +54,7 @@ __all__ = [
     "Tokens",
     "alloc_paged_int8_layer",
     "copy_blocks",
+    "format_called",
     "gather_dense",
     "int8_kv_append_paged",
     "int8_paged_decode_attention",

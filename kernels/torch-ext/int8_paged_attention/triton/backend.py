@@ -14,6 +14,7 @@ from ..checks import MAX_NATIVE_HEAD_DIM
 from ..first_tokens import FirstTokens
 from ..formats import INT8
 from ..ragged import append_ragged, attend_ragged
+from ..reference import attend as attend_in_torch
 from ..reference import copy, empty, gather
 from ..storage import KvCacheQuant
 from .append import launch_append
@@ -73,6 +74,9 @@ def attend(
         return attend_ragged(attend, out, q, storage, tokens, scoring, fresh, first_tokens)
     if not out.numel():
         return
+    if not storage.num_blocks or not tokens.block_table.shape[1]:
+        # There is no address to read from, but perhaps there are first tokens or fresh ones.
+        return attend_in_torch(out, q, storage, tokens, scoring, fresh, first_tokens)
     exact = out
     if INTERPRETED:
         exact, q = _interpretable(out), _interpretable(q)
@@ -80,8 +84,6 @@ def attend(
         if INTERPRETED:
             fresh = _interpretable(fresh[0]), _interpretable(fresh[1])
         launch_on(out.device, launch_extend, exact, q, storage, tokens, scoring, fresh, first_tokens)
-    elif not storage.num_blocks or not tokens.block_table.shape[1]:
-        exact.zero_()
     else:
         chip = chip_of(out.device)
         launch_on(

@@ -6,9 +6,9 @@ from typing import NamedTuple
 
 import torch
 
+from ..pool import Centring
 from .block_table import BlockTable
-from .pool import Centring
-from .sink_places import SinkPlaces
+from .first_tokens import FirstTokenPlaces
 
 
 class SequenceState(NamedTuple):
@@ -23,11 +23,9 @@ class SequenceState(NamedTuple):
         batch_size: sequences; None before the first token.
         step_start: where the newest tokens start.
         from_blocks: whether attention reads the newest tokens from the blocks.
-        sinks: where the tokens in full precision are; None if there are none.
-        prompt_tokens: in the first prompt's step, once it is known: bool ``[batch, tokens]`` on the host, False for
-            padding.
+        first_tokens: where the tokens in full precision are; None if there are none.
+        prompt_tokens: in a padded first prompt's step: bool ``[batch, tokens]`` on the host, False for padding.
         same_as: in the first prompt's step: for each sequence, the first one with the same prompt; None if all differ.
-        padding_known_to: length at which padding was last looked at.
         record_past: keep blocks that fall out of a window until the next `truncate`, so that it can bring them back.
         centrings: by layer, how the keys that the current step has centred were stored before.
         enough_for_center: tokens from which on the newest step may centre the keys; padding does not count.
@@ -40,10 +38,9 @@ class SequenceState(NamedTuple):
     batch_size: int | None = None
     step_start: int = 0
     from_blocks: bool = False
-    sinks: SinkPlaces | None = None
+    first_tokens: FirstTokenPlaces | None = None
     prompt_tokens: torch.Tensor | None = None
     same_as: list[int] | None = None
-    padding_known_to: int = 0
     record_past: bool = False
     centrings: dict[int, Centring] = {}  # noqa: RUF012 (never filled in: a step brings its own)
     enough_for_center: int = 0

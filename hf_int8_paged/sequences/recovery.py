@@ -2,15 +2,15 @@
 
 from __future__ import annotations
 
-from .layer_checks import refuse_broken
-from .layer_group import Group
-from .pool import Centring, PagedInt8Pool
-from .pool_access import Books, Writer
-from .sequence_state import SequenceState
+from ..layer_checks import refuse_broken
+from ..pool import Centring, PagedInt8Pool
+from ..pool_access import Books, Writer
+from .group import Group
+from .state import SequenceState
 
 
 class SequenceRecovery:
-    """The half of `Sequences` that undoes what an exception has ended; `Sequences` sets these attributes."""
+    """The half of `GrowingSequences` that undoes what an exception has ended. It sets these attributes."""
 
     pool: PagedInt8Pool
     writer: Writer
@@ -22,6 +22,15 @@ class SequenceRecovery:
     def truncate(self, length: int, *, keep_recorded: bool = False) -> None:
         """Forget all tokens from position ``length`` on."""
         raise NotImplementedError
+
+    @property
+    def broken(self) -> str | None:
+        """Name of an operation that was interrupted and could not be undone, or None."""
+        return self.books.state.broken
+
+    @broken.setter
+    def broken(self, operation: str | None) -> None:
+        self.books.state = self.books.state._replace(broken=operation)
 
     def refuse_if_broken(self) -> None:
         """Raise ``RuntimeError`` if an operation was interrupted and could not be undone."""
@@ -51,7 +60,7 @@ class SequenceRecovery:
             if can_undo and self.pool.access.turn == self._turn + 1:
                 self.books.state = before
             else:
-                self.books.state = self.books.state._replace(broken=operation)
+                self.broken = operation
             self.pool.access.count_anew()
 
     def take_back(self, length: int | None = None) -> None:
@@ -69,7 +78,7 @@ class SequenceRecovery:
     def _undo_centrings(self) -> None:
         for index, centring in self.books.state.centrings.items():
             if not self._undo_centring(index, centring):
-                self.books.state = self.books.state._replace(broken="a step")
+                self.broken = "a step"
 
     def _undo_centring(self, index: int, centring: Centring) -> bool:
         group = self.groups[centring.group]

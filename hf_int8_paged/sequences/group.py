@@ -1,15 +1,16 @@
-"""The layers of one cache that share a block table, and what a step's kernels need to know of it."""
+"""The layers of one growing cache that share a block table, and what a step's kernels need to know of it."""
 
 from __future__ import annotations
 
 import numpy as np
 import torch
 
-from .block_allocator import HOLE
+from ..block_allocator import HOLE
+from ..kernels import Tokens
+from ..layer_checks import LayerShape
+from ..pool_access import Books
+from ..seam.views import PagedView
 from .block_table import BlockTable
-from .kernels import Tokens
-from .pool_access import Books
-from .views import PagedView
 
 
 class Group:
@@ -48,23 +49,18 @@ class Group:
         return self.table.allocator.num_used == len(held) - (HOLE in held)
 
     def blank_views(
-        self,
-        batch: int,
-        tokens: int,
-        key_shape: tuple[int, int],
-        value_shape: tuple[int, int],
-        dtypes: tuple[torch.dtype, ...],
-        device: torch.device,
+        self, batch: int, tokens: int, shape: LayerShape, dtypes: tuple[torch.dtype, torch.dtype]
     ) -> tuple[PagedView, PagedView]:
         """Views of keys and of values, each ``[batch, heads, tokens, dim]``; ``dtypes`` are theirs.
 
         The first layer makes those of all layers at once: between two layers, a model's weights push everything that
         making one needs out of the processor's caches.
         """
-        kind = (batch, tokens, key_shape, value_shape, dtypes, device)
+        kind = (batch, tokens, shape, dtypes)
         made_for, views = self._blank
         if not views or kind != made_for:
-            of_keys, of_values = ((batch, heads, tokens, dim) for heads, dim in (key_shape, value_shape))
+            heads, *dims, device = shape
+            of_keys, of_values = ((batch, heads, tokens, dim) for dim in dims)
             views = [
                 (
                     PagedView.blank(of_keys, dtypes[0], device, is_values=False),
@@ -75,20 +71,16 @@ class Group:
             self._blank = kind, views
         return views.pop()
 
-    def tokens(self, device: torch.device, start: int) -> Tokens:
-        """Where the sequences' tokens are, on ``device``: made once per step for all layers.
-
-        Args:
-            device: where the layer's blocks are.
-            start: position of the step's first token.
-        """
-        table = self._books.state.tables[self.name]
+    def tokens(self, device: torch.device) -> Tokens:
+        """Where the sequences' tokens are, on ``device``: made once per step for all layers."""
+        state = self._books.state
+        table = state.tables[self.name]
         tokens = table.made.get(device)
         if tokens is None:
             batch = table.batch_size
             tokens = table.made[device] = Tokens(
                 table.ids_on(device),
-                torch.full((batch,), start, dtype=torch.int32, device=device),
+                torch.full((batch,), state.step_start, dtype=torch.int32, device=device),
                 torch.full((batch,), table.length, dtype=torch.int32, device=device),
                 self.window,
             )

@@ -2,25 +2,28 @@
 
 from __future__ import annotations
 
+import copy
 from operator import attrgetter
 
 import numpy as np
 import torch
 
-from .block_allocator import HOLE
+from ..block_allocator import HOLE
+from ..kernels import MAX_DECODE_ROWS
+from ..layer_checks import check_none_left_out
+from ..one_thread import OneThread
+from ..pool import MIN_CENTER_TOKENS, CacheFullError, PagedInt8Pool
+from ..pool_access import Books
+from ..seam.padding import Padding
 from .block_table import BlockTable
-from .kernels import MAX_DECODE_ROWS
-from .layer_checks import check_none_left_out
-from .layer_group import Group
-from .one_thread import OneThread
-from .pool import MIN_CENTER_TOKENS, CacheFullError, PagedInt8Pool
-from .pool_access import Books
-from .sequence_recovery import SequenceRecovery
-from .sequence_state import SequenceState
-from .sink_places import SinkPlaces
+from .first_tokens import FirstTokenPlaces
+from .group import Group
+from .growing_room import GrowingRoom
+from .recovery import SequenceRecovery
+from .state import SequenceState
 
 
-class Sequences(SequenceRecovery):
+class GrowingSequences(SequenceRecovery):
     """Lengths and block tables of one cache's sequences.
 
     The first layer that a forward pass updates calls `advance`, which finds blocks for the new tokens in
@@ -39,28 +42,26 @@ class Sequences(SequenceRecovery):
         self.max_cache_len = max_cache_len
         self.guard = OneThread()
         self.sink_tokens = sink_tokens
+        self.padding = Padding()
         self.groups: dict[str, Group] = {}
         self.books = Books(SequenceState({}, {}))
         pool.access.register(self, self.books)
         self.writer = pool.access.join()
         self._turn = 0
 
-    def add_group(self, window: int | None) -> Group:
-        """The group of layers with this window, made if need be."""
+    def add_room(self, index: int, window: int | None) -> GrowingRoom:
+        """Room for one more layer, whose window this is."""
         name = "full_attention" if window is None else f"sliding_attention_{window}"
         if name not in self.groups:
             self.books.state.tables[name] = BlockTable(self.pool.add_group(name), self.pool.block_size)
             self.groups[name] = Group(name, self.books, window)
         self.groups[name].num_layers += 1
-        return self.groups[name]
+        return GrowingRoom(index, self, self.groups[name])
 
     # Read in every layer and step, so without a Python function. `SequenceState` says what they are.
     length = property(attrgetter("books.state.length"))
     batch_size = property(attrgetter("books.state.batch_size"))
-    step_start = property(attrgetter("books.state.step_start"))
-    from_blocks = property(attrgetter("books.state.from_blocks"))
-    sinks = property(attrgetter("books.state.sinks"))
-    same_as = property(attrgetter("books.state.same_as"))
+    first_tokens = property(attrgetter("books.state.first_tokens"))
 
     @property
     def record_past(self) -> bool:
@@ -103,9 +104,12 @@ class Sequences(SequenceRecovery):
         # prompts have them at hand in full precision.
         from_blocks = new_tokens == 1 or (start > 0 and new_tokens <= MAX_DECODE_ROWS)
         distinct = batch if same_as is None else len(set(same_as))
-        sinks = state.sinks
+        tokens = self.padding.take(batch, stop)
+        padding_in_prompt = tokens is not None and not start and not tokens.all()
+        first_tokens = state.first_tokens
         if not start and self.sink_tokens:
-            sinks = SinkPlaces.of_prompt(np.ones((batch, new_tokens), bool), self.sink_tokens)
+            prompt = np.ones((batch, new_tokens), bool) if tokens is None else tokens
+            first_tokens = FirstTokenPlaces.of_prompt(prompt, self.sink_tokens)
         keep_from, needed = {}, {}
         with self.pool.access.exclusive():
             if not state.record_past:
@@ -117,6 +121,8 @@ class Sequences(SequenceRecovery):
             self.pool.ensure_free(needed)
             for name, table in tables.items():
                 self.pool.copy(name, table.extend(batch, new_tokens, keep_from[name], same_as))
+                if tokens is not None:
+                    self.groups[name].epoch += table.drop_unused(_needed(tokens, same_as))
             self.books.state = state._replace(
                 tables=tables,
                 layer_lengths=dict(state.layer_lengths),
@@ -124,11 +130,11 @@ class Sequences(SequenceRecovery):
                 batch_size=batch,
                 step_start=start,
                 from_blocks=from_blocks,
-                sinks=sinks,
-                prompt_tokens=None,
+                first_tokens=first_tokens,
+                prompt_tokens=torch.from_numpy(tokens) if padding_in_prompt else None,
                 same_as=same_as,
                 centrings={},
-                enough_for_center=MIN_CENTER_TOKENS + (0 if sinks is None else sinks.earliest),
+                enough_for_center=MIN_CENTER_TOKENS + (0 if first_tokens is None else first_tokens.earliest),
             )
         return self.books.state
 
@@ -147,54 +153,17 @@ class Sequences(SequenceRecovery):
             self.books.state = self.books.state._replace(tables=tables, same_as=None)
         return self.books.state
 
-    def drop_padding(self, used: torch.Tensor) -> bool:
-        """Give back the blocks that hold nothing but padding. What follows left padding is a sequence's first token,
-        and in the first prompt the keys of padding do not count for their mean.
-
-        Args:
-            used: bool ``[batch, tokens]``, False for padding. Read on the host: one wait per padded
-                prompt, in its first layer.
-
-        Returns:
-            Whether the first prompt turned out to be padded, after the current layer and no other has stored it.
-        """
-        state = self.books.state
-        if state.padding_known_to == state.length:
-            return False
-        tokens = used.cpu().numpy()
-        needed = tokens.copy()
-        for row, first in enumerate(state.same_as or ()):
-            # The first of equal prompts writes for all: its padding may be tokens of another.
-            needed[first] |= tokens[row]
-        # Layers that have stored theirs already would not follow.
-        only_layer = sum(held == state.length for held in state.layer_lengths.values()) == 1
-        prompt = tokens[:, : state.length]
-        padded = not state.step_start and only_layer and prompt.shape[1] == state.length and not prompt.all()
-        prompt_tokens, sinks = state.prompt_tokens, state.sinks
-        if padded:
-            prompt_tokens = torch.from_numpy(prompt)
-            if sinks is not None:
-                sinks = SinkPlaces.of_prompt(prompt, self.sink_tokens)
-        with self.pool.access.exclusive():
-            tables = state.copied_tables()
-            for name, group in self.groups.items():
-                group.epoch += tables[name].drop_unused(needed)
-            self.books.state = state._replace(
-                tables=tables, padding_known_to=state.length, prompt_tokens=prompt_tokens, sinks=sinks
-            )
-        return padded
-
     def select(self, rows: list[int]) -> None:
         """Make sequence i what sequence ``rows[i]`` is, sharing its blocks."""
         state = self.books.state
-        sinks = None if state.sinks is None else state.sinks.select(rows)
+        first_tokens = None if state.first_tokens is None else state.first_tokens.select(rows)
         with self.pool.access.exclusive():
             self._turn = self.pool.access.turn
             tables = state.copied_tables()
             for name, group in self.groups.items():
                 tables[name].select(rows)
                 group.epoch += 1
-            self.books.state = state._replace(tables=tables, batch_size=len(rows), sinks=sinks)
+            self.books.state = state._replace(tables=tables, batch_size=len(rows), first_tokens=first_tokens)
 
     def truncate(self, length: int, *, keep_recorded: bool = False) -> None:
         """Forget all tokens from position ``length`` on.
@@ -227,9 +196,9 @@ class Sequences(SequenceRecovery):
         if any(held != state.length for held in state.layer_lengths.values()):
             self._undo_centrings()
             state = self.books.state
-        sinks = state.sinks
-        if sinks is not None and length < sinks.limit:
-            sinks = sinks.truncate(length)
+        first_tokens = state.first_tokens
+        if first_tokens is not None and length < first_tokens.limit:
+            first_tokens = first_tokens.truncate(length)
         with self.pool.access.exclusive():
             self._turn = self.pool.access.turn
             tables = state.copied_tables()
@@ -243,7 +212,7 @@ class Sequences(SequenceRecovery):
                 layer_lengths={index: min(held, length) for index, held in state.layer_lengths.items()},
                 length=length,
                 step_start=min(state.step_start, length),
-                sinks=sinks,
+                first_tokens=first_tokens,
                 same_as=None,
                 centrings={},
             )
@@ -275,12 +244,33 @@ class Sequences(SequenceRecovery):
             self.books.state = self.books.state._replace(tables=tables)
         return self.books.state
 
-    def fork(self) -> Sequences:
-        """Sequences of their own over the same blocks."""
-        twin = Sequences(self.pool, self.max_cache_len, self.sink_tokens)
+    @property
+    def nbytes_allocated(self) -> int:
+        """Bytes of keys, values and scales allocated in the pool, all layers."""
+        return self.pool.nbytes_allocated
+
+    @property
+    def nbytes_used(self) -> int:
+        """Bytes of the pool's blocks that hold tokens, all layers."""
+        return self.pool.nbytes_used
+
+    def fork(self, layers: list) -> tuple[GrowingSequences, list]:
+        """Sequences of their own over the same blocks, and the cache's layers for them."""
+        twin = GrowingSequences(self.pool, self.max_cache_len, self.sink_tokens)
         for name, group in self.groups.items():
             twin.groups[name] = Group(name, twin.books, group.window)
             twin.groups[name].num_layers = group.num_layers
         with self.pool.access.exclusive():
             twin.books.state = self.books.state.forked()
-        return twin
+        return twin, [layer.fork(twin) if hasattr(layer, "room") else copy.deepcopy(layer) for layer in layers]
+
+
+def _needed(tokens: np.ndarray, same_as: list[int] | None) -> np.ndarray:
+    """Where blocks are needed, bool ``[batch, length]``, given where tokens are."""
+    if same_as is None:
+        return tokens
+    needed = tokens.copy()
+    for row, first in enumerate(same_as):
+        # The first of equal prompts writes for all: its padding may be tokens of another.
+        needed[first] |= tokens[row]
+    return needed

@@ -22,17 +22,18 @@ from transformers import AttentionInterface, AttentionMaskInterface, Cache
 from transformers.integrations.flex_attention import flex_attention_forward
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
+from ..kernels import MAX_DECODE_ROWS, Scoring
 from .dense_attention import dense_attention
-from .kernels import MAX_DECODE_ROWS, Scoring
 from .mask_function import Pattern, int8_paged_mask, pattern_of
 from .masks import causal_rows, with_bias, with_selected_keys
 from .once import hint_at_another_cache, no_weights
-from .views import Content, PagedView, layer_of, reading_views, refusing_views
+from .views import Content, PagedView, layer_of, part_of_the_step, reading_views, refusing_views
 
 #: The name under which both functions are registered: ``attn_implementation="int8_paged"``.
 NAME = "int8_paged"
 
 
+@part_of_the_step
 def int8_paged_attention(
     module: torch.nn.Module,
     query: torch.Tensor,
@@ -81,6 +82,8 @@ def int8_paged_attention(
     Returns:
         ``[batch, q_len, num_q_heads, v_head_dim]``, and ``None`` for the weights, which are never formed.
 
+    Where it raises, the cache is back at what it held before this forward pass.
+
     Raises:
         NotImplementedError: continuous batching.
         RuntimeError: the cache has dropped or moved tokens since ``key`` and ``value`` were made; or, where SDPA
@@ -119,13 +122,12 @@ def int8_paged_attention(
             scale = query.shape[-1] ** -0.5 if scaling is None else scaling
             of_all_heads = attention_mask is None or attention_mask.shape[1] == 1
             if of_all_heads and (mask is None or mask.dtype == torch.bool):
-                return layer.attend(query, Scoring(scale, softcap, s_aux, mask), 0), None
+                return layer.attend_on_device(query, Scoring(scale, softcap, s_aux, mask)), None
     elif isinstance(key, PagedView) and isinstance(value, PagedView):
         content = key.content
         window = content.layer.window
         paired = value.content == content and value.is_values > key.is_values
         pattern = pattern_of(attention_mask)
-        extended = None
         if paired and position_bias is None and sinks is None and not dropout:
             causal = is_causal if is_causal is not None else getattr(module, "is_causal", True)
             key_mask = _as_key_mask(attention_mask, pattern, query, key, causal)
@@ -140,18 +142,13 @@ def int8_paged_attention(
                 content.check_epoch()
                 fresh = content.fresh[0].to(query.dtype), content.fresh[1].to(query.dtype)
                 scoring = Scoring(scale, softcap, s_aux, *key_mask)
-                extended = content.layer.attend(query, scoring, content.stop, fresh)
-        if extended is None:
-            columns, (key, value) = key.shape[2], (key.tokens(), value.tokens())
-            if attention_mask is not None and attention_mask.shape[-1] == columns:
-                # The mask of a preallocated cache goes on behind the newest token.
-                attention_mask = attention_mask[..., : key.shape[2]]
-        if pattern is not None and pattern.padding is not None:
-            content.layer.note_padding(pattern.padding, content.fresh)
-        if extended is not None:
-            return extended, None
+                return content.layer.attend(query, scoring, content.stop, fresh), None
+        columns, (key, value) = key.shape[2], (key.tokens(), value.tokens())
+        if attention_mask is not None and attention_mask.shape[-1] == columns:
+            # The mask of a preallocated cache goes on behind the newest token.
+            attention_mask = attention_mask[..., : key.shape[2]]
     elif key.shape[2] > query.shape[2]:
-        hint_at_another_cache(sys._getframe(1))
+        hint_at_another_cache(sys._getframe(2))
     causal = is_causal if is_causal is not None else getattr(module, "is_causal", True)
     q_len, kv_len = query.shape[2], key.shape[2]
     if attention_mask is None and causal and q_len > 1 and (q_len < kv_len or (window or kv_len) < kv_len):

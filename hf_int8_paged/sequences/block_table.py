@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from .block_allocator import HOLE, BlockAllocator
+from ..block_allocator import HOLE, BlockAllocator
 
 
 class BlockTable:

@@ -30,6 +30,8 @@ class BackedLayer(Protocol):
 
     def note_dense_read(self) -> None: ...
 
+    def take_back_step(self, content: Content) -> None: ...
+
 
 #: Attribute of dense keys and values in a compiled graph, where no view can be made: the layer that they stand for. It
 #: is the tensor's own, so that it comes and goes with it.
@@ -140,6 +142,24 @@ class PagedView(ReadOnly):
         self.content.layer.note_dense_read()
         self._dense = self.tokens().contiguous()
         return self.dense()
+
+
+def part_of_the_step(function: Callable[_P, _R]) -> Callable[_P, _R]:
+    """An attention function with which a step ends: where an exception ends it, the cache goes back to before the step,
+    as it does for one in ``update``. Otherwise, in the last layer, the step would count as done."""
+
+    @functools.wraps(function)
+    def attention(*args: _P.args, **kwargs: _P.kwargs) -> _R:
+        try:
+            return function(*args, **kwargs)
+        except BaseException:
+            for x in args:
+                if isinstance(x, PagedView):
+                    x.content.layer.take_back_step(x.content)
+                    break
+            raise
+
+    return attention
 
 
 def refusing_views(name: str, function: Callable[_P, _R]) -> Callable[_P, _R]:

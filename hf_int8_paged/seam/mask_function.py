@@ -1,4 +1,5 @@
-"""The ``int8_paged`` mask function: what transformers makes before the first layer, and what is noted of it."""
+"""The ``int8_paged`` mask function: what transformers makes before the first layer. Its pattern is noted for the
+attention function, and padding for the cache."""
 
 from __future__ import annotations
 
@@ -9,6 +10,7 @@ import torch
 from transformers.masking_utils import causal_mask_function, eager_mask, sdpa_mask
 
 from .masks import needs_additive_masks
+from .padding import last_asked, version
 
 #: Attribute of a mask that is causal, with the layer's window and padding, and nothing else: a `Pattern`.
 _PATTERN = "_int8_paged_pattern"
@@ -58,6 +60,7 @@ def int8_paged_mask(
         ``None`` where nothing but causality and the layer's window restricts attention; a view of the padding
         mask, ``[batch_size, 1, 1, kv_length]``, for a single row; else bool ``[batch_size, 1, q_length, kv_length]``.
     """
+    asked = None if torch.compiler.is_compiling() else last_asked()
     # A position on the device is not read: that would wait for it. The mask of a single row does without.
     on_device = isinstance(q_offset, torch.Tensor)
     unread = on_device and q_length == 1
@@ -93,19 +96,16 @@ def int8_paged_mask(
         mask = torch.nn.functional.pad(mask, (0, kv_length - columns))
     if plain and mask is not None:
         window = None if mask_function is causal_mask_function else local_size
-        setattr(mask, _PATTERN, Pattern(attention_mask, window, _version(mask)))
+        setattr(mask, _PATTERN, Pattern(attention_mask, window, version(mask)))
+        if attention_mask is not None and asked is not None and asked.sizes == (kv_length, kv_offset):
+            asked.padding.leave(attention_mask, mask)
     return mask
 
 
 def pattern_of(mask: torch.Tensor | None) -> Pattern | None:
     """What `int8_paged_mask` noted of the mask, unless somebody has written into it since."""
     pattern: Pattern | None = getattr(mask, _PATTERN, None)
-    return pattern if pattern is None or mask is None or pattern.version == _version(mask) else None
-
-
-def _version(mask: torch.Tensor) -> int:
-    """The mask's version counter. Tensors made in inference mode have none, and the compiler knows of none."""
-    return 0 if torch.compiler.is_compiling() or mask.is_inference() else mask._version
+    return pattern if pattern is None or mask is None or pattern.version == version(mask) else None
 
 
 def _only_causal(mask_function: Callable, local_size: int | None, q_offset: int, kv_offset: int) -> bool:

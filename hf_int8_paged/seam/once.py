@@ -57,5 +57,5 @@ def hint_at_another_cache(caller: FrameType) -> None:
         if isinstance(cache, EncoderDecoderCache):
             caches += [cache.self_attention_cache, cache.cross_attention_cache]
     parts = [*caches, *(layer for cache in caches for layer in getattr(cache, "layers", ()))]
-    if caches and not any((type(part).__module__ or "").startswith(f"{__package__}.") for part in parts):
+    if caches and not any((type(part).__module__ or "").startswith("hf_int8_paged.") for part in parts):
         say_once(logging.WARNING, _ANOTHER_CACHE)

@@ -6,30 +6,48 @@ device. Compiled steps count on the device only; the host reads the lengths agai
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Sequence
-from typing import TYPE_CHECKING
+from typing import NamedTuple
 
-from .layer_checks import check_none_left_out, refuse_broken, way_back
-from .one_thread import OneThread
-from .pool import CacheFullError
+import torch
 
-if TYPE_CHECKING:
-    from .static_layers import PagedInt8StaticLayer
+from ..kernels import MAX_DECODE_ROWS
+from ..layer_checks import check_none_left_out, interrupted, refuse_broken
+from ..one_thread import OneThread
+from ..options import PoolOptions
+from ..pool import CacheFullError
+from ..seam.padding import Padding
+from .preallocated_room import PreallocatedRoom
 
 
-class StaticSequences:
+class PreallocatedStep(NamedTuple):
+    """The newest eager step; see `Step`."""
+
+    from_blocks: bool = False
+    prompt_tokens: torch.Tensor | None = None
+    enough_for_center: int = 0
+
+
+class PreallocatedSequences:
     """Lengths of one preallocated cache's sequences, which all have the same.
 
     Args:
         max_batch_size: most sequences.
         max_cache_len: most tokens per sequence.
+        options: what blocks are like.
+        sink_tokens: first tokens of a sequence that are kept in full precision.
     """
 
-    def __init__(self, max_batch_size: int, max_cache_len: int):
+    def __init__(self, max_batch_size: int, max_cache_len: int, options: PoolOptions, sink_tokens: int):
         self.max_batch_size = max_batch_size
         self.max_cache_len = max_cache_len
+        self.options = options
+        self.sink_tokens = sink_tokens
         self.guard = OneThread()
-        self.layers: list[PagedInt8StaticLayer] = []
+        self.padding = Padding()
+        self.rooms: list[PreallocatedRoom] = []
+        self.step = PreallocatedStep()
         #: Number of sequences; None before the first token.
         self.batch_size: int | None = None
         #: Where the newest step starts, for layers that it has yet to reach.
@@ -57,46 +75,45 @@ class StaticSequences:
         """Read from the device what compiled steps have made of the lengths."""
         if self.known and not self.captured:
             return
-        for layer in self.layers:
-            layer.count_again()
-        lengths = [layer.length for layer in self.layers]
+        for room in self.rooms:
+            room.count_again()
+        lengths = [room.counted for room in self.rooms]
         self._length = max(lengths, default=0)
         # Where some layers were compiled and others not, the step is still under way.
         self.step_start = min(lengths, default=0)
         self.known = True
 
-    def begin(self, layer: PagedInt8StaticLayer, batch: int, new_tokens: int) -> int:
-        """Where a layer's new tokens start. The first layer of a step begins it for all.
+    def add_room(self, index: int, window: int | None) -> PreallocatedRoom:
+        """Room for one more layer, whose window this is."""
+        self.rooms.append(PreallocatedRoom(index, self, window))
+        return self.rooms[-1]
 
-        Raises:
-            ValueError: another batch size, or a step that left layers out or was interrupted. Nothing has changed then.
-            CacheFullError: the tokens do not fit. Nothing has changed then.
-            RuntimeError: an operation was interrupted and could not be undone.
-        """
-        self.count_again()
-        # What goes before this line changes nothing, and what goes after it is undone if an exception ends it.
-        start = self.guard.inside["start"] = layer.length
+    def begin(self, room: PreallocatedRoom, start: int, keys: torch.Tensor) -> PreallocatedStep:
+        """Begin a step of a layer that holds ``start`` tokens; the first layer does it for all. See `Room.begin`."""
+        batch, new_tokens = keys.shape[0], keys.shape[2]
         stop = start + new_tokens
         if start != self._length:
             if start != self.step_start or stop != self._length or batch != self.batch_size:
-                raise ValueError(
-                    f"layer {layer.index} holds {start} tokens and got {new_tokens} more for {batch} sequences, while "
-                    f"the layers before it hold {self._length} for {self.batch_size}; if a forward pass was "
-                    f"interrupted, {way_back(self.step_start, self._length)}"
-                )
-            return start
+                raise interrupted(room.index, start, keys, self)
+            return self.step
         self.refuse_if_broken()
         self.check_batch(batch)
-        behind = [other for other in self.layers if other.length != start]
-        kept = min((other.length for other in behind), default=start)
-        check_none_left_out(len(self.layers), [other.index for other in behind], kept, start)
+        behind = [other for other in self.rooms if other.counted != start]
+        kept = min((other.counted for other in behind), default=start)
+        check_none_left_out(len(self.rooms), [other.index for other in behind], kept, start)
         if stop > self.max_cache_len:
             raise CacheFullError(
                 f"{stop} tokens per sequence asked for, but max_cache_len is {self.max_cache_len}; the cache still "
                 f"holds {start}; shorten the prompt, lower max_new_tokens or make a longer cache"
             )
+        tokens = self.padding.take(batch, stop)
+        padded = tokens is not None and not start and not tokens.all()
+        self.step = PreallocatedStep(
+            from_blocks=new_tokens == 1 or (start > 0 and new_tokens <= MAX_DECODE_ROWS),
+            prompt_tokens=torch.from_numpy(tokens) if padded else None,
+        )
         self.step_start, self._length, self.batch_size = start, stop, batch
-        return start
+        return self.step
 
     def check_batch(self, batch: int) -> None:
         """Raise ``ValueError`` unless a step may come for so many sequences."""
@@ -123,7 +140,7 @@ class StaticSequences:
         Args:
             before: what `checkpoint` returned before the operation.
             operation: its name, for messages.
-            can_undo: of no use here; see `Sequences`.
+            can_undo: of no use here; see `GrowingSequences`.
         """
         if self._changes != before:
             self.broken = operation
@@ -137,7 +154,7 @@ class StaticSequences:
         length = self.step_start if length is None else length
         if length >= self._length:
             return
-        if all(layer.holds_window_of(length) for layer in self.layers):
+        if all(room.holds_window_of(length) for room in self.rooms):
             self._set_length(length)
         else:
             self.broken = "a step"
@@ -157,12 +174,12 @@ class StaticSequences:
         if length == self.length:
             return
         if length < self._length:
-            for layer in self.layers:
-                if layer.length > length and not layer.holds_window_of(length):
+            for room in self.rooms:
+                if room.counted > length and not room.holds_window_of(length):
                     raise RuntimeError(
-                        f"cannot go back to {length} tokens: of the window of {layer.window} of layer {layer.index}, "
-                        f"tokens before position {layer.first_held} are overwritten; a preallocated window can give "
-                        f"back {layer.most_to_crop} tokens: let fewer candidates be drafted, use a cache that grows, "
+                        f"cannot go back to {length} tokens: of the window of {room.window} of layer {room.index}, "
+                        f"tokens before position {room.first_held} are overwritten; a preallocated window can give "
+                        f"back {room.most_to_crop} tokens: let fewer candidates be drafted, use a cache that grows, "
                         "or reset()"
                     )
         self._changes += 1
@@ -184,13 +201,27 @@ class StaticSequences:
             raise IndexError(f"sequence {wrong[0]} asked for, but the cache holds {self.batch_size}")
         kept = [row % self.batch_size for row in rows]
         self._changes += 1
-        for layer in self.layers:
-            layer.select(kept)
+        for room in self.rooms:
+            room.select(kept)
         self.batch_size = len(kept)
 
     def _set_length(self, length: int) -> None:
-        for layer in self.layers:
-            layer.truncate(length)
+        for room in self.rooms:
+            room.truncate(length)
         self._length = self.step_start = length
         if not length:
             self.batch_size, self.known = None, True
+
+    @property
+    def nbytes_allocated(self) -> int:
+        """Bytes of keys, values and scales allocated, all layers."""
+        return sum(room.storage.nbytes for room in self.rooms if room.memory is not None)
+
+    @property
+    def nbytes_used(self) -> int:
+        """Bytes of the blocks that hold tokens, all layers."""
+        return sum(room.nbytes_used for room in self.rooms)
+
+    def fork(self, layers: list) -> tuple[PreallocatedSequences, list]:
+        """Copies of everything, and the cache's layers for them."""
+        return copy.deepcopy((self, layers))

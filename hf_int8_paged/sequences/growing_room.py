@@ -1,0 +1,181 @@
+"""Room that a layer finds step by step in the blocks of a pool."""
+
+from __future__ import annotations
+
+import copy
+from dataclasses import replace
+from typing import TYPE_CHECKING
+
+import numpy as np
+import torch
+
+from ..kernels import Backend, FirstTokens, KvCacheQuant, Scoring, Tokens, load_backend
+from ..layer_checks import LayerShape, dense_dtypes, interrupted, shape_of
+from ..pool import MIN_CENTER_TOKENS
+from ..seam.views import PagedView
+from .first_tokens import LayerFirstTokens
+from .group import Group
+from .prompts import is_same, same_prompts
+from .state import SequenceState
+
+if TYPE_CHECKING:
+    from .growing import GrowingSequences
+
+
+class GrowingRoom:
+    """See `Room`.
+
+    Args:
+        index: the layer's index in the model.
+        sequences: lengths and block tables of the cache.
+        group: the layers with this one's window.
+    """
+
+    preallocated = False
+    backend: Backend
+    _backend_name: str
+    dtypes: tuple[torch.dtype, torch.dtype]
+
+    def __init__(self, index: int, sequences: GrowingSequences, group: Group):
+        self.index = index
+        self.sequences = sequences
+        self.group = group
+        self.window = group.window
+        self.writer = sequences.writer
+        self.shape: LayerShape | None = None
+        self._first_tokens: LayerFirstTokens | None = None
+        sequences.books.state.layer_lengths[index] = 0
+
+    @property
+    def epoch(self) -> int:
+        return self.group.epoch
+
+    @property
+    def length(self) -> int:
+        return self.sequences.books.state.layer_lengths[self.index]
+
+    @property
+    def batch_size(self) -> int | None:
+        return self.sequences.books.state.batch_size
+
+    @property
+    def storage(self) -> KvCacheQuant:
+        storage = self.sequences.pool.storage(self.index)
+        assert storage is not None, "no tokens yet"
+        return storage
+
+    def begin(self, start: int, keys: torch.Tensor, values: torch.Tensor) -> SequenceState:
+        sequences, state = self.sequences, self.sequences.books.state
+        batch, new_tokens = keys.shape[0], keys.shape[2]
+        if start == state.length:
+            return sequences.advance(batch, new_tokens, same_prompts(keys) if start == 0 else None)
+        if start != state.step_start or start + new_tokens != state.length or batch != state.batch_size:
+            raise interrupted(self.index, start, keys, state)
+        if state.same_as is not None and not all(is_same(states, state.same_as) for states in (keys, values)):
+            return sequences.unshare()
+        return state
+
+    def allocate(self, keys: torch.Tensor, values: torch.Tensor) -> None:
+        shape = shape_of(keys, values)
+        self.sequences.pool.add_layer(self.index, self.group.name, shape, lambda: self.group.holds_the_pool)
+        if self.shape is None or self._backend_name != self.storage.backend:
+            self._backend_name = self.storage.backend
+            self.backend = load_backend(self._backend_name)
+        self.dtypes, self.shape = dense_dtypes(keys.dtype, values.dtype), shape
+
+    def center(self, keys: torch.Tensor, tokens: torch.Tensor | None) -> None:
+        pool, group = self.sequences.pool, self.group
+        self.sequences.books.state.centrings[self.index] = pool.before_centring(self.index, group.name)
+        pool.center(self.index, keys, lambda: group.holds_the_pool, tokens)
+
+    @property
+    def lacks_center(self) -> bool:
+        all_held = self.window is None or self.window >= MIN_CENTER_TOKENS
+        return all_held and self.group.holds_the_pool and self.sequences.pool.lacks_center(self.index)
+
+    def center_late(self, keys: torch.Tensor) -> bool:
+        pool, group, state = self.sequences.pool, self.group, self.sequences.books.state
+        places = state.first_tokens
+        first = torch.zeros(len(keys), 1) if places is None else torch.from_numpy(places.first)[:, None]
+        blocks = torch.from_numpy(np.unique(group.table.held())).long().to(keys.device)
+        state.centrings[self.index] = pool.before_centring(self.index, group.name, blocks)
+        tokens = torch.arange(keys.shape[2]) >= first
+        return pool.center(self.index, keys, lambda: group.holds_the_pool, tokens)
+
+    def keep_first_tokens(self, keys: torch.Tensor, values: torch.Tensor, tokens: torch.Tensor | None) -> None:
+        places = self.sequences.books.state.first_tokens
+        if places is not None:
+            self._first_tokens = LayerFirstTokens(places, keys, values, self.sequences.sink_tokens)
+
+    def first_tokens(self, first_visible: int) -> FirstTokens | None:
+        places = self.sequences.books.state.first_tokens
+        if places is None or first_visible >= places.limit or self._first_tokens is None:
+            return None
+        return self._first_tokens.at(places)
+
+    def forget_first_tokens(self) -> None:
+        """Read the first tokens from the blocks from now on, as all others."""
+        self._first_tokens = None
+
+    def overwrites(self, stop: int) -> bool:
+        return False
+
+    def to_write(
+        self, keys: torch.Tensor, values: torch.Tensor, stop: int
+    ) -> tuple[torch.Tensor, torch.Tensor, Tokens]:
+        tokens, same_as = self.tokens(), self.sequences.books.state.same_as
+        if same_as is None:
+            return keys, values, tokens
+        distinct = sorted(set(same_as))
+        tokens = Tokens.at(tokens.block_table[distinct], tokens.context_lens_before[distinct], tokens.window)
+        return keys[distinct], values[distinct], tokens
+
+    def wrote(self, stop: int, dtypes: tuple[torch.dtype, torch.dtype]) -> None:
+        if dtypes != self.dtypes:
+            of_keys, of_values = map(torch.promote_types, self.dtypes, dtypes)
+            self.dtypes = of_keys, of_values
+        self.sequences.books.state.layer_lengths[self.index] = stop
+
+    def tokens(self) -> Tokens:
+        assert self.shape is not None
+        return self.group.tokens(self.shape.device)
+
+    def tokens_for(self, stop: int, rows: int, fresh: bool) -> Tokens:
+        tokens, state = self.tokens(), self.sequences.books.state
+        if stop == state.length and not (fresh and stop - rows != state.step_start):
+            return tokens
+        lens = torch.full_like(tokens.context_lens, stop)
+        return replace(tokens, context_lens=lens, context_lens_before=lens - rows)
+
+    @property
+    def newest_from_blocks(self) -> bool:
+        return self.sequences.books.state.from_blocks
+
+    def first_shown(self, position: int) -> int:
+        return self.group.first_visible(position)
+
+    def blank_views(self, tokens: int) -> tuple[PagedView, PagedView]:
+        batch = self.sequences.books.state.batch_size
+        assert batch is not None
+        assert self.shape is not None
+        return self.group.blank_views(batch, tokens, self.shape, self.dtypes)
+
+    def checked(self, result: torch.Tensor) -> torch.Tensor:
+        return result
+
+    def attend_on_device(self, query: torch.Tensor, scoring: Scoring) -> torch.Tensor:
+        raise AssertionError("block tables are the host's: no graph can hold attention to them")
+
+    @property
+    def first_tokens_nbytes(self) -> int:
+        return 0 if self._first_tokens is None else self._first_tokens.nbytes
+
+    @property
+    def long_chunks(self) -> bool:
+        return self.backend.LONG_CHUNKS
+
+    def fork(self, sequences: GrowingSequences) -> GrowingRoom:
+        """The same for another cache over the same pool, whose sequences were forked from this one's."""
+        twin = copy.copy(self)
+        twin.sequences, twin.group, twin.writer = sequences, sequences.groups[self.group.name], sequences.writer
+        return twin
