@@ -190,11 +190,6 @@ class PagedInt8Layer(OfTheWholeCache, LayerReader, CacheLayerMixin):
         twin.sequences, twin.room = sequences, self.room.fork(sequences)  # type: ignore[attr-defined]
         return twin
 
-    def take_back_step(self, content: Content) -> None:
-        """Take back the step whose views have this content, if it is the newest: an exception has ended it."""
-        if content.epoch == self.epoch and content.stop == self.length:
-            self.sequences.take_back()
-
     # -- internals -------------------------------------------------------------------------------------------------
 
     def _views(

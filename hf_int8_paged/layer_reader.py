@@ -105,6 +105,11 @@ class LayerReader:
         views[values].content = Content(self, first, length, self.epoch, None)
         return views[values]
 
+    def take_back_step(self, content: Content) -> None:
+        """Take back the step whose views have this content, if it is the newest: an exception has ended it."""
+        if content.epoch == self.epoch and content.stop == self.room.length:
+            self.room.sequences.take_back()
+
     @property
     def first_tokens_nbytes(self) -> int:
         """Bytes of the tokens in full precision."""

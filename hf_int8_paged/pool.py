@@ -112,7 +112,9 @@ class PagedInt8Pool:
         """
         with self.access.exclusive():
             held = self._storage.get(layer)
-            theirs = held and LayerShape(held.num_kv_heads, held.head_dim, held.v_head_dim, held.device)
+            theirs = None
+            if held is not None:
+                theirs = LayerShape(held.num_kv_heads, held.head_dim, held.v_head_dim, held.device)
             if mine == theirs and layer in self._members[group]:
                 return
             if theirs is None or mine == theirs or only_user():

@@ -14,6 +14,7 @@ from typing import Any, NamedTuple, NoReturn, ParamSpec, Protocol, TypeVar
 import torch
 from torch.utils._pytree import tree_map_only
 
+from ..kernels import Scoring
 from .read_only import ReadOnly
 
 _P = ParamSpec("_P")
@@ -21,10 +22,24 @@ _R = TypeVar("_R")
 
 
 class BackedLayer(Protocol):
-    """What a view needs of a cache layer."""
+    """What views and the attention function need of a cache layer; `LayerReader` says what each member is."""
 
     @property
     def epoch(self) -> int: ...
+
+    @property
+    def window(self) -> int | None: ...
+
+    @property
+    def long_chunks(self) -> bool: ...
+
+    def attend(
+        self,
+        query: torch.Tensor,
+        scoring: Scoring,
+        stop: int,
+        fresh: tuple[torch.Tensor, torch.Tensor] | None = None,
+    ) -> torch.Tensor: ...
 
     def gather(self, start: int, stop: int, dtype: torch.dtype) -> tuple[torch.Tensor, torch.Tensor]: ...
 
@@ -63,7 +78,7 @@ class Content(NamedTuple):
             quantized image, else ``None``.
     """
 
-    layer: Any
+    layer: BackedLayer
     start: int
     stop: int
     epoch: int

@@ -118,7 +118,7 @@ class FixedFirstTokens:
         self,
         keys: torch.Tensor,
         values: torch.Tensor,
-        first: torch.Tensor | None = None,
+        is_token: torch.Tensor | None = None,
         known: torch.Tensor | None = None,
     ) -> None:
         """Keep the first of a prompt's tokens.
@@ -126,12 +126,13 @@ class FixedFirstTokens:
         Args:
             keys: ``[batch, num_kv_heads, tokens, head_dim]``.
             values: ``[batch, num_kv_heads, tokens, v_head_dim]``.
-            first: int32 ``[batch]`` position of each sequence's first token, or ``None`` for 0.
+            is_token: bool ``[batch, tokens]``, False for padding; ``None`` without.
             known: bool scalar on the device: if False, nothing changes. ``None`` counts as True.
         """
         batch, tokens = len(keys), keys.shape[2]
         count = min(self.rows[0].shape[2], tokens)
         row = torch.arange(batch, dtype=torch.int32, device=keys.device)
+        first = None if is_token is None else is_token.int().argmax(dim=1).to(row)
         start = torch.zeros_like(row) if first is None else first
         places = torch.stack((row, start, (start + count).clamp(max=tokens)))
         _put(self.places[:, :batch], places, known)

@@ -110,8 +110,7 @@ class PreallocatedRoom:
     def keep_first_tokens(self, keys: torch.Tensor, values: torch.Tensor, tokens: torch.Tensor | None) -> None:
         kept = self.allocated.first_tokens
         if kept is not None:
-            first = None if tokens is None else tokens.int().argmax(dim=1).to(keys.device, torch.int32)
-            kept.keep(keys, values, first)
+            kept.keep(keys, values, tokens)
 
     def first_tokens(self, first_visible: int) -> FirstTokens | None:
         return self._of_sequences[1]

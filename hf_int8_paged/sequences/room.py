@@ -31,6 +31,13 @@ class Step(Protocol):
     def enough_for_center(self) -> int: ...
 
 
+class CanTakeBack(Protocol):
+    """Sequences of a cache, whichever way room is found."""
+
+    def take_back(self, length: int | None = None) -> None:
+        """Take back what some layers have stored of a step that an exception ended; see `GrowingSequences`."""
+
+
 class Room(Protocol):
     """Room for the tokens of one layer: `GrowingRoom` finds it step by step, `PreallocatedRoom` has it from the start.
 
@@ -69,6 +76,10 @@ class Room(Protocol):
 
     @property
     def batch_size(self) -> int | None: ...
+
+    @property
+    def sequences(self) -> CanTakeBack:
+        """Of the whole cache."""
 
     @property
     def storage(self) -> KvCacheQuant:
