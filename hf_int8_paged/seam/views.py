@@ -21,14 +21,20 @@ _P = ParamSpec("_P")
 _R = TypeVar("_R")
 
 
-class BackedLayer(Protocol):
-    """What views and the attention function need of a cache layer; `LayerReader` says what each member is."""
+class HasEpoch(Protocol):
+    """The place where a layer's tokens lie."""
 
     @property
     def epoch(self) -> int: ...
 
+
+class BackedLayer(Protocol):
+    """What views and the attention function need of a cache layer; `LayerReader` says what each member is."""
+
+    window: int | None
+
     @property
-    def window(self) -> int | None: ...
+    def room(self) -> HasEpoch: ...
 
     @property
     def long_chunks(self) -> bool: ...
@@ -86,7 +92,7 @@ class Content(NamedTuple):
 
     def check_epoch(self) -> None:
         """Raise RuntimeError if the layer has dropped or moved tokens since the views were made."""
-        if self.epoch != self.layer.epoch:
+        if self.epoch != self.layer.room.epoch:
             raise RuntimeError(
                 "these keys and values stand for tokens that the cache has since dropped or moved; "
                 "read them before the cache changes, or clone() them"

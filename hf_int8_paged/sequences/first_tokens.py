@@ -81,14 +81,15 @@ class LayerFirstTokens:
         count = min(count, keys.shape[2])
         keys, values = of_one_dtype(keys, values)
         self.rows = _first_rows(keys, first, count), _first_rows(values, first, count)
-        #: What was made last, and of which places.
-        self._made: tuple[FirstTokenPlaces, FirstTokens] | None = None
+        #: What `at` has made last, and of which places.
+        self.made: tuple[FirstTokenPlaces | None, FirstTokens | None] = (None, None)
 
     def at(self, places: FirstTokenPlaces) -> FirstTokens:
         """What kernels take."""
-        if self._made is None or self._made[0] is not places:
-            self._made = places, FirstTokens(*self.rows, *places.on(self.rows[0].device), places.limit)
-        return self._made[1]
+        keys, values = self.rows
+        made = FirstTokens(keys, values, *places.on(keys.device), places.limit)
+        self.made = places, made
+        return made
 
     @property
     def nbytes(self) -> int:

@@ -39,6 +39,7 @@ class PreallocatedRoom:
         self.window = window
         #: None before the first keys.
         self.memory: PreallocatedMemory | None = None
+        self.storages: dict[int, KvCacheQuant] = {}
         #: dtypes of the newest keys and values.
         self.dtypes = (torch.float32, torch.float32)
         #: Views made before tokens were moved are no longer valid.
@@ -95,7 +96,7 @@ class PreallocatedRoom:
             )
         self.dtypes, self.may_be_empty, self.counted, self.first_held = dtypes, True, 0, 0
         self.epoch += 1
-        self.memory = memory
+        self.memory, self.storages = memory, {self.index: memory.storage}
 
     def center(self, keys: torch.Tensor, tokens: torch.Tensor | None) -> None:
         center = self.storage.key_center

@@ -44,6 +44,7 @@ class Room(Protocol):
     Attributes:
         preallocated: which of the two it is.
         index: of the layer in the model.
+        storages: the layer's blocks by its index, perhaps among those of others: nothing before the first keys.
         window: sliding window in tokens (a query sees ``window`` positions, its own included), or ``None``.
         shape: heads, widths and device of keys and values; None before the first ones.
         dtypes: that dense keys and values are shown in.
@@ -56,6 +57,7 @@ class Room(Protocol):
 
     preallocated: bool
     index: int
+    storages: dict[int, KvCacheQuant]
     window: int | None
     dtypes: tuple[torch.dtype, torch.dtype]
 
