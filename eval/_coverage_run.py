@@ -215,22 +215,22 @@ def _logits(model: PreTrainedModel, inputs: dict[str, Any], cache: Cache, tokens
 def _counted() -> Iterator[Counter]:
     """Counts calls of attention kernels and dense copies made from blocks."""
     calls: Counter = Counter()
-    attend, dense = PagedInt8Layer.attend, PagedView.dense
+    attend, tokens = PagedInt8Layer.attend, PagedView.tokens
 
     def counted_attend(self, *args, **kwargs):
         calls["kernel"] += 1
         return attend(self, *args, **kwargs)
 
-    def counted_dense(self):
+    def counted_tokens(self):
         fresh = self.content.fresh
         calls["dense view"] += fresh is None or fresh[0].shape[2] < self.shape[2]
-        return dense(self)
+        return tokens(self)
 
-    PagedInt8Layer.attend, PagedView.dense = counted_attend, counted_dense  # type: ignore[method-assign]
+    PagedInt8Layer.attend, PagedView.tokens = counted_attend, counted_tokens  # type: ignore[method-assign]
     try:
         yield calls
     finally:
-        PagedInt8Layer.attend, PagedView.dense = attend, dense  # type: ignore[method-assign]
+        PagedInt8Layer.attend, PagedView.tokens = attend, tokens  # type: ignore[method-assign]
 
 
 def _routes(cache: Cache, calls: Counter) -> list[str]:

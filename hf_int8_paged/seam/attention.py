@@ -151,7 +151,8 @@ def int8_paged_attention(
         hint_at_another_cache(sys._getframe(2))
     causal = is_causal if is_causal is not None else getattr(module, "is_causal", True)
     q_len, kv_len = query.shape[2], key.shape[2]
-    if attention_mask is None and causal and q_len > 1 and (q_len < kv_len or (window or kv_len) < kv_len):
+    # Without a mask a chunk over a past sees what the kernels would let it see, and a first prompt all, as in SDPA.
+    if attention_mask is None and causal and 1 < q_len < kv_len:
         attention_mask = causal_rows(q_len, kv_len, query.device, window)
     if softcap is None and s_aux is None and sinks is None:
         return sdpa_attention_forward(

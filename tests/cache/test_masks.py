@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 import torch
-from transformers import BigBirdPegasusConfig, GptOssConfig, LlamaConfig, NllbMoeConfig
+from transformers import BigBirdPegasusConfig, GptOssConfig, LlamaConfig, MistralConfig, NllbMoeConfig
 
 from hf_int8_paged import PagedInt8Cache
 from hf_int8_paged.seam.attention import int8_paged_attention
@@ -105,3 +107,16 @@ def test_views_can_be_reshaped_without_a_copy():
 def test_offloading_is_refused():
     with pytest.raises(ValueError, match="does not offload"):
         PagedInt8Cache(tiny_model("llama").config, offloading=True)
+
+
+@pytest.mark.parametrize("options", [{}, {"max_batch_size": 2, "max_cache_len": 64}], ids=["growing", "preallocated"])
+def test_a_first_prompt_without_a_mask_is_causal_and_no_more(options: dict[str, Any]) -> None:
+    """As SDPA has it, also where the layer has a window that is shorter: Moshi's mask does not know of it."""
+    config = MistralConfig(
+        num_hidden_layers=1, hidden_size=64, num_attention_heads=4, num_key_value_heads=2, sliding_window=12
+    )
+    q, k, v = (torch.randn(2, heads, 30, 16, generator=torch.Generator().manual_seed(heads)) for heads in (4, 2, 2))
+    out, _ = int8_paged_attention(Module(), q, *PagedInt8Cache(config, **options).update(k, v, 0), None)
+    k, v = (x.repeat_interleave(2, 1) for x in (k, v))
+    want = torch.nn.functional.scaled_dot_product_attention(q, k, v, is_causal=True)
+    torch.testing.assert_close(out.transpose(1, 2), want)

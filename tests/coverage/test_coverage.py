@@ -22,6 +22,7 @@ SAMPLE = {
     "deepseek_v32": "sparse attention, which hands over the chosen keys",
     "kimi_linear": "linear attention and latents of 512 elements",
     "falcon_h1": "a recurrent state beside keys and values",
+    "moshi": "windows in the cache, of which the model's masks know nothing",
     "mllama": "cross-attention layers in the same cache",
     "bloom": "attention of its own, which views keys in other shapes",
     "pegasus_x": "attention of its own, which adds masks to scores",
