@@ -8,10 +8,10 @@
 
 /* Scales of a tile as floats, and what they say about the way to go. */
 typedef struct {
-    vf k[TILE_SUBTILES], v[TILE_SUBTILES]; /* 0 where no row sees the token, or where it is faulty */
-    uint32_t faulty[TILE_SUBTILES];        /* tokens whose key or value held NaN or infinity */
-    int plain;                             /* every row sees every token, and none is faulty */
-    int refine;                            /* scores need the rest term of q */
+    _Alignas(64) float k[TILE_TOKENS], v[TILE_TOKENS]; /* 0 where no row sees the token, or where it is faulty */
+    uint32_t faulty[TILE_SUBTILES];                    /* tokens whose key or value held NaN or infinity */
+    int plain;                                         /* every row sees every token, and none is faulty */
+    int refine;                                        /* scores need the rest term of q */
 } Scales;
 
 /* Bits of the tokens [first, last) of the subtile at `position`. */
@@ -21,40 +21,50 @@ INLINE uint32_t token_range(int64_t first, int64_t last, int64_t position)
     return from < to ? (1u << to) - (1u << from) : 0;
 }
 
+/* Scales that are NaN become 0, and their tokens faulty. */
+static __attribute__((noinline)) void note_faults(const Tile *tile, Scales *scales)
+{
+    for (int i = 0; i < tile->count * SUBTILE; i++)
+        if (scales->k[i] != scales->k[i] || scales->v[i] != scales->v[i]) {
+            scales->faulty[i / SUBTILE] |= 1u << i % SUBTILE;
+            scales->k[i] = scales->v[i] = 0;
+        }
+}
+
 static void load_scales(const State *st, const Tile *tile, Scales *scales)
 {
-    vf largest = {0}, zero = {0};
+    const int tokens = tile->count * SUBTILE;
+    vn largest = {0}, zero = {0};
     scales->plain = !st->any_faulty_query && !st->capped && tile->position[0] >= st->latest_first &&
                     tile->position[tile->count - 1] + SUBTILE <= st->earliest_last;
     for (int s = 0; s < tile->count; s++) {
-        scales->k[s] = vf_load_half(tile->k_scales[s]);
-        scales->v[s] = vf_load_half(tile->v_scales[s]);
         scales->faulty[s] = 0;
         scales->plain &= tile->admitted[s] == 0xffff;
+        for (int i = 0; i < SUBTILE; i += VECN_FLOATS) {
+            vn_store(scales->k + s * SUBTILE + i, vn_load_half(tile->k_scales[s] + i));
+            vn_store(scales->v + s * SUBTILE + i, vn_load_half(tile->v_scales[s] + i));
+        }
     }
     if (!scales->plain)
-        for (int s = 0; s < tile->count; s++) {
+        for (int i = 0; i < tokens; i += VECN_FLOATS) {
+            const int s = i / SUBTILE;
             const uint32_t in_range = token_range(st->earliest_first, st->latest_last, tile->position[s]);
-            const vm seen = vm_from_bits(tile->admitted[s] & in_range);
-            scales->k[s] = (vf)((vm)scales->k[s] & seen);
-            scales->v[s] = (vf)((vm)scales->v[s] & seen);
+            const vni seen = vn_mask((tile->admitted[s] & in_range) >> i % SUBTILE);
+            vn_store(scales->k + i, (vn)((vni)vn_load(scales->k + i) & seen));
+            vn_store(scales->v + i, (vn)((vni)vn_load(scales->v + i) & seen));
         }
-    for (int s = 0; s < tile->count; s++) {
-        largest = vf_max(scales->k[s], largest);
-        zero += scales->k[s] * 0.0f + scales->v[s] * 0.0f; /* NaN where a scale is */
+    for (int i = 0; i < tokens; i += VECN_FLOATS) {
+        const vn k = vn_load(scales->k + i), v = vn_load(scales->v + i);
+        largest = vn_max(k, largest);
+        zero += k * 0.0f + v * 0.0f; /* NaN where a scale is */
     }
-    if (vm_to_bits(zero == 0) != 0xffff) {
+    if (vn_reduce_sum(zero) != 0) {
         scales->plain = 0;
-        largest = vf_set1(0);
-        for (int s = 0; s < tile->count; s++) {
-            const vm faulty = (scales->k[s] != scales->k[s]) | (scales->v[s] != scales->v[s]);
-            scales->faulty[s] = vm_to_bits(faulty);
-            scales->k[s] = (vf)((vm)scales->k[s] & ~faulty);
-            scales->v[s] = (vf)((vm)scales->v[s] & ~faulty);
-            largest = vf_max(scales->k[s], largest);
-        }
+        note_faults(tile, scales);
+        largest = vn_set1(0);
+        for (int i = 0; i < tokens; i += VECN_FLOATS) largest = vn_max(vn_load(scales->k + i), largest);
     }
-    scales->refine = vf_reduce_max(largest) * st->error_per_scale > SCORE_TOLERANCE;
+    scales->refine = vn_reduce_max(largest) * st->error_per_scale > SCORE_TOLERANCE;
 }
 
 /* Tokens of a subtile that row r sees and that are sound; notes a fault that it sees. */
@@ -66,17 +76,20 @@ static uint32_t visible_tokens(State *st, int r, const Tile *tile, const Scales 
 }
 
 /* Integer products -> scores, one row, with masks, softcap and the centre; the slow way. Returns the largest. */
-static vf general_scores(State *st, int r, const Tile *tile, const Scales *scales, float *scores)
+static __attribute__((noinline)) float general_scores(State *st, int r, const Tile *tile, const Scales *scales, float *scores)
 {
-    vf largest = vf_set1(-INFINITY);
+    vn largest = vn_set1(-INFINITY);
     for (int s = 0; s < tile->count; s++) {
-        vf x = vf_load(scores + s * SUBTILE) * scales->k[s] * st->factor[r] + st->center_score[r];
-        if (st->capped) x = vf_tanh(x / st->softcap) * (st->softcap * LOG2_E);
-        x = vf_select(vm_from_bits(visible_tokens(st, r, tile, scales, s)), x, vf_set1(-INFINITY));
-        vf_store(scores + s * SUBTILE, x);
-        largest = vf_max(x, largest);
+        const uint32_t visible = visible_tokens(st, r, tile, scales, s);
+        for (int i = s * SUBTILE; i < (s + 1) * SUBTILE; i += VECN_FLOATS) {
+            vn x = vn_load(scores + i) * vn_load(scales->k + i) * st->factor[r] + st->center_score[r];
+            if (st->capped) x = vn_tanh(x / st->softcap) * (st->softcap * LOG2_E);
+            x = vn_select(vn_mask(visible >> i % SUBTILE), x, vn_set1(-INFINITY));
+            vn_store(scores + i, x);
+            largest = vn_max(x, largest);
+        }
     }
-    return largest;
+    return vn_reduce_max(largest);
 }
 
 /* Online softmax of one row over one tile: products -> weights times V scales in integers.
@@ -84,36 +97,38 @@ static vf general_scores(State *st, int r, const Tile *tile, const Scales *scale
 INLINE void weigh_row(State *st, int r, const Tile *tile, const Scales *scales, float *scores,
                       uint8_t (*weights)[32], float *old, float *factor)
 {
-    vf largest;
+    const int tokens = tile->count * SUBTILE;
+    float most;
     if (scales->plain) {
-        const vf f = vf_set1(st->factor[r]), c = vf_set1(st->center_score[r]);
-        largest = vf_set1(-INFINITY);
-        for (int s = 0; s < tile->count; s++) {
-            const vf x = vf_mul_add(vf_load(scores + s * SUBTILE) * scales->k[s], f, c);
-            vf_store(scores + s * SUBTILE, x);
-            largest = vf_max(x, largest);
+        const vn f = vn_set1(st->factor[r]), c = vn_set1(st->center_score[r]);
+        vn largest = vn_set1(-INFINITY);
+        for (int i = 0; i < tokens; i += VECN_FLOATS) {
+            const vn x = vn_mul_add(vn_load(scores + i) * vn_load(scales->k + i), f, c);
+            vn_store(scores + i, x);
+            largest = vn_max(x, largest);
         }
+        most = vn_reduce_max(largest);
     } else {
-        largest = general_scores(st, r, tile, scales, scores);
+        most = general_scores(st, r, tile, scales, scores);
     }
-    const float highest = larger(st->highest[r], vf_reduce_max(largest));
+    const float highest = larger(st->highest[r], most);
     const float reference = highest == -INFINITY ? 0.0f : highest;
-    *old = vf_exp2(vf_set1(st->highest[r] - reference))[0];
+    *old = vn_exp2(vn_set1(st->highest[r] - reference))[0];
     st->highest[r] = highest;
-    vf sum = vf_load(st->sums[r]) * *old, top = {0};
-    for (int s = 0; s < tile->count; s++) {
-        const vf weight = vf_exp2(vf_load(scores + s * SUBTILE) - reference);
-        const vf product = weight * scales->v[s];
+    vn sum = {0}, top = {0};
+    for (int i = 0; i < tokens; i += VECN_FLOATS) {
+        const vn weight = vn_exp2(vn_load(scores + i) - reference);
+        const vn product = weight * vn_load(scales->v + i);
         sum += weight;
-        top = vf_max(product, top);
-        vf_store(scores + s * SUBTILE, product);
+        top = vn_max(product, top);
+        vn_store(scores + i, product);
     }
-    vf_store(st->sums[r], sum);
-    const float most = vf_reduce_max(top);
+    vn_store(st->sums[r], vn_load(st->sums[r]) * *old + sum);
+    most = vn_reduce_max(top);
     const int some = most > 1e-30f;
-    *factor = some ? most / WEIGHT_MAX : 0.0f;
-    const vf inverse = vf_set1(some ? WEIGHT_MAX / most : 0.0f);
-    for (int s = 0; s < tile->count; s++) pack_weights(weights[s], vf_load(scores + s * SUBTILE) * inverse);
+    *factor = some ? most * (1.0f / WEIGHT_MAX) : 0.0f;
+    const float inverse = some ? WEIGHT_MAX / most : 0.0f;
+    for (int s = 0; s < tile->count; s++) pack_weights(weights[s], scores + s * SUBTILE, inverse);
 }
 
 INLINE void attend_rows(State *st, int r0, const Tile *tile, Prefetch *prefetch, const Scales *scales,
@@ -226,7 +241,8 @@ static void decode_item(const DecodePlan *plan, int64_t item)
 
     Cursor cursor = {layer, call->table.ids + sequence * call->table.stride,
                      call->key_mask ? call->key_mask + sequence * call->mask_stride : NULL,
-                     call->mask_start, call->mask_columns, head, begin, end};
+                     call->mask_start, call->mask_columns, head, begin, end,
+                     begin / layer->block_size, begin % layer->block_size};
     Tile tiles[2];
     next_tile(&cursor, &tiles[0]);
     Prefetch first_tile = start_prefetch(&tiles[0], layer);
@@ -245,7 +261,7 @@ static void decode_item(const DecodePlan *plan, int64_t item)
     for (int r = 0; r < st.rows; r++) {
         float *p = plan->splits == 1 ? single : partial + r * row_floats;
         p[0] = st.highest[r];
-        p[1] = st.fault[r] ? NAN : vf_reduce_sum(vf_load(st.sums[r]));
+        p[1] = st.fault[r] ? NAN : vn_reduce_sum(vn_load(st.sums[r]));
         memcpy(p + PARTIAL_HEAD, st.out[r], (size_t)st.v_head_dim * sizeof(float));
         if (plan->splits == 1) finish_row(plan, sequence, head, row_block * ROW_BLOCK + r, p, 0);
     }

@@ -61,15 +61,18 @@ INLINE void key_products(const State *st, int r0, const Tile *tile, Prefetch *pr
             UNROLL for (int v = 0; v < VECTORS; v++)
                 UNROLL for (int t = 0; t < terms; t++) sum[r][u][v][t] = ints_set1(st->offset[r0 + r][term + t]);
     const uint8_t *q = st->q[r0][term];
+    const int8_t *keys[4];
+    UNROLL for (int u = 0; u < subtiles; u++) keys[u] = tile->k[s + u];
     for (int64_t at = 0; at < bytes; at += step_bytes, q += TERM_BYTES)
         UNROLL for (int u = 0; u < subtiles; u++) {
             prefetch_line(prefetch);
-            UNROLL for (int v = 0; v < VECTORS; v++) {
-                const Keys k = load_keys(tile->k[s + u] + at + v * LANES * 4);
-                UNROLL for (int r = 0; r < rows; r++)
-                    UNROLL for (int t = 0; t < terms; t++)
-                        sum[r][u][v][t] = dot_keys(sum[r][u][v][t], k, q + r * sizeof st->q[0] + t * sizeof st->q[0][0]);
-            }
+            Keys k[VECTORS];
+            UNROLL for (int v = 0; v < VECTORS; v++) k[v] = load_keys(keys[u] + at + v * LANES * 4);
+            UNROLL for (int r = 0; r < rows; r++)
+                UNROLL for (int t = 0; t < terms; t++) {
+                    const Query query = load_query(q + r * sizeof st->q[0] + t * sizeof st->q[0][0]);
+                    UNROLL for (int v = 0; v < VECTORS; v++) sum[r][u][v][t] = dot_keys(sum[r][u][v][t], k[v], query);
+                }
         }
     UNROLL for (int r = 0; r < rows; r++)
         UNROLL for (int u = 0; u < subtiles; u++)

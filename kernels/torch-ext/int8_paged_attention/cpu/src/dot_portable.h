@@ -16,7 +16,7 @@ typedef struct {
 } Keys, Values;
 typedef struct {
     int16_t word[4];
-} Weight;
+} Query, Weight;
 
 INLINE Ints ints_set1(int32_t x)
 {
@@ -43,7 +43,8 @@ INLINE Ints dot_values(Ints sum, Weight w, Values v)
                        w.word[3] * v.byte[4 * i + 3];
     return sum;
 }
-INLINE Ints dot_keys(Ints sum, Keys k, const uint8_t *q) { return dot_values(sum, load_weight(q), k); }
+INLINE Query load_query(const uint8_t *q) { return load_weight(q); }
+INLINE Ints dot_keys(Ints sum, Keys k, Query q) { return dot_values(sum, q, k); }
 INLINE Values load_values(const int8_t *p) { return load_keys(p); }
 INLINE Values load_values_part(const int8_t *p, int lanes)
 {
@@ -66,10 +67,10 @@ INLINE void accumulate_ints(float *dst, float old, Ints x, float factor)
 {
     for (int i = 0; i < 16; i++) dst[i] = old * dst[i] + factor * (float)x.lane[i];
 }
-/* Sixteen tokens' weights, x in [0, WEIGHT_MAX], 16 bits each. */
-INLINE void pack_weights(uint8_t *dst, vf x)
+/* Sixteen tokens' weights, x * factor in [0, WEIGHT_MAX], 16 bits each. */
+INLINE void pack_weights(uint8_t *dst, const float *x, float factor)
 {
-    const vm whole = vf_to_int(x);
+    const vm whole = vf_to_int(vf_load(x) * factor);
     for (int i = 0; i < 16; i++) {
         const int16_t w = (int16_t)whole[i];
         memcpy(dst + 2 * i, &w, 2);
