@@ -15,7 +15,8 @@ typedef struct {
     int run;                                    /* keys of all subtiles, then their values */
 } Prefetch;
 
-static __attribute__((noinline)) void next_run(Prefetch *p)
+/* Inlined: a call inside the products' loops would cost them all their registers. */
+INLINE void next_run(Prefetch *p)
 {
     const int count = p->tile->count, run = p->run++;
     if (run < count) {
@@ -36,7 +37,7 @@ INLINE void prefetch_line(Prefetch *p)
 {
     __builtin_prefetch(p->line);
     p->line += p->stride;
-    if (p->line == p->end) next_run(p);
+    if (__builtin_expect(p->line == p->end, 0)) next_run(p);
 }
 
 static Prefetch start_prefetch(const Tile *tile, const Layer *layer)
@@ -59,7 +60,8 @@ INLINE void key_products(const State *st, int r0, const Tile *tile, Prefetch *pr
     UNROLL for (int r = 0; r < rows; r++)
         UNROLL for (int u = 0; u < subtiles; u++)
             UNROLL for (int v = 0; v < VECTORS; v++)
-                UNROLL for (int t = 0; t < terms; t++) sum[r][u][v][t] = ints_set1(st->offset[r0 + r][term + t]);
+                UNROLL for (int t = 0; t < terms; t++)
+                    sum[r][u][v][t] = ints_set1(KEY_OFFSET ? st->offset[r0 + r][term + t] : 0);
     const uint8_t *q = st->q[r0][term];
     const int8_t *keys[4];
     UNROLL for (int u = 0; u < subtiles; u++) keys[u] = tile->k[s + u];

@@ -17,10 +17,16 @@ INLINE Keys load_keys(const int8_t *p)
 }
 INLINE Weight load_weight(const uint8_t *w) { return broadcast_word(w); }
 INLINE Query load_query(const uint8_t *q) { return broadcast_word(q); }
-INLINE Ints dot_keys(Ints sum, Keys k, Query q) { return _mm256_dpbusd_avx_epi32(sum, k, q); }
+/* In assembly, as GCC 12 copies sums to and fro. */
+INLINE Ints dot_bytes(Ints sum, __m256i unsigned_bytes, __m256i signed_bytes)
+{
+    __asm__("%{vex%} vpdpbusd %2, %1, %0" : "+x"(sum) : "x"(unsigned_bytes), "x"(signed_bytes));
+    return sum;
+}
+INLINE Ints dot_keys(Ints sum, Keys k, Query q) { return dot_bytes(sum, k, q); }
 INLINE Values load_values(const int8_t *p) { return _mm256_loadu_si256((const __m256i *)p); }
 INLINE Values load_values_part(const int8_t *p, int lanes) { return load_groups(p, lanes); }
-INLINE Ints dot_values(Ints sum, Weight w, Values v) { return _mm256_dpbusd_avx_epi32(sum, w, v); }
+INLINE Ints dot_values(Ints sum, Weight w, Values v) { return dot_bytes(sum, w, v); }
 INLINE Ints join_terms(Ints high, Ints low) { return _mm256_add_epi32(_mm256_slli_epi32(high, 8), low); }
 /* Sixteen tokens' weights, x * factor in [0, WEIGHT_MAX]: high and low bytes, in the order that packing leaves. */
 INLINE void pack_weights(uint8_t *dst, const float *x, float factor)
