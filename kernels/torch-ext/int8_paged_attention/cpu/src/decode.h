@@ -92,31 +92,30 @@ static __attribute__((noinline)) float general_scores(State *st, int r, const Ti
     return vn_reduce_max(largest);
 }
 
-/* Online softmax of one row over one tile: products -> weights times V scales in integers.
- * *old is the factor on what was summed before, *factor what an integer weight is worth. */
-INLINE void weigh_row(State *st, int r, const Tile *tile, const Scales *scales, float *scores,
-                      uint8_t (*weights)[32], float *old, float *factor)
+/* Integer products -> scores of one row. Returns the largest. */
+INLINE float scale_scores(State *st, int r, const Tile *tile, const Scales *scales, float *scores)
 {
-    const int tokens = tile->count * SUBTILE;
-    float most;
-    if (scales->plain) {
-        const vn f = vn_set1(st->factor[r]), c = vn_set1(st->center_score[r]);
-        vn largest = vn_set1(-INFINITY);
-        for (int i = 0; i < tokens; i += VECN_FLOATS) {
-            const vn x = vn_mul_add(vn_load(scores + i) * vn_load(scales->k + i), f, c);
-            vn_store(scores + i, x);
-            largest = vn_max(x, largest);
-        }
-        most = vn_reduce_max(largest);
-    } else {
-        most = general_scores(st, r, tile, scales, scores);
+    if (!scales->plain) return general_scores(st, r, tile, scales, scores);
+    const vn f = vn_set1(st->factor[r]), c = vn_set1(st->center_score[r]);
+    vn largest = vn_set1(-INFINITY);
+    for (int i = 0; i < tile->count * SUBTILE; i += VECN_FLOATS) {
+        const vn x = vn_mul_add(vn_load(scores + i) * vn_load(scales->k + i), f, c);
+        vn_store(scores + i, x);
+        largest = vn_max(x, largest);
     }
+    return vn_reduce_max(largest);
+}
+
+/* Online softmax of one row: scores -> weights times V scales. Returns the largest of them; *old is the factor on what
+ * was summed before. */
+INLINE float weigh_scores(State *st, int r, const Tile *tile, const Scales *scales, float *scores, float most, float *old)
+{
     const float highest = larger(st->highest[r], most);
     const float reference = highest == -INFINITY ? 0.0f : highest;
     *old = vn_exp2(vn_set1(st->highest[r] - reference))[0];
     st->highest[r] = highest;
     vn sum = {0}, top = {0};
-    for (int i = 0; i < tokens; i += VECN_FLOATS) {
+    for (int i = 0; i < tile->count * SUBTILE; i += VECN_FLOATS) {
         const vn weight = vn_exp2(vn_load(scores + i) - reference);
         const vn product = weight * vn_load(scales->v + i);
         sum += weight;
@@ -124,20 +123,17 @@ INLINE void weigh_row(State *st, int r, const Tile *tile, const Scales *scales, 
         vn_store(scores + i, product);
     }
     vn_store(st->sums[r], vn_load(st->sums[r]) * *old + sum);
-    most = vn_reduce_max(top);
-    const int some = most > 1e-30f;
-    *factor = some ? most * (1.0f / WEIGHT_MAX) : 0.0f;
-    const float inverse = some ? WEIGHT_MAX / most : 0.0f;
-    for (int s = 0; s < tile->count; s++) pack_weights(weights[s], scores + s * SUBTILE, inverse);
+    return vn_reduce_max(top);
 }
 
-INLINE void attend_rows(State *st, int r0, const Tile *tile, Prefetch *prefetch, const Scales *scales,
+INLINE void attend_rows(State *st, int r0, const Tile *tile, Prefetch *ahead, const Scales *scales,
                         int64_t step_bytes, const int rows)
 {
     const int subtiles = KEY_SUBTILES(rows), vectors = VALUE_VECTORS(rows);
     _Alignas(64) float scores[MAX_TILE_ROWS][TILE_TOKENS];
     _Alignas(64) uint8_t weights[MAX_TILE_ROWS][TILE_SUBTILES][32];
-    float old[MAX_TILE_ROWS], factor[MAX_TILE_ROWS];
+    float old[MAX_TILE_ROWS], factor[MAX_TILE_ROWS], most[MAX_TILE_ROWS];
+    Prefetch own = *ahead, *prefetch = &own; /* in registers */
     int s = 0;
     for (; s + subtiles <= tile->count; s += subtiles)
         key_products(st, r0, tile, prefetch, s, step_bytes, scores, rows, subtiles, 0, TERMS);
@@ -145,14 +141,22 @@ INLINE void attend_rows(State *st, int r0, const Tile *tile, Prefetch *prefetch,
         for (; s < tile->count; s++) key_products(st, r0, tile, prefetch, s, step_bytes, scores, rows, 1, 0, TERMS);
     if (scales->refine)
         for (s = 0; s < tile->count; s++) key_products(st, r0, tile, prefetch, s, step_bytes, scores, rows, 1, TERMS, 1);
-    for (int r = 0; r < rows; r++)
-        weigh_row(st, r0 + r, tile, scales, scores[r], weights[r], &old[r], &factor[r]);
+    /* Step by step for all rows, as each step waits for the one before: the processor works on several rows at once. */
+    for (int r = 0; r < rows; r++) most[r] = scale_scores(st, r0 + r, tile, scales, scores[r]);
+    for (int r = 0; r < rows; r++) most[r] = weigh_scores(st, r0 + r, tile, scales, scores[r], most[r], &old[r]);
+    for (int r = 0; r < rows; r++) {
+        const int some = most[r] > 1e-30f;
+        factor[r] = some ? most[r] * (1.0f / WEIGHT_MAX) : 0.0f;
+        const float inverse = some ? WEIGHT_MAX / most[r] : 0.0f;
+        for (s = 0; s < tile->count; s++) pack_weights(weights[r][s], scores[r] + s * SUBTILE, inverse);
+    }
     const int64_t dim = st->v_head_dim;
     int64_t d = 0;
     for (; d + vectors * LANES <= dim; d += vectors * LANES)
         value_products(st, r0, tile, prefetch, d, weights, old, factor, rows, vectors, 0);
     for (; d + LANES <= dim; d += LANES) value_products(st, r0, tile, prefetch, d, weights, old, factor, rows, 1, 0);
     if (d < dim) value_products(st, r0, tile, prefetch, d, weights, old, factor, rows, 1, (int)(dim - d));
+    *ahead = own;
 }
 
 #define ATTEND_ROWS(n)                                                                                             \

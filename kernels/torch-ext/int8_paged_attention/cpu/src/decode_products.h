@@ -97,7 +97,7 @@ INLINE void value_products(State *st, int r0, const Tile *tile, Prefetch *prefet
         UNROLL for (int j = 0; j < vectors; j++)
             UNROLL for (int t = 0; t < TERMS; t++) sum[r][j][t] = ints_set1(0);
     for (int s = 0; s < tile->count; s++)
-        for (int g = 0; g < SUBTILE / 4; g++) {
+        UNROLL for (int g = 0; g < SUBTILE / 4; g++) {
             const int64_t at = (g * st->v_head_dim + d) * 4;
             Values v[4];
             UNROLL for (int j = 0; j < vectors; j++) {
