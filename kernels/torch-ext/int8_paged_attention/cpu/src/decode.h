@@ -133,7 +133,7 @@ INLINE void attend_rows(State *st, int r0, const Tile *tile, Prefetch *ahead, co
     _Alignas(64) float scores[MAX_TILE_ROWS][TILE_TOKENS];
     _Alignas(64) uint8_t weights[MAX_TILE_ROWS][TILE_SUBTILES][32];
     float old[MAX_TILE_ROWS], factor[MAX_TILE_ROWS], most[MAX_TILE_ROWS];
-    Prefetch own = *ahead, *prefetch = &own; /* in registers */
+    Prefetch own = *ahead, *prefetch = PREFETCH_IN_MEMORY(rows) ? ahead : &own; /* own: in registers */
     int s = 0;
     for (; s + subtiles <= tile->count; s += subtiles)
         key_products(st, r0, tile, prefetch, s, step_bytes, scores, rows, subtiles, 0, TERMS);
@@ -156,7 +156,7 @@ INLINE void attend_rows(State *st, int r0, const Tile *tile, Prefetch *ahead, co
         value_products(st, r0, tile, prefetch, d, weights, old, factor, rows, vectors, 0);
     for (; d + LANES <= dim; d += LANES) value_products(st, r0, tile, prefetch, d, weights, old, factor, rows, 1, 0);
     if (d < dim) value_products(st, r0, tile, prefetch, d, weights, old, factor, rows, 1, (int)(dim - d));
-    *ahead = own;
+    if (!PREFETCH_IN_MEMORY(rows)) *ahead = own;
 }
 
 #define ATTEND_ROWS(n)                                                                                             \

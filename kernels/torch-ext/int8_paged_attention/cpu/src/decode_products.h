@@ -4,6 +4,10 @@
 /* Loops over registers: unrolled before registers are assigned. */
 #define UNROLL _Pragma("GCC unroll 16")
 
+#ifndef PREFETCH_IN_MEMORY
+#define PREFETCH_IN_MEMORY(rows) 0 /* where the place of the prefetches is kept while a tile is worked on */
+#endif
+
 /* Fetches the next tile line by line, in the order of addresses, while this one is worked on: it may lie anywhere in
  * the pool. One thread on cold memory, 8 heads of head_dim 64, group 1: 30 GB/s, and 24 when fetched in the order of
  * use; a tile earlier or into the second-level cache only is no better, without prefetching it is 10 to 16. */

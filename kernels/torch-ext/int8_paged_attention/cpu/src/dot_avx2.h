@@ -6,7 +6,7 @@
 #define MAX_TILE_ROWS 4
 enum { TERM_BYTES = 8, QUERY_MAX = 32639, WEIGHT_MAX = 32767, KEY_OFFSET = 0 };
 #define KEY_SUBTILES(rows) ((rows) == 1 ? 2 : 1)
-#define VALUE_VECTORS(rows) 2
+#define VALUE_VECTORS(rows) ((rows) == 1 ? 4 : 2)
 
 /* Of each group of four bytes: elements 0 and 2, and 1 and 3, as 16-bit integers. */
 typedef struct {
