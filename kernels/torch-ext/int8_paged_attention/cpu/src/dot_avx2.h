@@ -13,6 +13,7 @@ typedef struct {
     __m256i even, odd;
 } Keys, Query, Values, Weight;
 
+/* The even bytes by a product with 1 and 0, one instruction: two shifts were 2 to 4 % slower. */
 INLINE Values widen(__m256i groups)
 {
     return (Values){_mm256_maddubs_epi16(_mm256_set1_epi16(1), groups), _mm256_srai_epi16(groups, 8)};
@@ -20,10 +21,7 @@ INLINE Values widen(__m256i groups)
 INLINE Keys load_keys(const int8_t *p) { return widen(_mm256_loadu_si256((const __m256i *)p)); }
 INLINE Values load_values(const int8_t *p) { return load_keys(p); }
 INLINE Values load_values_part(const int8_t *p, int lanes) { return widen(load_groups(p, lanes)); }
-INLINE Weight load_weight(const uint8_t *w)
-{
-    return (Weight){broadcast_word(w), broadcast_word(w + 4)};
-}
+INLINE Weight load_weight(const uint8_t *w) { return (Weight){broadcast_word(w), broadcast_word(w + 4)}; }
 /* In assembly, as GCC 12 adds in another order and then keeps most sums in memory. */
 INLINE void add_to(Ints *sum, Ints x) { __asm__("vpaddd %1, %0, %0" : "+x"(*sum) : "x"(x)); }
 INLINE Ints dot_values(Ints sum, Weight w, Values v)

@@ -8,7 +8,6 @@
 
 INLINE vf vf_max(vf a, vf b) { return (vf)_mm512_max_ps((__m512)a, (__m512)b); }
 INLINE vf vf_min(vf a, vf b) { return (vf)_mm512_min_ps((__m512)a, (__m512)b); }
-INLINE vf vf_mul_add(vf a, vf b, vf c) { return (vf)_mm512_fmadd_ps((__m512)a, (__m512)b, (__m512)c); }
 INLINE float vf_reduce_max(vf x) { return _mm512_reduce_max_ps((__m512)x); }
 INLINE float vf_reduce_sum(vf x) { return _mm512_reduce_add_ps((__m512)x); }
 INLINE vf vf_load_half(const uint16_t *p) { return (vf)_mm512_cvtph_ps(_mm256_loadu_si256((const __m256i *)p)); }
@@ -36,7 +35,8 @@ INLINE vn vn_load_half(const uint16_t *p) { return _mm512_cvtph_ps(_mm256_loadu_
 enum { LANES = 16, TERM_BYTES = 4, QUERY_MAX = 32639, WEIGHT_MAX = 65535, KEY_OFFSET = 128 };
 #define KEY_SUBTILES(rows) ((rows) <= 2 ? 4 : 2)
 #define VALUE_VECTORS(rows) ((rows) <= 2 ? 4 : 2)
-/* One row's products are so short that prefetches from a register come in bursts: on cold memory 29 GB/s instead of 34. */
+/* One row's products are so short that prefetches come in bursts when their place is in a register: on cold memory
+ * 29 GB/s instead of 34 (Zen 5, head_dim 64). */
 #define PREFETCH_IN_MEMORY(rows) ((rows) == 1)
 
 typedef __m512i Ints, Keys, Values, Weight;

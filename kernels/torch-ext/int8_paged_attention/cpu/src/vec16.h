@@ -9,7 +9,6 @@
 /* As x86: the second operand if either is NaN. */
 INLINE vf vf_max(vf a, vf b) { return vf_select(a > b, a, b); }
 INLINE vf vf_min(vf a, vf b) { return vf_select(a < b, a, b); }
-INLINE vf vf_mul_add(vf a, vf b, vf c) { return a * b + c; }
 INLINE float vf_reduce_max(vf x)
 {
     float m = x[0];

@@ -21,13 +21,6 @@ INLINE vf vf_min(vf a, vf b)
     const Halves x = {a}, y = {b};
     return (Halves){.half = {_mm256_min_ps(x.half[0], y.half[0]), _mm256_min_ps(x.half[1], y.half[1])}}.whole;
 }
-INLINE vf vf_mul_add(vf a, vf b, vf c)
-{
-    const Halves x = {a}, y = {b}, z = {c};
-    return (Halves){.half = {_mm256_fmadd_ps(x.half[0], y.half[0], z.half[0]),
-                             _mm256_fmadd_ps(x.half[1], y.half[1], z.half[1])}}
-        .whole;
-}
 INLINE vf vf_load_half(const uint16_t *p)
 {
     const __m128i low = _mm_loadu_si128((const __m128i *)p), high = _mm_loadu_si128((const __m128i *)(p + 8));
@@ -97,7 +90,7 @@ INLINE __m256i round_scaled(const float *x, float factor)
 {
     return _mm256_cvtps_epi32(_mm256_mul_ps(_mm256_loadu_ps(x), _mm256_set1_ps(factor)));
 }
-/* Four bytes in every lane, from memory: through a general register it would cost two instructions more. */
+/* Four bytes in every lane. */
 INLINE __m256i broadcast_word(const uint8_t *p)
 {
     int32_t word;

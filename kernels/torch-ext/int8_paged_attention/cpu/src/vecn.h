@@ -1,5 +1,6 @@
-/* As many floats as one register holds, for loops over a tile's scores: GCC 12 spills the wider `vf` of vec16.h.
- * An instruction set says VECN_FLOATS, and may provide its own arithmetic and define VECN_OWN_... beforehand. */
+/* As many floats as one register holds, for the loops over a tile's scores: where `vf` of vec16.h takes two registers,
+ * GCC 12 moves it through memory, element by element. An instruction set may define VECN_FLOATS, and provide its own
+ * version of a group of functions and define VECN_OWN_... beforehand. */
 #ifndef VECN_H
 #define VECN_H
 
@@ -52,14 +53,14 @@ INLINE vn vn_load_half(const uint16_t *p)
 /* Lane i of the mask is set where bit i is. */
 INLINE vni vn_mask(uint32_t bits)
 {
-    static const int32_t lane_bits[16] = {1, 2, 4, 8, 16, 32, 64, 128, 256, 512, 1024, 2048, 4096, 8192, 16384, 32768};
+    static const int32_t lane_bits[16] = {1,   2,   4,    8,    16,   32,   64,    128,
+                                          256, 512, 1024, 2048, 4096, 8192, 16384, 32768};
     vni lane_bit;
     memcpy(&lane_bit, lane_bits, sizeof lane_bit);
     return (((vni){0} + (int32_t)bits) & lane_bit) != 0;
 }
 
-/* 2^x for x <= 0 to 2e-7 relative, of which the polynomial (minimax for |r| <= 1/2) makes EXP2_ERROR and rounding the
- * rest; exactly 0 from -127 down, and below -126 anything that is smaller than 2^-125. */
+/* 2^x for x <= 0 to 2e-7 relative; exactly 0 from -127 down, and some number below 2^-126 from there to -126. */
 INLINE vn vn_exp2(vn x)
 {
     const vn magic = vn_set1(12582912.0f); /* 1.5 * 2^23: adding it rounds, and leaves the integer in the low bits */
@@ -73,7 +74,8 @@ INLINE vn vn_exp2(vn x)
     y = vn_mul_add(y, r, vn_set1(2.402264791363012e-1f));
     y = vn_mul_add(y, r, vn_set1(6.931472028550421e-1f));
     y = vn_mul_add(y, r, vn_set1(1.0f));
-    return (vn)((vni)y + ((vni)shifted << 23)); /* magic's own bits are shifted out: the exponent grows by the integer */
+    /* The exponent grows by the integer: of `magic` itself nothing is left after the shift. */
+    return (vn)((vni)y + ((vni)shifted << 23));
 }
 
 INLINE vn vn_tanh(vn x)
