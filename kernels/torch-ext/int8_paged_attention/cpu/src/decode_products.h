@@ -4,6 +4,9 @@
 /* Loops over registers: unrolled before registers are assigned. */
 #define UNROLL _Pragma("GCC unroll 16")
 
+#ifndef UNROLL_GROUPS
+#define UNROLL_GROUPS UNROLL /* of the four groups of tokens in a subtile */
+#endif
 #ifndef PREFETCH_IN_MEMORY
 #define PREFETCH_IN_MEMORY(rows) 0 /* where the place of the prefetches is kept while a tile is worked on */
 #endif
@@ -101,7 +104,7 @@ INLINE void value_products(State *st, int r0, const Tile *tile, Prefetch *prefet
         UNROLL for (int j = 0; j < vectors; j++)
             UNROLL for (int t = 0; t < TERMS; t++) sum[r][j][t] = ints_set1(0);
     for (int s = 0; s < tile->count; s++)
-        UNROLL for (int g = 0; g < SUBTILE / 4; g++) {
+        UNROLL_GROUPS for (int g = 0; g < SUBTILE / 4; g++) {
             const int64_t at = (g * st->v_head_dim + d) * 4;
             Values v[4];
             UNROLL for (int j = 0; j < vectors; j++) {
