@@ -44,7 +44,7 @@ export RUN_NOTEBOOKS
 
 .DEFAULT_GOAL := help
 .PHONY: help demo info test test-all test-interpreted test-versions test-matrix test-sanitize test-neon test-upstream test-gpu drill bench bench-gpu \
-	gpu-audit lint types format notebooks coverage cache-api clean
+	gpu-audit cpu-audit lint types format notebooks coverage cache-api clean
 
 help:  ## Show this list
 	@sed -n 's/^\([a-z-]*\):.*## /\1|/p' $(MAKEFILE_LIST) | while IFS='|' read -r name text; do printf '  make %-13s %s\n' "$$name" "$$text"; done
@@ -95,6 +95,9 @@ bench-gpu: $(DEV)  ## Time kernels and a model on a GPU; writes eval/results/*_g
 
 gpu-audit: $(DEV)  ## Count what GPUs' machine code allows, without a GPU; writes docs/gpu_audit.json
 	OMP_NUM_THREADS=1 $(BIN)/python eval/gpu_audit.py --json docs/gpu_audit.json
+
+cpu-audit: $(DEV)  ## Count the instructions of the CPU kernels' inner loops; writes docs/cpu_audit.json
+	$(BIN)/python eval/cpu_audit.py --json docs/cpu_audit.json
 
 lint: $(DEV)  ## Check style
 	$(BIN)/ruff check

@@ -6,123 +6,14 @@
 
 #include <stdatomic.h>
 
-/* Scales of a tile as floats, and what they say about the way to go. */
-typedef struct {
-    vf k[TILE_SUBTILES], v[TILE_SUBTILES]; /* 0 where no row sees the token, or where it is faulty */
-    uint32_t faulty[TILE_SUBTILES];        /* tokens whose key or value held NaN or infinity */
-    int plain;                             /* every row sees every token, and none is faulty */
-    int refine;                            /* scores need the rest term of q */
-} Scales;
-
-/* Bits of the tokens [first, last) of the subtile at `position`. */
-INLINE uint32_t token_range(int64_t first, int64_t last, int64_t position)
-{
-    const int64_t from = max_i64(first - position, 0), to = min_i64(last - position, SUBTILE);
-    return from < to ? (1u << to) - (1u << from) : 0;
-}
-
-static void load_scales(const State *st, const Tile *tile, Scales *scales)
-{
-    vf largest = {0}, zero = {0};
-    scales->plain = !st->any_faulty_query && !st->capped && tile->position[0] >= st->latest_first &&
-                    tile->position[tile->count - 1] + SUBTILE <= st->earliest_last;
-    for (int s = 0; s < tile->count; s++) {
-        scales->k[s] = vf_load_half(tile->k_scales[s]);
-        scales->v[s] = vf_load_half(tile->v_scales[s]);
-        scales->faulty[s] = 0;
-        scales->plain &= tile->admitted[s] == 0xffff;
-    }
-    if (!scales->plain)
-        for (int s = 0; s < tile->count; s++) {
-            const uint32_t in_range = token_range(st->earliest_first, st->latest_last, tile->position[s]);
-            const vm seen = vm_from_bits(tile->admitted[s] & in_range);
-            scales->k[s] = (vf)((vm)scales->k[s] & seen);
-            scales->v[s] = (vf)((vm)scales->v[s] & seen);
-        }
-    for (int s = 0; s < tile->count; s++) {
-        largest = vf_max(scales->k[s], largest);
-        zero += scales->k[s] * 0.0f + scales->v[s] * 0.0f; /* NaN where a scale is */
-    }
-    if (vm_to_bits(zero == 0) != 0xffff) {
-        scales->plain = 0;
-        largest = vf_set1(0);
-        for (int s = 0; s < tile->count; s++) {
-            const vm faulty = (scales->k[s] != scales->k[s]) | (scales->v[s] != scales->v[s]);
-            scales->faulty[s] = vm_to_bits(faulty);
-            scales->k[s] = (vf)((vm)scales->k[s] & ~faulty);
-            scales->v[s] = (vf)((vm)scales->v[s] & ~faulty);
-            largest = vf_max(scales->k[s], largest);
-        }
-    }
-    scales->refine = vf_reduce_max(largest) * st->error_per_scale > SCORE_TOLERANCE;
-}
-
-/* Tokens of a subtile that row r sees and that are sound; notes a fault that it sees. */
-static uint32_t visible_tokens(State *st, int r, const Tile *tile, const Scales *scales, int s)
-{
-    const uint32_t seen = token_range(st->first[r], st->last[r], tile->position[s]) & tile->admitted[s];
-    st->fault[r] |= (seen & scales->faulty[s]) || (seen && st->faulty_query[r]);
-    return seen & ~scales->faulty[s];
-}
-
-/* Integer products -> scores, one row, with masks, softcap and the centre; the slow way. Returns the largest. */
-static vf general_scores(State *st, int r, const Tile *tile, const Scales *scales, float *scores)
-{
-    vf largest = vf_set1(-INFINITY);
-    for (int s = 0; s < tile->count; s++) {
-        vf x = vf_load(scores + s * SUBTILE) * scales->k[s] * st->factor[r] + st->center_score[r];
-        if (st->capped) x = vf_tanh(x / st->softcap) * (st->softcap * LOG2_E);
-        x = vf_select(vm_from_bits(visible_tokens(st, r, tile, scales, s)), x, vf_set1(-INFINITY));
-        vf_store(scores + s * SUBTILE, x);
-        largest = vf_max(x, largest);
-    }
-    return largest;
-}
-
-/* Online softmax of one row over one tile: products -> weights times V scales in integers.
- * *old is the factor on what was summed before, *factor what an integer weight is worth. */
-INLINE void weigh_row(State *st, int r, const Tile *tile, const Scales *scales, float *scores,
-                      uint8_t (*weights)[32], float *old, float *factor)
-{
-    vf largest;
-    if (scales->plain) {
-        const vf f = vf_set1(st->factor[r]), c = vf_set1(st->center_score[r]);
-        largest = vf_set1(-INFINITY);
-        for (int s = 0; s < tile->count; s++) {
-            const vf x = vf_mul_add(vf_load(scores + s * SUBTILE) * scales->k[s], f, c);
-            vf_store(scores + s * SUBTILE, x);
-            largest = vf_max(x, largest);
-        }
-    } else {
-        largest = general_scores(st, r, tile, scales, scores);
-    }
-    const float highest = larger(st->highest[r], vf_reduce_max(largest));
-    const float reference = highest == -INFINITY ? 0.0f : highest;
-    *old = vf_exp2(vf_set1(st->highest[r] - reference))[0];
-    st->highest[r] = highest;
-    vf sum = vf_load(st->sums[r]) * *old, top = {0};
-    for (int s = 0; s < tile->count; s++) {
-        const vf weight = vf_exp2(vf_load(scores + s * SUBTILE) - reference);
-        const vf product = weight * scales->v[s];
-        sum += weight;
-        top = vf_max(product, top);
-        vf_store(scores + s * SUBTILE, product);
-    }
-    vf_store(st->sums[r], sum);
-    const float most = vf_reduce_max(top);
-    const int some = most > 1e-30f;
-    *factor = some ? most / WEIGHT_MAX : 0.0f;
-    const vf inverse = vf_set1(some ? WEIGHT_MAX / most : 0.0f);
-    for (int s = 0; s < tile->count; s++) pack_weights(weights[s], vf_load(scores + s * SUBTILE) * inverse);
-}
-
-INLINE void attend_rows(State *st, int r0, const Tile *tile, Prefetch *prefetch, const Scales *scales,
+INLINE void attend_rows(State *st, int r0, const Tile *tile, Prefetch *ahead, const Scales *scales,
                         int64_t step_bytes, const int rows)
 {
     const int subtiles = KEY_SUBTILES(rows), vectors = VALUE_VECTORS(rows);
     _Alignas(64) float scores[MAX_TILE_ROWS][TILE_TOKENS];
     _Alignas(64) uint8_t weights[MAX_TILE_ROWS][TILE_SUBTILES][32];
-    float old[MAX_TILE_ROWS], factor[MAX_TILE_ROWS];
+    float old[MAX_TILE_ROWS], factor[MAX_TILE_ROWS], most[MAX_TILE_ROWS];
+    Prefetch own = *ahead, *prefetch = PREFETCH_IN_MEMORY(rows) ? ahead : &own; /* `own` is kept in registers */
     int s = 0;
     for (; s + subtiles <= tile->count; s += subtiles)
         key_products(st, r0, tile, prefetch, s, step_bytes, scores, rows, subtiles, 0, TERMS);
@@ -130,14 +21,22 @@ INLINE void attend_rows(State *st, int r0, const Tile *tile, Prefetch *prefetch,
         for (; s < tile->count; s++) key_products(st, r0, tile, prefetch, s, step_bytes, scores, rows, 1, 0, TERMS);
     if (scales->refine)
         for (s = 0; s < tile->count; s++) key_products(st, r0, tile, prefetch, s, step_bytes, scores, rows, 1, TERMS, 1);
-    for (int r = 0; r < rows; r++)
-        weigh_row(st, r0 + r, tile, scales, scores[r], weights[r], &old[r], &factor[r]);
+    /* Each step waits for a reduction in the one before: taken row by row, the processor could not overlap them. */
+    for (int r = 0; r < rows; r++) most[r] = scale_scores(st, r0 + r, tile, scales, scores[r]);
+    for (int r = 0; r < rows; r++) most[r] = weigh_scores(st, r0 + r, tile, scales, scores[r], most[r], &old[r]);
+    for (int r = 0; r < rows; r++) {
+        const int some = most[r] > 1e-30f;
+        factor[r] = some ? most[r] * (1.0f / WEIGHT_MAX) : 0.0f;
+        const float inverse = some ? WEIGHT_MAX / most[r] : 0.0f;
+        for (s = 0; s < tile->count; s++) pack_weights(weights[r][s], scores[r] + s * SUBTILE, inverse);
+    }
     const int64_t dim = st->v_head_dim;
     int64_t d = 0;
     for (; d + vectors * LANES <= dim; d += vectors * LANES)
         value_products(st, r0, tile, prefetch, d, weights, old, factor, rows, vectors, 0);
     for (; d + LANES <= dim; d += LANES) value_products(st, r0, tile, prefetch, d, weights, old, factor, rows, 1, 0);
     if (d < dim) value_products(st, r0, tile, prefetch, d, weights, old, factor, rows, 1, (int)(dim - d));
+    if (!PREFETCH_IN_MEMORY(rows)) *ahead = own;
 }
 
 #define ATTEND_ROWS(n)                                                                                             \
@@ -226,7 +125,8 @@ static void decode_item(const DecodePlan *plan, int64_t item)
 
     Cursor cursor = {layer, call->table.ids + sequence * call->table.stride,
                      call->key_mask ? call->key_mask + sequence * call->mask_stride : NULL,
-                     call->mask_start, call->mask_columns, head, begin, end};
+                     call->mask_start, call->mask_columns, head, begin, end,
+                     begin / layer->block_size, begin % layer->block_size};
     Tile tiles[2];
     next_tile(&cursor, &tiles[0]);
     Prefetch first_tile = start_prefetch(&tiles[0], layer);
@@ -245,7 +145,7 @@ static void decode_item(const DecodePlan *plan, int64_t item)
     for (int r = 0; r < st.rows; r++) {
         float *p = plan->splits == 1 ? single : partial + r * row_floats;
         p[0] = st.highest[r];
-        p[1] = st.fault[r] ? NAN : vf_reduce_sum(vf_load(st.sums[r]));
+        p[1] = st.fault[r] ? NAN : vn_reduce_sum(vn_load(st.sums[r]));
         memcpy(p + PARTIAL_HEAD, st.out[r], (size_t)st.v_head_dim * sizeof(float));
         if (plan->splits == 1) finish_row(plan, sequence, head, row_block * ROW_BLOCK + r, p, 0);
     }

@@ -1,5 +1,5 @@
 /* First tokens in full precision: they join where the splits do, in the model's own domain. */
-#include "decode_products.h"
+#include "decode_softmax.h"
 
 /* A row of first token i of a sequence, as floats. */
 static void load_first_row(float *row, const DecodePlan *plan, int64_t sequence, int64_t head, int64_t i, int values)

@@ -4,6 +4,13 @@
 /* Loops over registers: unrolled before registers are assigned. */
 #define UNROLL _Pragma("GCC unroll 16")
 
+#ifndef UNROLL_GROUPS
+#define UNROLL_GROUPS UNROLL /* of the four groups of tokens in a subtile */
+#endif
+#ifndef PREFETCH_IN_MEMORY
+#define PREFETCH_IN_MEMORY(rows) 0 /* where the place of the prefetches is kept while a tile is worked on */
+#endif
+
 /* Fetches the next tile line by line, in the order of addresses, while this one is worked on: it may lie anywhere in
  * the pool. One thread on cold memory, 8 heads of head_dim 64, group 1: 30 GB/s, and 24 when fetched in the order of
  * use; a tile earlier or into the second-level cache only is no better, without prefetching it is 10 to 16. */
@@ -15,7 +22,8 @@ typedef struct {
     int run;                                    /* keys of all subtiles, then their values */
 } Prefetch;
 
-static __attribute__((noinline)) void next_run(Prefetch *p)
+/* Inlined: a call inside the products' loops would cost them all their registers. */
+INLINE void next_run(Prefetch *p)
 {
     const int count = p->tile->count, run = p->run++;
     if (run < count) {
@@ -36,7 +44,7 @@ INLINE void prefetch_line(Prefetch *p)
 {
     __builtin_prefetch(p->line);
     p->line += p->stride;
-    if (p->line == p->end) next_run(p);
+    if (__builtin_expect(p->line == p->end, 0)) next_run(p);
 }
 
 static Prefetch start_prefetch(const Tile *tile, const Layer *layer)
@@ -59,17 +67,21 @@ INLINE void key_products(const State *st, int r0, const Tile *tile, Prefetch *pr
     UNROLL for (int r = 0; r < rows; r++)
         UNROLL for (int u = 0; u < subtiles; u++)
             UNROLL for (int v = 0; v < VECTORS; v++)
-                UNROLL for (int t = 0; t < terms; t++) sum[r][u][v][t] = ints_set1(st->offset[r0 + r][term + t]);
+                UNROLL for (int t = 0; t < terms; t++)
+                    sum[r][u][v][t] = ints_set1(KEY_OFFSET ? st->offset[r0 + r][term + t] : 0);
     const uint8_t *q = st->q[r0][term];
+    const int8_t *keys[4];
+    UNROLL for (int u = 0; u < subtiles; u++) keys[u] = tile->k[s + u];
     for (int64_t at = 0; at < bytes; at += step_bytes, q += TERM_BYTES)
         UNROLL for (int u = 0; u < subtiles; u++) {
             prefetch_line(prefetch);
-            UNROLL for (int v = 0; v < VECTORS; v++) {
-                const Keys k = load_keys(tile->k[s + u] + at + v * LANES * 4);
-                UNROLL for (int r = 0; r < rows; r++)
-                    UNROLL for (int t = 0; t < terms; t++)
-                        sum[r][u][v][t] = dot_keys(sum[r][u][v][t], k, q + r * sizeof st->q[0] + t * sizeof st->q[0][0]);
-            }
+            Keys k[VECTORS];
+            UNROLL for (int v = 0; v < VECTORS; v++) k[v] = load_keys(keys[u] + at + v * LANES * 4);
+            UNROLL for (int r = 0; r < rows; r++)
+                UNROLL for (int t = 0; t < terms; t++) {
+                    const Query query = load_query(q + r * sizeof st->q[0] + t * sizeof st->q[0][0]);
+                    UNROLL for (int v = 0; v < VECTORS; v++) sum[r][u][v][t] = dot_keys(sum[r][u][v][t], k[v], query);
+                }
         }
     UNROLL for (int r = 0; r < rows; r++)
         UNROLL for (int u = 0; u < subtiles; u++)
@@ -92,7 +104,7 @@ INLINE void value_products(State *st, int r0, const Tile *tile, Prefetch *prefet
         UNROLL for (int j = 0; j < vectors; j++)
             UNROLL for (int t = 0; t < TERMS; t++) sum[r][j][t] = ints_set1(0);
     for (int s = 0; s < tile->count; s++)
-        for (int g = 0; g < SUBTILE / 4; g++) {
+        UNROLL_GROUPS for (int g = 0; g < SUBTILE / 4; g++) {
             const int64_t at = (g * st->v_head_dim + d) * 4;
             Values v[4];
             UNROLL for (int j = 0; j < vectors; j++) {

@@ -1,5 +1,6 @@
 /* What a work item of decode attention carries from tile to tile: its query rows and their running softmax. */
 #include "rows.h"
+#include "vecn.h"
 
 /* Subtiles (16 tokens each) whose softmax and value products are done together. */
 enum { TILE_SUBTILES = 4, TILE_TOKENS = TILE_SUBTILES * SUBTILE };
@@ -12,7 +13,7 @@ static const float SCORE_TOLERANCE = 8e-5f;
 typedef struct {
     _Alignas(64) uint8_t q[ROW_BLOCK][TERMS + 1][MAX_DIM / 4 * TERM_BYTES]; /* main terms, rest */
     _Alignas(64) float out[ROW_BLOCK][MAX_DIM]; /* sum of weight * value so far */
-    _Alignas(64) float sums[ROW_BLOCK][16];     /* of weights, lane by lane */
+    _Alignas(64) float sums[ROW_BLOCK][VECN_FLOATS]; /* of weights, lane by lane */
     float highest[ROW_BLOCK];                   /* score, in units of log2 */
     float factor[ROW_BLOCK];                    /* score = factor * k_scale * integer product */
     float center_score[ROW_BLOCK];              /* what key centring took from every score */
@@ -41,6 +42,7 @@ typedef struct {
     const uint8_t *mask; /* of this sequence, or NULL */
     int64_t mask_start, mask_columns;
     int64_t head, position, end;
+    int64_t column, slot; /* of the table, and in the block, where the position is */
 } Cursor;
 
 static uint32_t admitted_tokens(const Cursor *c, int64_t position)
@@ -65,7 +67,9 @@ static void next_tile(Cursor *c, Tile *tile)
     const int64_t size = layer->block_size;
     int n = 0;
     for (; n < TILE_SUBTILES && c->position < c->end; c->position += SUBTILE) {
-        const int64_t block = c->ids[c->position / size], slot = c->position % size;
+        const int64_t block = c->ids[c->column], slot = c->slot;
+        c->slot = slot + SUBTILE == size ? 0 : slot + SUBTILE;
+        c->column += c->slot == 0;
         if (block < 0) continue;
         const uint32_t admitted = c->mask ? admitted_tokens(c, c->position) : 0xffff;
         if (!admitted) continue;

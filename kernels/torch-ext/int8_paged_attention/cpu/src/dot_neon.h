@@ -4,6 +4,10 @@
 #include "vec16_type.h"
 
 #define VEC16_OWN_HALF
+#define VECN_OWN_TYPE
+#define VECN_OWN_HALF
+
+typedef float32x4_t vn;
 
 INLINE vf vf_load_half(const uint16_t *p)
 {
@@ -11,6 +15,7 @@ INLINE vf vf_load_half(const uint16_t *p)
     for (int i = 0; i < 16; i += 4) vst1q_f32(lanes + i, vcvt_f32_f16(vreinterpret_f16_u16(vld1_u16(p + i))));
     return vf_load(lanes);
 }
+INLINE vn vn_load_half(const uint16_t *p) { return vcvt_f32_f16(vreinterpret_f16_u16(vld1_u16(p))); }
 INLINE void vf_store_half(uint16_t *p, vf x)
 {
     float lanes[16];
@@ -28,7 +33,7 @@ enum { LANES = 4, TERM_BYTES = 4, QUERY_MAX = 32639, WEIGHT_MAX = 32639, KEY_OFF
 #define VALUE_VECTORS(rows) 4
 
 typedef int32x4_t Ints;
-typedef int8x16_t Keys, Values, Weight;
+typedef int8x16_t Keys, Query, Values, Weight;
 
 INLINE Ints ints_set1(int32_t x) { return vdupq_n_s32(x); }
 INLINE Keys load_keys(const int8_t *p) { return vld1q_s8(p); }
@@ -38,7 +43,8 @@ INLINE Weight load_weight(const uint8_t *w)
     memcpy(&four, w, 4);
     return vreinterpretq_s8_s32(vdupq_n_s32(four));
 }
-INLINE Ints dot_keys(Ints sum, Keys k, const uint8_t *q) { return vdotq_s32(sum, k, load_weight(q)); }
+INLINE Query load_query(const uint8_t *q) { return load_weight(q); }
+INLINE Ints dot_keys(Ints sum, Keys k, Query q) { return vdotq_s32(sum, k, q); }
 INLINE Values load_values(const int8_t *p) { return vld1q_s8(p); }
 INLINE Values load_values_part(const int8_t *p, int lanes) { return (void)lanes, vld1q_s8(p); } /* dims come in fours */
 INLINE Ints dot_values(Ints sum, Weight w, Values v) { return vdotq_s32(sum, w, v); }
@@ -54,11 +60,11 @@ INLINE void accumulate_ints(float *dst, float old, Ints x, float factor)
 {
     vst1q_f32(dst, vaddq_f32(vmulq_n_f32(vld1q_f32(dst), old), vmulq_n_f32(vcvtq_f32_s32(x), factor)));
 }
-/* Sixteen tokens' weights, x in [0, WEIGHT_MAX]: 16 high bytes, 16 low bytes, as x = 256 * high + low. */
-INLINE void pack_weights(uint8_t *dst, vf x)
+/* Sixteen tokens' weights, x * factor in [0, WEIGHT_MAX]: 16 high bytes, 16 low bytes, as x = 256 * high + low. */
+INLINE void pack_weights(uint8_t *dst, const float *x, float factor)
 {
     typedef int8_t bytes __attribute__((vector_size(16)));
-    const vm whole = vf_to_int(x), high = (whole + 128) >> 8;
+    const vm whole = vf_to_int(vf_load(x) * factor), high = (whole + 128) >> 8;
     const bytes h = __builtin_convertvector(high, bytes), l = __builtin_convertvector(whole - 256 * high, bytes);
     memcpy(dst, &h, 16);
     memcpy(dst + 16, &l, 16);

@@ -9,7 +9,6 @@
 /* As x86: the second operand if either is NaN. */
 INLINE vf vf_max(vf a, vf b) { return vf_select(a > b, a, b); }
 INLINE vf vf_min(vf a, vf b) { return vf_select(a < b, a, b); }
-INLINE vf vf_mul_add(vf a, vf b, vf c) { return a * b + c; }
 INLINE float vf_reduce_max(vf x)
 {
     float m = x[0];
@@ -37,42 +36,6 @@ INLINE vm vf_to_int(vf x)
 {
     const vf magic = vf_set1(12582912.0f);
     return (vm)(x + magic) - 0x4b400000;
-}
-
-/* 2^x for x <= 0 to 2e-7 relative; exactly 0 below -126.5. */
-INLINE vf vf_exp2(vf x)
-{
-    x = vf_max(x, vf_set1(-127.0f));
-    const vf whole = vf_round(x);
-    const vf r = x - whole;
-    vf y = vf_set1(1.535336188319500e-4f);
-    y = vf_mul_add(y, r, vf_set1(1.339887440266574e-3f));
-    y = vf_mul_add(y, r, vf_set1(9.618437357674640e-3f));
-    y = vf_mul_add(y, r, vf_set1(5.550332471162809e-2f));
-    y = vf_mul_add(y, r, vf_set1(2.402264791363012e-1f));
-    y = vf_mul_add(y, r, vf_set1(6.931472028550421e-1f));
-    y = vf_mul_add(y, r, vf_set1(1.0f));
-    return y * (vf)((vf_to_int(whole) + 127) << 23);
-}
-
-INLINE vf vf_tanh(vf x)
-{
-    const vf e = vf_exp2(vf_abs(x) * -2.8853900817779268f); /* exp(-2|x|) */
-    const vf t = (1.0f - e) / (1.0f + e);
-    return (vf)((vm)t | ((vm)x & (int32_t)0x80000000));
-}
-
-/* Lane i of the mask is set where bit i is. */
-INLINE vm vm_from_bits(uint32_t bits)
-{
-    const vm lane_bit = {1, 2, 4, 8, 16, 32, 64, 128, 256, 512, 1024, 2048, 4096, 8192, 16384, 32768};
-    return (((vm){0} + (int32_t)bits) & lane_bit) != 0;
-}
-INLINE uint32_t vm_to_bits(vm mask)
-{
-    uint32_t bits = 0;
-    for (int i = 0; i < 16; i++) bits |= (uint32_t)(mask[i] & 1) << i;
-    return bits;
 }
 
 INLINE float half_to_float(uint16_t h)
