@@ -66,7 +66,7 @@ def test_both_sides_of_every_tile_boundary(past: tuple[int, ...], chunk: int, op
     "dims", [(4, 4), (12, 36), (16, 64), (36, 12), (64, 80), (80, 128), (128, 64), (256, 256)], ids=str
 )
 def test_every_width_of_rows(dims: tuple[int, int], block_size: int) -> None:
-    sizes = {"head_dim": dims[0], "v_head_dim": dims[1], "block_size": block_size}
+    sizes: dict[str, Any] = {"head_dim": dims[0], "v_head_dim": dims[1], "block_size": block_size}
     holes = ((0, 1), (1, 0)) if block_size < 100 else ()
     case = make_case(
         "cpu", lens=(150, 37), group=5, rotation="hadamard", center=True, first_tokens=1, holes=holes, **sizes
