@@ -73,4 +73,5 @@ typedef float32x4_t Floats;
 INLINE Floats floats_load(const float *p) { return vld1q_f32(p); }
 INLINE Floats floats_set1(float x) { return vdupq_n_f32(x); }
 INLINE Floats floats_mul_add(Floats a, Floats b, Floats c) { return vfmaq_f32(c, a, b); }
+INLINE Floats floats_max(Floats a, Floats b) { return vbslq_f32(vcgtq_f32(a, b), a, b); }
 INLINE void floats_store(float *p, Floats x) { vst1q_f32(p, x); }

@@ -91,4 +91,10 @@ INLINE Floats floats_load(const float *p)
 }
 INLINE Floats floats_set1(float x) { return (Floats){x, x, x, x}; }
 INLINE Floats floats_mul_add(Floats a, Floats b, Floats c) { return a * b + c; }
+INLINE Floats floats_max(Floats a, Floats b)
+{
+    typedef int32_t Mask __attribute__((vector_size(16)));
+    const Mask above = a > b;
+    return (Floats)((above & (Mask)a) | (~above & (Mask)b));
+}
 INLINE void floats_store(float *p, Floats x) { memcpy(p, &x, sizeof x); }

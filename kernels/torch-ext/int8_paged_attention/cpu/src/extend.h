@@ -4,26 +4,7 @@
  * A work item takes a tile of query rows of one key/value head through its keys, 64 tokens at a time, with an online
  * softmax. The past comes first, in the conditioned domain; then the sums are rotated back once, and the first tokens
  * and the chunk follow in the model's own domain. Keys are centred in both. */
-#include "extend_tiles.h"
-
-typedef struct {
-    FloatTile tile;
-    _Alignas(64) float q[EXTEND_ROWS * MAX_DIM];         /* [rows][padded(head_dim)] */
-    _Alignas(64) float out[EXTEND_ROWS * MAX_DIM];       /* [rows][padded(v_head_dim)], sum of weight * value so far */
-    _Alignas(64) float scores[EXTEND_ROWS][TILE_TOKENS]; /* and weights after them */
-    _Alignas(64) float sums[EXTEND_ROWS][16];            /* of weights, lane by lane */
-    float highest[EXTEND_ROWS];                          /* score, in units of log2 */
-    float old[EXTEND_ROWS];                              /* factor on what was summed before the current tile */
-    float center_score[EXTEND_ROWS];                     /* what key centring took from every score */
-    int64_t first[EXTEND_ROWS], last[EXTEND_ROWS];       /* the row sees tokens [first, last) of the current part */
-    uint8_t faulty_query[EXTEND_ROWS], fault[EXTEND_ROWS];
-    const ExtendPlan *plan;
-    int64_t sequence, head, row; /* of the first row */
-    int rows, any_faulty_query, capped;
-    int64_t latest_first, earliest_last; /* all rows see what lies between */
-    int64_t earliest_first, latest_last; /* no row sees what lies outside */
-    float factor, softcap;
-} ExtendState;
+#include "extend_softmax.h"
 
 INLINE int64_t row_position(const ExtendState *st, int r)
 {
@@ -88,53 +69,6 @@ static int64_t set_ranges(ExtendState *st, int64_t begin, int64_t end, int causa
     return from;
 }
 
-/* Products -> scores of one row where a token is hidden or faulty, or scores are capped. Returns the largest. */
-static vf hidden_scores(ExtendState *st, int r)
-{
-    const FloatTile *tile = &st->tile;
-    float *scores = st->scores[r];
-    vf largest = vf_set1(-INFINITY);
-    for (int s = 0; s < tile->count; s++) {
-        const uint32_t seen = token_range(st->first[r], st->last[r], tile->position[s]) & tile->admitted[s];
-        st->fault[r] |= (seen & tile->faulty[s]) || (seen && st->faulty_query[r]);
-        vf x = vf_load(scores + s * SUBTILE) * tile->k_scales[s] * st->factor + st->center_score[r];
-        if (st->capped) x = vf_tanh(x / st->softcap) * (st->softcap * LOG2_E);
-        x = vf_select(vm_from_bits(seen & ~tile->faulty[s]), x, vf_set1(-INFINITY));
-        vf_store(scores + s * SUBTILE, x);
-        largest = vf_max(x, largest);
-    }
-    return largest;
-}
-
-/* Online softmax of one row over one tile: products -> weights times V scales. */
-INLINE void softmax_row(ExtendState *st, int r, int plain)
-{
-    const FloatTile *tile = &st->tile;
-    float *scores = st->scores[r];
-    vf largest = vf_set1(-INFINITY);
-    if (plain) {
-        const vf f = vf_set1(st->factor), c = vf_set1(st->center_score[r]);
-        for (int s = 0; s < tile->count; s++) {
-            const vf x = vf_mul_add(vf_load(scores + s * SUBTILE) * tile->k_scales[s], f, c);
-            vf_store(scores + s * SUBTILE, x);
-            largest = vf_max(x, largest);
-        }
-    } else {
-        largest = hidden_scores(st, r);
-    }
-    const float highest = larger(st->highest[r], vf_reduce_max(largest));
-    const float reference = highest == -INFINITY ? 0.0f : highest;
-    st->old[r] = vf_exp2(vf_set1(st->highest[r] - reference))[0];
-    st->highest[r] = highest;
-    vf sum = vf_load(st->sums[r]) * st->old[r];
-    for (int s = 0; s < tile->count; s++) {
-        const vf weight = vf_exp2(vf_load(scores + s * SUBTILE) - reference);
-        sum += weight;
-        vf_store(scores + s * SUBTILE, weight * tile->v_scales[s]);
-    }
-    vf_store(st->sums[r], sum);
-}
-
 /* All rows over the tile of keys and values at hand. */
 static void extend_tile(ExtendState *st)
 {
@@ -148,7 +82,7 @@ static void extend_tile(ExtendState *st)
                             .a_stride = padded(layer->head_dim), .b_stride = TILE_TOKENS, .depth = layer->head_dim,
                             .columns = tokens};
     multiply(&scores, st->rows);
-    for (int r = 0; r < st->rows; r++) softmax_row(st, r, plain);
+    softmax_rows(st, plain);
     const Product values = {.c = st->out, .a = st->scores[0], .b = tile->values, .old = st->old, .c_stride = v_stride,
                             .a_stride = TILE_TOKENS, .b_stride = v_stride, .depth = tokens, .columns = v_stride};
     multiply(&values, st->rows);
@@ -238,7 +172,9 @@ static void store_extend_row(ExtendState *st, int r)
     const float sink = call->sink_logits ? call->sink_logits[q_head] * LOG2_E : -INFINITY;
     const float highest = larger(sink, st->highest[r]), reference = highest == -INFINITY ? 0.0f : highest;
     const float weight = exp2f(st->highest[r] - reference);
-    const float total = vf_reduce_sum(vf_load(st->sums[r])) * weight + (sink == sink ? exp2f(sink - reference) : sink);
+    float total = 0;
+    for (int lane = 0; lane < FLOAT_LANES; lane++) total += st->sums[r][lane];
+    total = total * weight + (sink == sink ? exp2f(sink - reference) : sink);
     float *out = st->out + r * padded(dim);
     const vf inverse = vf_set1(st->fault[r] ? NAN : total == 0 ? 0.0f : weight / total);
     for (int64_t d = 0; d < dim; d += 16) vf_store(out + d, vf_load(out + d) * inverse);
@@ -263,7 +199,7 @@ static void extend_item(const ExtendPlan *plan, int64_t item)
     memset(st.out, 0, (size_t)(st.rows * padded(layer->v_head_dim)) * sizeof(float));
     memset(st.sums, 0, sizeof st.sums);
     memset(st.fault, 0, sizeof st.fault);
-    for (int r = 0; r < st.rows; r++) st.highest[r] = -INFINITY;
+    for (int r = 0; r < EXTEND_ROWS; r++) st.highest[r] = st.largest[r] = -INFINITY;
     load_extend_queries(&st, layer->rotate != 0);
     extend_over_blocks(&st);
     if (layer->rotate) {

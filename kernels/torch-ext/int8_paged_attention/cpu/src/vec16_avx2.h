@@ -89,4 +89,5 @@ typedef __m256 Floats;
 INLINE Floats floats_load(const float *p) { return _mm256_loadu_ps(p); }
 INLINE Floats floats_set1(float x) { return _mm256_set1_ps(x); }
 INLINE Floats floats_mul_add(Floats a, Floats b, Floats c) { return _mm256_fmadd_ps(a, b, c); }
+INLINE Floats floats_max(Floats a, Floats b) { return _mm256_max_ps(a, b); }
 INLINE void floats_store(float *p, Floats x) { _mm256_storeu_ps(p, x); }
