@@ -50,6 +50,7 @@ __all__ = [
 
 NAME = "cpu"
 FORMATS = (INT8.name,)
+#: Under every instruction set: where torch is held to the same one, its attention over a dense past takes longer.
 LONG_CHUNKS = True
 
 _LIBRARY = library.load()
