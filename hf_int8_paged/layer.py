@@ -15,7 +15,7 @@ from .kernels import Tokens
 from .layer_checks import check_first_states, check_states, of_one_dtype
 from .layer_reader import LayerReader
 from .seam.once import say_once
-from .seam.views import Content, PagedView
+from .seam.views import Content
 from .sequences.growing import GrowingSequences
 from .sequences.preallocated import PreallocatedSequences
 from .whole_cache import OfTheWholeCache
@@ -141,7 +141,9 @@ class PagedInt8Layer(OfTheWholeCache, LayerReader, CacheLayerMixin):
             fresh = _joined(past[0], key_states), _joined(past[1], value_states)
         self._append(*room.to_write(key_states, value_states, stop))
         room.wrote(stop, (key_states.dtype, value_states.dtype))
-        keys, values = self._views(room.first_shown(start), stop, fresh)
+        first = room.first_shown(start)
+        keys, values = room.blank_views(stop - first)
+        keys.content = values.content = Content(self, first, stop, room.epoch, fresh)
         if learning and fresh is not None:
             return keys.dense(), values.dense()  # autograd does not look into views
         return keys, values
@@ -190,19 +192,7 @@ class PagedInt8Layer(OfTheWholeCache, LayerReader, CacheLayerMixin):
         twin.sequences, twin.room = sequences, self.room.fork(sequences)  # type: ignore[attr-defined]
         return twin
 
-    def take_back_step(self, content: Content) -> None:
-        """Take back the step whose views have this content, if it is the newest: an exception has ended it."""
-        if content.epoch == self.epoch and content.stop == self.length:
-            self.sequences.take_back()
-
     # -- internals -------------------------------------------------------------------------------------------------
-
-    def _views(
-        self, first: int, stop: int, fresh: tuple[torch.Tensor, torch.Tensor] | None
-    ) -> tuple[PagedView, PagedView]:
-        keys, values = self.room.blank_views(stop - first)
-        keys.content = values.content = Content(self, first, stop, self.room.epoch, fresh)
-        return keys, values
 
     def _center_late(self, key_states: torch.Tensor, start: int) -> None:
         """Centre the keys on the mean of the tokens so far, which were too few until now, and store those once more."""
@@ -222,7 +212,7 @@ class PagedInt8Layer(OfTheWholeCache, LayerReader, CacheLayerMixin):
         if key_states.requires_grad or value_states.requires_grad:
             key_states, value_states = key_states.detach(), value_states.detach()
         with self.room.writer:
-            self.room.backend.append(*of_one_dtype(key_states, value_states), self.room.storage, tokens)
+            self.room.backend.append(*of_one_dtype(key_states, value_states), self.room.storages[self.index], tokens)
 
     def _known(self, name: str) -> tuple[int, int, int, torch.device]:
         """The layer's shape, which the attribute ``name`` is a fact of: without it there is no such attribute yet."""

@@ -21,6 +21,8 @@ class LayerReader:
     def __init__(self, index: int, room: Room):
         self.index = index
         self.room = room
+        #: Sliding window in tokens, or ``None`` for full attention.
+        self.window = room.window
 
     @property
     def storage(self) -> KvCacheQuant:
@@ -30,11 +32,6 @@ class LayerReader:
     @property
     def epoch(self) -> int:
         return self.room.epoch
-
-    @property
-    def window(self) -> int | None:
-        """Sliding window in tokens, or ``None`` for full attention."""
-        return self.room.window
 
     def gather(self, start: int, stop: int, dtype: torch.dtype) -> tuple[torch.Tensor, torch.Tensor]:
         """Dense keys and values of positions ``start`` to ``stop``, ``[batch, num_kv_heads, stop - start, dim]``."""
@@ -67,19 +64,20 @@ class LayerReader:
             that did not fit.
         """
         room = self.room
-        storage = room.storage
+        shape = room.shape
+        assert shape is not None, "no tokens yet"
         batch, num_q_heads, q_len, _ = query.shape
-        out = query.new_empty(batch, q_len, num_q_heads, storage.v_head_dim)
+        out = query.new_empty(batch, q_len, num_q_heads, shape[2])
         room.backend.attend(
             out.transpose(1, 2),
             query,
-            storage,
+            room.storages[self.index],
             room.tokens_for(stop, q_len, fresh is not None),
             scoring,
             fresh,
             room.first_tokens(room.first_shown(stop - q_len)),
         )
-        return room.checked(out)
+        return room.checked(out) if room.preallocated else out
 
     def attend_on_device(self, query: torch.Tensor, scoring: Scoring) -> torch.Tensor:
         """The same over the blocks within a compiled graph."""
@@ -104,6 +102,11 @@ class LayerReader:
         views = room.blank_views(length - first)
         views[values].content = Content(self, first, length, self.epoch, None)
         return views[values]
+
+    def take_back_step(self, content: Content) -> None:
+        """Take back the step whose views have this content, if it is the newest: an exception has ended it."""
+        if content.epoch == self.epoch and content.stop == self.room.length:
+            self.room.sequences.take_back()
 
     @property
     def first_tokens_nbytes(self) -> int:

@@ -82,7 +82,8 @@ class PagedInt8Pool:
         self.access = PoolAccess(self.allocators)
         #: The centre of each layer whose keys have been centred, as long as its storage has this very one.
         self._centers: dict[int, torch.Tensor] = {}
-        self._storage: dict[int, KvCacheQuant] = {}
+        #: By layer, the blocks as they are now; growth replaces the object. Nothing before the layer's first token.
+        self.storages: dict[int, KvCacheQuant] = {}
         self._members: dict[str, list[int]] = {}
 
     def add_group(self, group: str) -> BlockAllocator:
@@ -111,12 +112,14 @@ class PagedInt8Pool:
             ValueError: another cache of this pool uses the layer with other heads or widths, or on another device.
         """
         with self.access.exclusive():
-            held = self._storage.get(layer)
-            theirs = held and LayerShape(held.num_kv_heads, held.head_dim, held.v_head_dim, held.device)
+            held = self.storages.get(layer)
+            theirs = None
+            if held is not None:
+                theirs = LayerShape(held.num_kv_heads, held.head_dim, held.v_head_dim, held.device)
             if mine == theirs and layer in self._members[group]:
                 return
             if theirs is None or mine == theirs or only_user():
-                self._storage[layer] = alloc_paged_int8_layer(
+                self.storages[layer] = alloc_paged_int8_layer(
                     self.allocators[group].num_blocks,
                     self.block_size,
                     mine.num_kv_heads,
@@ -165,7 +168,7 @@ class PagedInt8Pool:
                 return False
             with torch.inference_mode(False):  # kernels read it outside inference mode too
                 self._centers[layer] = torch.empty_like(mean).copy_(mean)
-                self._storage[layer] = dataclasses.replace(self._storage[layer], key_center=self._centers[layer])
+                self.storages[layer] = dataclasses.replace(self.storages[layer], key_center=self._centers[layer])
         return True
 
     def before_centring(self, layer: int, group: str, blocks: torch.Tensor | None = None) -> Centring:
@@ -176,7 +179,7 @@ class PagedInt8Pool:
             group: its group.
             blocks: int64 ids of blocks that will be stored once more.
         """
-        storage = self._storage[layer]
+        storage = self.storages[layer]
         if blocks is None:
             return Centring(group, storage.key_center)
         tensors = (storage.k, storage.v, storage.k_scales, storage.v_scales)
@@ -195,24 +198,20 @@ class PagedInt8Pool:
             False if blocks had to be restored and cannot, as another cache has stored tokens with the new centre.
         """
         with self.access.exclusive():
-            storage = self._storage[layer]
+            storage = self.storages[layer]
             if storage.key_center is before.center:
                 return True
             if not only_user():
                 return before.blocks is None
             for held, stored in zip((storage.k, storage.v, storage.k_scales, storage.v_scales), before.stored):
                 held[:, before.blocks] = stored
-            self._storage[layer] = dataclasses.replace(storage, key_center=before.center)
+            self.storages[layer] = dataclasses.replace(storage, key_center=before.center)
         return True
 
     def lacks_center(self, layer: int) -> bool:
         """Whether a layer's keys are to be centred and are not yet."""
-        center = self._storage[layer].key_center
+        center = self.storages[layer].key_center
         return center is not None and self._centers.get(layer) is not center
-
-    def storage(self, layer: int) -> KvCacheQuant | None:
-        """The layer's blocks as they are now; growth replaces the object. None before the layer's first token."""
-        return self._storage.get(layer)
 
     def ensure_free(self, needed: Mapping[str, int]) -> None:
         """Make sure that each group has the given number of free blocks; grow where it has not. Call it inside
@@ -244,8 +243,8 @@ class PagedInt8Pool:
         with self.access.growing():
             for group, target in targets.items():
                 for layer in self._members[group]:
-                    if self._storage[layer].num_blocks < target:  # an interrupted growth may have come this far
-                        self._storage[layer] = _grown(self._storage[layer], target)
+                    if self.storages[layer].num_blocks < target:  # an interrupted growth may have come this far
+                        self.storages[layer] = _grown(self.storages[layer], target)
                 self.allocators[group].grow(target)
 
     def copy(self, group: str, pairs: Iterable[tuple[int, int]]) -> None:
@@ -255,19 +254,19 @@ class PagedInt8Pool:
             return
         src, dst = torch.tensor(pairs, dtype=torch.int32).T.contiguous()
         for layer in self._members[group]:
-            storage = self._storage[layer]
+            storage = self.storages[layer]
             copy_blocks(storage, src.to(storage.device), dst.to(storage.device))
 
     @property
     def nbytes_allocated(self) -> int:
         """Bytes of int8 values and scales allocated, all layers."""
-        return sum(storage.nbytes for storage in self._storage.values())
+        return sum(storage.nbytes for storage in self.storages.values())
 
     @property
     def nbytes_used(self) -> int:
         """Bytes of the blocks that hold tokens, all layers."""
         return sum(
-            self.allocators[group].num_used * self.block_size * self._storage[layer].bytes_per_token
+            self.allocators[group].num_used * self.block_size * self.storages[layer].bytes_per_token
             for group, layers in self._members.items()
             for layer in layers
         )

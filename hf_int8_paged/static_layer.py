@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 
 from .layer import PagedInt8Layer
+from .seam.views import Content
 from .sequences.device_step import append_on_device, dense_on_device, step_on_device
 from .sequences.preallocated import PreallocatedSequences
 from .sequences.preallocated_room import PreallocatedRoom
@@ -45,7 +46,9 @@ class PagedInt8StaticLayer(PagedInt8Layer):
             past = append_on_device(self.room, key_states, value_states)
             if key_states.shape[2] > 1:
                 return dense_on_device(self.room, key_states, value_states, past)
-            return self._views(0, self.max_cache_len, None)
+            keys, values = self.room.blank_views(self.max_cache_len)
+            keys.content = values.content = Content(self, 0, self.max_cache_len, self.room.epoch, None)
+            return keys, values
         return super().update(key_states, value_states)
 
     def get_seq_length(self) -> torch.Tensor | int:  # type: ignore[override]

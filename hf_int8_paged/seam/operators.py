@@ -76,7 +76,13 @@ def _first_tokens(tensors: Sequence[torch.Tensor], limit: int) -> FirstTokens | 
     if not tensors:
         return None
     k, v, places = tensors
-    return FirstTokens(k, v, *places, limit)
+    row, first, stop = places
+    return FirstTokens(k, v, row, first, stop, limit)
+
+
+def _tokens(where: Sequence[torch.Tensor], window: int | None = None) -> Tokens:
+    block_table, lens = where
+    return Tokens.at(block_table, lens, window)
 
 
 @torch.library.custom_op("hf_int8_paged::append", mutates_args=("k", "v", "k_scales", "v_scales"))
@@ -100,7 +106,8 @@ def append(
         where: block table and lengths before.
     """
     storage = _storage((k, v, k_scales, v_scales, *center), names)
-    load_backend(storage.backend).append(*new, storage, Tokens.at(*where))
+    k_new, v_new = new
+    load_backend(storage.backend).append(k_new, v_new, storage, _tokens(where))
 
 
 @append.register_fake
@@ -136,7 +143,7 @@ def attend(
         out.transpose(1, 2),
         q,
         blocks,
-        Tokens.at(*where, window),
+        _tokens(where, window),
         _scoring(tensors, numbers),
         None,
         _first_tokens(first_tokens, where[0].shape[1] * blocks.block_size),
@@ -161,7 +168,7 @@ def gather_dense(
     """Dense keys and values of positions 0 to ``stop``; the compiler drops it where attention reads the blocks. The
     other arguments are those of `attend`."""
     blocks = _storage(storage, names)
-    keys, values = load_backend(blocks.backend).gather(blocks, Tokens.at(*where), 0, stop, dtype)
+    keys, values = load_backend(blocks.backend).gather(blocks, _tokens(where), 0, stop, dtype)
     keys, values = keys.contiguous(), values.contiguous()
     first = _first_tokens(first_tokens, where[0].shape[1] * blocks.block_size)
     return (keys, values) if first is None else first.put_both(keys, values, 0)

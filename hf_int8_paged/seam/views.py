@@ -14,17 +14,38 @@ from typing import Any, NamedTuple, NoReturn, ParamSpec, Protocol, TypeVar
 import torch
 from torch.utils._pytree import tree_map_only
 
+from ..kernels import Scoring
 from .read_only import ReadOnly
 
 _P = ParamSpec("_P")
 _R = TypeVar("_R")
 
 
-class BackedLayer(Protocol):
-    """What a view needs of a cache layer."""
+class HasEpoch(Protocol):
+    """The place where a layer's tokens lie."""
 
     @property
     def epoch(self) -> int: ...
+
+
+class BackedLayer(Protocol):
+    """What views and the attention function need of a cache layer; `LayerReader` says what each member is."""
+
+    window: int | None
+
+    @property
+    def room(self) -> HasEpoch: ...
+
+    @property
+    def long_chunks(self) -> bool: ...
+
+    def attend(
+        self,
+        query: torch.Tensor,
+        scoring: Scoring,
+        stop: int,
+        fresh: tuple[torch.Tensor, torch.Tensor] | None = None,
+    ) -> torch.Tensor: ...
 
     def gather(self, start: int, stop: int, dtype: torch.dtype) -> tuple[torch.Tensor, torch.Tensor]: ...
 
@@ -63,7 +84,7 @@ class Content(NamedTuple):
             quantized image, else ``None``.
     """
 
-    layer: Any
+    layer: BackedLayer
     start: int
     stop: int
     epoch: int
@@ -71,7 +92,7 @@ class Content(NamedTuple):
 
     def check_epoch(self) -> None:
         """Raise RuntimeError if the layer has dropped or moved tokens since the views were made."""
-        if self.epoch != self.layer.epoch:
+        if self.epoch != self.layer.room.epoch:
             raise RuntimeError(
                 "these keys and values stand for tokens that the cache has since dropped or moved; "
                 "read them before the cache changes, or clone() them"

@@ -81,14 +81,15 @@ class LayerFirstTokens:
         count = min(count, keys.shape[2])
         keys, values = of_one_dtype(keys, values)
         self.rows = _first_rows(keys, first, count), _first_rows(values, first, count)
-        #: What was made last, and of which places.
-        self._made: tuple[FirstTokenPlaces, FirstTokens] | None = None
+        #: What `at` has made last, and of which places.
+        self.made: tuple[FirstTokenPlaces | None, FirstTokens | None] = (None, None)
 
     def at(self, places: FirstTokenPlaces) -> FirstTokens:
         """What kernels take."""
-        if self._made is None or self._made[0] is not places:
-            self._made = places, FirstTokens(*self.rows, *places.on(self.rows[0].device), places.limit)
-        return self._made[1]
+        keys, values = self.rows
+        made = FirstTokens(keys, values, *places.on(keys.device), places.limit)
+        self.made = places, made
+        return made
 
     @property
     def nbytes(self) -> int:
@@ -118,7 +119,7 @@ class FixedFirstTokens:
         self,
         keys: torch.Tensor,
         values: torch.Tensor,
-        first: torch.Tensor | None = None,
+        is_token: torch.Tensor | None = None,
         known: torch.Tensor | None = None,
     ) -> None:
         """Keep the first of a prompt's tokens.
@@ -126,12 +127,13 @@ class FixedFirstTokens:
         Args:
             keys: ``[batch, num_kv_heads, tokens, head_dim]``.
             values: ``[batch, num_kv_heads, tokens, v_head_dim]``.
-            first: int32 ``[batch]`` position of each sequence's first token, or ``None`` for 0.
+            is_token: bool ``[batch, tokens]``, False for padding; ``None`` without.
             known: bool scalar on the device: if False, nothing changes. ``None`` counts as True.
         """
         batch, tokens = len(keys), keys.shape[2]
         count = min(self.rows[0].shape[2], tokens)
         row = torch.arange(batch, dtype=torch.int32, device=keys.device)
+        first = None if is_token is None else is_token.int().argmax(dim=1).to(row)
         start = torch.zeros_like(row) if first is None else first
         places = torch.stack((row, start, (start + count).clamp(max=tokens)))
         _put(self.places[:, :batch], places, known)

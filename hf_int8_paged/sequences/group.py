@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import NamedTuple
+
 import numpy as np
 import torch
 
@@ -11,6 +13,15 @@ from ..layer_checks import LayerShape
 from ..pool_access import Books
 from ..seam.views import PagedView
 from .block_table import BlockTable
+
+
+class ViewsOf(NamedTuple):
+    """What views of a layer's keys and values are like."""
+
+    batch: int | None
+    tokens: int
+    shape: LayerShape | None
+    dtypes: tuple[torch.dtype, torch.dtype]
 
 
 class Group:
@@ -31,7 +42,7 @@ class Group:
         self.num_layers = 0
         self._books = books
         #: Views for the layers that the step has yet to reach, and what they are views of.
-        self._blank: tuple[tuple, list[tuple[PagedView, PagedView]]] = ((), [])
+        self.blank: tuple[ViewsOf | None, list[tuple[PagedView, PagedView]]] = (None, [])
 
     @property
     def table(self) -> BlockTable:
@@ -48,27 +59,25 @@ class Group:
         held = np.unique(self.table.ids)
         return self.table.allocator.num_used == len(held) - (HOLE in held)
 
-    def blank_views(
-        self, batch: int, tokens: int, shape: LayerShape, dtypes: tuple[torch.dtype, torch.dtype]
-    ) -> tuple[PagedView, PagedView]:
-        """Views of keys and of values, each ``[batch, heads, tokens, dim]``; ``dtypes`` are theirs.
+    def make_views(self, kind: ViewsOf) -> tuple[PagedView, PagedView]:
+        """Views of keys and of values, each ``[batch, heads, tokens, dim]``, without content.
 
-        The first layer makes those of all layers at once: between two layers, a model's weights push everything that
-        making one needs out of the processor's caches.
+        The first layer makes those of all layers at once, and leaves the others' in ``blank``: between two layers, a
+        model's weights push everything that making one needs out of the processor's caches.
         """
-        kind = (batch, tokens, shape, dtypes)
-        made_for, views = self._blank
-        if not views or kind != made_for:
-            heads, *dims, device = shape
-            of_keys, of_values = ((batch, heads, tokens, dim) for dim in dims)
-            views = [
-                (
-                    PagedView.blank(of_keys, dtypes[0], device, is_values=False),
-                    PagedView.blank(of_values, dtypes[1], device, is_values=True),
-                )
-                for _ in range(self.num_layers)
-            ]
-            self._blank = kind, views
+        batch, tokens, shape, dtypes = kind
+        assert batch is not None
+        assert shape is not None
+        heads, *dims, device = shape
+        of_keys, of_values = ((batch, heads, tokens, dim) for dim in dims)
+        views = [
+            (
+                PagedView.blank(of_keys, dtypes[0], device, is_values=False),
+                PagedView.blank(of_values, dtypes[1], device, is_values=True),
+            )
+            for _ in range(self.num_layers)
+        ]
+        self.blank = kind, views
         return views.pop()
 
     def tokens(self, device: torch.device) -> Tokens:

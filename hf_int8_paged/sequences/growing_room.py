@@ -14,7 +14,7 @@ from ..layer_checks import LayerShape, dense_dtypes, interrupted, shape_of
 from ..pool import MIN_CENTER_TOKENS
 from ..seam.views import PagedView
 from .first_tokens import LayerFirstTokens
-from .group import Group
+from .group import Group, ViewsOf
 from .prompts import is_same, same_prompts
 from .state import SequenceState
 
@@ -38,13 +38,17 @@ class GrowingRoom:
 
     def __init__(self, index: int, sequences: GrowingSequences, group: Group):
         self.index = index
-        self.sequences = sequences
-        self.group = group
         self.window = group.window
-        self.writer = sequences.writer
+        self._belong_to(sequences, group)
         self.shape: LayerShape | None = None
         self._first_tokens: LayerFirstTokens | None = None
         sequences.books.state.layer_lengths[index] = 0
+
+    def _belong_to(self, sequences: GrowingSequences, group: Group) -> None:
+        self.sequences, self.group, self.writer = sequences, group, sequences.writer
+        # Asked in every layer and step, so without a Python function between.
+        self.storages = sequences.pool.storages
+        self.first_shown = group.first_visible
 
     @property
     def epoch(self) -> int:
@@ -60,9 +64,7 @@ class GrowingRoom:
 
     @property
     def storage(self) -> KvCacheQuant:
-        storage = self.sequences.pool.storage(self.index)
-        assert storage is not None, "no tokens yet"
-        return storage
+        return self.storages[self.index]
 
     def begin(self, start: int, keys: torch.Tensor, values: torch.Tensor) -> SequenceState:
         sequences, state = self.sequences, self.sequences.books.state
@@ -111,7 +113,8 @@ class GrowingRoom:
         places = self.sequences.books.state.first_tokens
         if places is None or first_visible >= places.limit or self._first_tokens is None:
             return None
-        return self._first_tokens.at(places)
+        made_for, first_tokens = self._first_tokens.made
+        return first_tokens if made_for is places else self._first_tokens.at(places)
 
     def forget_first_tokens(self) -> None:
         """Read the first tokens from the blocks from now on, as all others."""
@@ -123,7 +126,7 @@ class GrowingRoom:
     def to_write(
         self, keys: torch.Tensor, values: torch.Tensor, stop: int
     ) -> tuple[torch.Tensor, torch.Tensor, Tokens]:
-        tokens, same_as = self.tokens(), self.sequences.books.state.same_as
+        tokens, same_as = self.group.tokens(keys.device), self.sequences.books.state.same_as
         if same_as is None:
             return keys, values, tokens
         distinct = sorted(set(same_as))
@@ -141,24 +144,22 @@ class GrowingRoom:
         return self.group.tokens(self.shape.device)
 
     def tokens_for(self, stop: int, rows: int, fresh: bool) -> Tokens:
-        tokens, state = self.tokens(), self.sequences.books.state
+        assert self.shape is not None
+        tokens, state = self.group.tokens(self.shape[3]), self.sequences.books.state
         if stop == state.length and not (fresh and stop - rows != state.step_start):
             return tokens
         lens = torch.full_like(tokens.context_lens, stop)
         return replace(tokens, context_lens=lens, context_lens_before=lens - rows)
 
+    def blank_views(self, tokens: int) -> tuple[PagedView, PagedView]:
+        group = self.group
+        kind = ViewsOf(self.sequences.books.state.batch_size, tokens, self.shape, self.dtypes)
+        made_for, views = group.blank
+        return views.pop() if views and kind == made_for else group.make_views(kind)
+
     @property
     def newest_from_blocks(self) -> bool:
         return self.sequences.books.state.from_blocks
-
-    def first_shown(self, position: int) -> int:
-        return self.group.first_visible(position)
-
-    def blank_views(self, tokens: int) -> tuple[PagedView, PagedView]:
-        batch = self.sequences.books.state.batch_size
-        assert batch is not None
-        assert self.shape is not None
-        return self.group.blank_views(batch, tokens, self.shape, self.dtypes)
 
     def checked(self, result: torch.Tensor) -> torch.Tensor:
         return result
@@ -177,5 +178,5 @@ class GrowingRoom:
     def fork(self, sequences: GrowingSequences) -> GrowingRoom:
         """The same for another cache over the same pool, whose sequences were forked from this one's."""
         twin = copy.copy(self)
-        twin.sequences, twin.group, twin.writer = sequences, sequences.groups[self.group.name], sequences.writer
+        twin._belong_to(sequences, sequences.groups[self.group.name])
         return twin

@@ -39,6 +39,7 @@ class PreallocatedRoom:
         self.window = window
         #: None before the first keys.
         self.memory: PreallocatedMemory | None = None
+        self.storages: dict[int, KvCacheQuant] = {}
         #: dtypes of the newest keys and values.
         self.dtypes = (torch.float32, torch.float32)
         #: Views made before tokens were moved are no longer valid.
@@ -95,7 +96,7 @@ class PreallocatedRoom:
             )
         self.dtypes, self.may_be_empty, self.counted, self.first_held = dtypes, True, 0, 0
         self.epoch += 1
-        self.memory = memory
+        self.memory, self.storages = memory, {self.index: memory.storage}
 
     def center(self, keys: torch.Tensor, tokens: torch.Tensor | None) -> None:
         center = self.storage.key_center
@@ -110,8 +111,7 @@ class PreallocatedRoom:
     def keep_first_tokens(self, keys: torch.Tensor, values: torch.Tensor, tokens: torch.Tensor | None) -> None:
         kept = self.allocated.first_tokens
         if kept is not None:
-            first = None if tokens is None else tokens.int().argmax(dim=1).to(keys.device, torch.int32)
-            kept.keep(keys, values, first)
+            kept.keep(keys, values, tokens)
 
     def first_tokens(self, first_visible: int) -> FirstTokens | None:
         return self._of_sequences[1]

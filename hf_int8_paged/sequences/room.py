@@ -31,12 +31,20 @@ class Step(Protocol):
     def enough_for_center(self) -> int: ...
 
 
+class CanTakeBack(Protocol):
+    """Sequences of a cache, whichever way room is found."""
+
+    def take_back(self, length: int | None = None) -> None:
+        """Take back what some layers have stored of a step that an exception ended; see `GrowingSequences`."""
+
+
 class Room(Protocol):
     """Room for the tokens of one layer: `GrowingRoom` finds it step by step, `PreallocatedRoom` has it from the start.
 
     Attributes:
         preallocated: which of the two it is.
         index: of the layer in the model.
+        storages: the layer's blocks by its index, perhaps among those of others: nothing before the first keys.
         window: sliding window in tokens (a query sees ``window`` positions, its own included), or ``None``.
         shape: heads, widths and device of keys and values; None before the first ones.
         dtypes: that dense keys and values are shown in.
@@ -49,6 +57,7 @@ class Room(Protocol):
 
     preallocated: bool
     index: int
+    storages: dict[int, KvCacheQuant]
     window: int | None
     dtypes: tuple[torch.dtype, torch.dtype]
 
@@ -69,6 +78,10 @@ class Room(Protocol):
 
     @property
     def batch_size(self) -> int | None: ...
+
+    @property
+    def sequences(self) -> CanTakeBack:
+        """Of the whole cache."""
 
     @property
     def storage(self) -> KvCacheQuant:

@@ -195,7 +195,7 @@ def kv_bytes(cache: Cache) -> tuple[int, int]:
 def _backends(cache: Cache) -> list[str]:
     if not isinstance(cache, PagedInt8Cache):
         return []
-    storages = (cache.pool.storage(index) for index in range(len(cache.layers)))
+    storages = (cache.pool.storages.get(index) for index in range(len(cache.layers)))
     return sorted({storage.backend for storage in storages if storage is not None})
 
 

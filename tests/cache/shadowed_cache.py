@@ -55,7 +55,7 @@ class ShadowedCache(PagedInt8Cache):
         if not isinstance(layer, PagedInt8Layer) or shadow is None:
             return super().update(key_states, value_states, layer_idx, *args, **kwargs)
         past = shadow.get_seq_length()
-        held = self.pool.storage(layer_idx)
+        held = self.pool.storages.get(layer_idx)
         if not past and held is not None and held.key_center is not None and not self.pool.lacks_center(layer_idx):
             # A layer's centre is the pool's for life.
             shadow.center, shadow.center_keys = held.key_center.clone(), False

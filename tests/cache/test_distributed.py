@@ -88,7 +88,7 @@ def test_layers_on_two_devices_have_their_blocks_and_block_table_where_their_key
     assert [name for name, *_ in seen].count("append") == 2 * 5
     assert [name for name, *_ in seen].count("copy") == 2, "the shared last block is copied in each layer"
     assert all(where == {"meta"} for _, where, _ in seen)
-    assert [cache.pool.storage(layer).k.device.type for layer in range(3)] == devices
+    assert [cache.pool.storages.get(layer).k.device.type for layer in range(3)] == devices
     # The table is carried over once per step, and both layers there read the same copy.
     tables = [args[3] for name, _, args in seen if name == "append"]
     assert all(first is second for first, second in zip(tables[::2], tables[1::2]))

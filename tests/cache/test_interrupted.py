@@ -212,7 +212,8 @@ def test_a_recurrent_state_that_has_moved_on_is_not_repeated_on() -> None:
     """Linear layers before the one that failed have taken the step's tokens in, and cannot give them back."""
     linear: dict[str, Any] = {
         "linear_num_key_heads": 2, "linear_num_value_heads": 4, "linear_key_head_dim": 16, "linear_value_head_dim": 16,
-        "layer_types": ["linear_attention", "full_attention"], "head_dim": 16, "vocab_size": 64, "num_experts": 4, "num_experts_per_tok": 2,
+        "layer_types": ["linear_attention", "full_attention"], "head_dim": 16, "vocab_size": 64, "num_experts": 4,
+        "num_experts_per_tok": 2,
         "moe_intermediate_size": 32, "shared_expert_intermediate_size": 32,
     }  # fmt: skip
     torch.manual_seed(0)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gc
+import weakref
 from collections import Counter
 
 import pytest
@@ -162,3 +163,20 @@ def test_decode_never_waits_for_the_device(name, padded, monkeypatch):
     assert counted.seen == {}
     device = torch.device("meta")
     assert spy.calls == [("append", device), ("attend", device)] * len(cache.layers) * 3
+
+
+def test_a_cache_goes_without_the_garbage_collector() -> None:
+    """Blocks come back, and memory is freed, when the last name of a cache goes."""
+    cache = PagedInt8Cache(tiny_model("llama").config)
+    for layer in range(3):
+        cache.update(torch.randn(2, 2, 20, 16), torch.randn(2, 2, 20, 16), layer)
+    storage, pool = weakref.ref(cache.layers[0].storage), cache.pool
+    gc.collect()
+    gc.disable()
+    try:
+        del cache
+        assert pool.nbytes_used == 0
+        del pool
+        assert storage() is None
+    finally:
+        gc.enable()

@@ -90,7 +90,7 @@ class Caches(RuleBasedStateMachine):
 
     def images(self, layer: int) -> tuple[torch.Tensor, torch.Tensor]:
         """What each token id's keys and values are read as, ``[ids, heads, head_dim]``."""
-        storage = self.pool.storage(layer)
+        storage = self.pool.storages.get(layer)
         assert storage is not None
         rows = KEYS[layer].transpose(0, 1)[None]
         both = fake_quantize(rows, storage.rotation, storage.key_center), fake_quantize(-rows, storage.rotation)
@@ -262,7 +262,7 @@ class Caches(RuleBasedStateMachine):
     @invariant()
     def poison_free_blocks(self) -> None:
         for layer in range(2):
-            storage = self.pool.storage(layer)
+            storage = self.pool.storages.get(layer)
             if storage is not None:
                 name = "sliding_attention_21" if layer == 0 else "full_attention"
                 allocator = self.pool.allocators[name]

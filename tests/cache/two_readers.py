@@ -154,12 +154,13 @@ def rotated(rows: torch.Tensor, rotation: str | None) -> torch.Tensor:
 
 def assert_same_attention(out: torch.Tensor, key: PagedView, value: PagedView, attention: Attention) -> None:
     """A kernel's output ``[batch, q_len, num_q_heads, v_head_dim]`` is `attention` over these views, to rounding."""
-    storage = key.content.layer.storage
+    layer: Any = key.content.layer
+    storage = layer.storage
     bound = attention.bound(storage.rotation, storage.key_center, storage.backend != "reference")
     error = (out.detach().double().cpu().transpose(1, 2) - attention.out).abs()
     # Not a comparison with >: NaN is wrong, too.
     assert (error <= bound).all(), (
-        f"{storage.backend} kernel of layer {key.content.layer.index}, {list(attention.q.shape)} over "
+        f"{storage.backend} kernel of layer {layer.index}, {list(attention.q.shape)} over "
         f"{key.shape[2]} keys: {float((error / bound).max()):.3g} times the largest error that its arithmetic allows"
     )
 
@@ -186,7 +187,8 @@ class CheckedAttention:
     def by_the_other_reader(
         module: Any, query: torch.Tensor, key: PagedView, value: PagedView, mask: torch.Tensor | None, **options: Any
     ) -> Attention:
-        layer, stop = key.content.layer, key.content.stop
+        layer: Any = key.content.layer
+        stop = key.content.stop
         window = layer.window
         causal = options.get("is_causal")
         causal = getattr(module, "is_causal", True) if causal is None else causal
