@@ -6,7 +6,7 @@ keys and values                        route
 first prompt                           SDPA on the fresh full-precision keys and values
 few rows over a context                attention straight from the int8 blocks
 long chunk over a context              attention over the int8 blocks and the fresh chunk, if the backend has a kernel
-                                       for it; else SDPA on the dequantized past and the fresh chunk
+                                       for it (``LONG_CHUNKS``); else SDPA on the dequantized past and the fresh chunk
 unusual mask, or not our cache         SDPA on dense keys and values: same answer, slower
 =====================================  =================================================================
 """

@@ -239,3 +239,29 @@ def test_large_storage_is_aligned_to_huge_pages(size: int) -> None:
     assert x.nbytes < HUGE_PAGE or x.data_ptr() % HUGE_PAGE == 0
     x.fill_(3)
     assert (x == 3).all()
+
+
+def resident_bytes(name: str) -> int:
+    """``VmRSS``, or ``VmHWM``, its largest value so far."""
+    (line,) = (line for line in Path("/proc/self/status").read_text().splitlines() if line.startswith(name))
+    return int(line.split()[1]) << 10
+
+
+@linux
+def test_a_long_chunk_makes_no_dense_copy_of_its_past() -> None:
+    past, chunk, heads, dim = 1 << 16, 512, 2, 128
+    storage = alloc_paged_int8_layer(past // 16, 16, heads, dim, rotation="hadamard", center_keys=True)
+    for x in (storage.k, storage.v):
+        x.random_(-127, 128)
+    for x in (storage.k_scales, storage.v_scales):
+        x.fill_(0.01)
+    tokens = Tokens.at(torch.arange(past // 16, dtype=torch.int32)[None], torch.tensor([past], dtype=torch.int32))
+    q, k, v = (torch.randn(1, n, chunk, dim) for n in (2 * heads, heads, heads))
+    out = torch.zeros_like(q).fill_(1)
+    torch.set_num_threads(1)
+    Path("/proc/self/clear_refs").write_text("5")  # VmHWM begins anew
+    before = resident_bytes("VmRSS")
+    cpu.attend(out, q, storage, tokens, Scoring(dim**-0.5), (k, v))
+    dense_past = 2 * heads * past * dim * 4
+    # A thread's buffers have 0.3 MiB, and Linux counts pages of each processor in batches of some dozen.
+    assert resident_bytes("VmHWM") - before <= dense_past / 100

@@ -121,6 +121,24 @@ class Draw(random.Random):
             storage.key_center.copy_(torch.randn(storage.key_center.shape, generator=self.torch))
         return storage
 
+    def options(self, batch: int, heads: int, capacity: int) -> dict[str, Any]:
+        """What attention may be given beside queries and blocks, but for first tokens and an output."""
+        options: dict[str, Any] = {}
+        if self.random() < 0.4:
+            options["kv_start"] = self.int32([self.position(capacity) for _ in range(batch)])
+        if self.random() < 0.4:
+            mask = torch.rand(batch, self.randint(0, capacity + 3), generator=self.torch) < 0.7
+            options["key_mask"] = self.laid_out(mask.to(self.device))
+            options["key_mask_start"] = self.number(-capacity - 3, capacity + 3)
+        if self.random() < 0.3:
+            wide = self.number(1, 40), self.number(1, capacity + 2)
+            options["window"] = self.choice((0, 2.5) if self.rarely() else wide)
+        if self.random() < 0.3:
+            options["softcap"] = self.choice((0.0, -1.0, math.inf, math.nan) if self.rarely() else (5.0, 30.0))
+        if self.random() < 0.3:
+            options["sink_logits"] = self.normal(heads)
+        return options
+
     def first_tokens(self, storage: KvCacheQuant, batch: int, lens: list[int]) -> FirstTokens:
         """Mostly what the contract wants; sometimes a place or a stride is wrong."""
         rows, count, heads = batch + self.randint(0, 2), self.choice((1, 2, 3, 16)), storage.num_kv_heads
@@ -158,12 +176,8 @@ def clone(storage: KvCacheQuant) -> KvCacheQuant:
 
 
 def append(draw: Draw, backend: str) -> str | None:
-    storage, batch, width, tokens = (
-        draw.layer(backend),
-        draw.choice((0, 1, 1, 2, 3)),
-        draw.randint(0, 3),
-        draw.randint(0, 5),
-    )
+    storage, batch = draw.layer(backend), draw.choice((0, 1, 1, 2, 3))
+    width, tokens = draw.randint(0, 3), draw.randint(0, 5)
     table, lens = draw.tables(storage, batch, width, tokens)
     dtype = draw.choice(FLOAT_DTYPES)
     new = [
@@ -184,21 +198,7 @@ def decode(draw: Draw, backend: str) -> str | None:
     heads, q_len = storage.num_kv_heads * draw.choice((1, 2, 5)), draw.choice((1, 1, 2, 3, 16))
     dtype, capacity = draw.choice(FLOAT_DTYPES), width * storage.block_size
     q = draw.normal(batch, heads, q_len, storage.head_dim, dtype=dtype)
-    options: dict[str, Any] = {}
-    if draw.random() < 0.4:
-        options["kv_start"] = draw.int32([draw.position(capacity) for _ in range(batch)])
-    if draw.random() < 0.4:
-        mask = torch.rand(batch, draw.randint(0, capacity + 3), generator=draw.torch) < 0.7
-        options["key_mask"] = draw.laid_out(mask.to(draw.device))
-        options["key_mask_start"] = draw.number(-capacity - 3, capacity + 3)
-    if draw.random() < 0.3:
-        options["window"] = draw.choice(
-            (0, 2.5) if draw.rarely() else (draw.number(1, 40), draw.number(1, capacity + 2))
-        )
-    if draw.random() < 0.3:
-        options["softcap"] = draw.choice((0.0, -1.0, math.inf, math.nan) if draw.rarely() else (5.0, 30.0))
-    if draw.random() < 0.3:
-        options["sink_logits"] = draw.normal(heads)
+    options = draw.options(batch, heads, capacity)
     if draw.random() < 0.4:
         options["first_tokens"] = draw.first_tokens(storage, batch, lens.tolist())
     scale = math.nan if draw.rarely() and draw.rarely() else storage.head_dim**-0.5

@@ -1,5 +1,6 @@
 /* Checks every instruction set of this processor without Python: append and gather against the portable one, bit by
- * bit; decode against attention in double precision over the gathered rows. Unused slots are poisoned.
+ * bit; decode, and extend with new rows in full precision, against attention in double precision over the gathered
+ * rows. Unused slots are poisoned.
  * For processors that can only be emulated here; the Python tests say more, and test the portable one. */
 #include "int8_paged.h"
 
@@ -13,7 +14,10 @@ const char *int8_paged_isa(int64_t);
 int64_t int8_paged_select_isa(const char *);
 int64_t int8_paged_append(const Layer *, const AppendCall *);
 int64_t int8_paged_decode(const Layer *, const DecodeCall *);
+int64_t int8_paged_extend(const Layer *, const ExtendCall *);
 int64_t int8_paged_gather(const Layer *, const GatherCall *);
+
+enum { CHUNK = 23 }; /* new rows of an extend call */
 
 typedef struct {
     int64_t heads, group, head_dim, v_head_dim, block_size, q_len, length, window;
@@ -124,6 +128,38 @@ static double error_of(const Shape *s, const DecodeCall *call, const float *k, c
     return worst;
 }
 
+/* [heads, length + CHUNK, dim]: the rows of `past`, and after them those of `new`. */
+static float *joined(const Shape *s, const float *past, const float *new, int64_t dim)
+{
+    const int64_t old_row = s->length * dim, new_row = CHUNK * dim;
+    float *all = malloc((size_t)(s->heads * (old_row + new_row)) * sizeof *all);
+    for (int64_t head = 0; head < s->heads; head++) {
+        memcpy(all + head * (old_row + new_row), past + head * old_row, (size_t)old_row * sizeof *all);
+        memcpy(all + head * (old_row + new_row) + old_row, new + head * new_row, (size_t)new_row * sizeof *all);
+    }
+    return all;
+}
+
+/* Error of CHUNK new rows after the tokens of a decode call, whose keys and values are given as the kernels read them. */
+static double extend_error(const Shape *s, const Layer *layer, const DecodeCall *decode, const float *k, const float *v)
+{
+    Shape after = *s;
+    after.length += CHUNK, after.q_len = CHUNK;
+    const int64_t rows = s->heads * s->group * CHUNK;
+    float *q = normals(rows * s->head_dim), *out = normals(rows * s->v_head_dim);
+    float *k_new = normals(s->heads * CHUNK * s->head_dim), *v_new = normals(s->heads * CHUNK * s->v_head_dim);
+    float *k_all = joined(s, k, k_new, s->head_dim), *v_all = joined(s, v, v_new, s->v_head_dim);
+    ExtendCall call = {*decode, k_new, v_new,
+                       {0, CHUNK * s->head_dim, s->head_dim}, {0, CHUNK * s->v_head_dim, s->v_head_dim}};
+    call.rows.out = out, call.rows.q = q, call.rows.q_len = CHUNK, call.rows.mask_columns += CHUNK;
+    call.rows.q_strides[1] = CHUNK * s->head_dim, call.rows.out_strides[1] = CHUNK * s->v_head_dim;
+    const int64_t code = int8_paged_extend(layer, &call);
+    const double error = code == OK ? error_of(&after, &call.rows, k_all, v_all, q, out) : INFINITY;
+    void *all[] = {q, out, k_new, v_new, k_all, v_all};
+    for (size_t i = 0; i < sizeof all / sizeof *all; i++) free(all[i]);
+    return error;
+}
+
 static int check(const Shape *s, const char *isa)
 {
     const int64_t used = ceil_div(s->length, s->block_size), blocks = used + 2;
@@ -136,8 +172,8 @@ static int check(const Shape *s, const char *isa)
     float *q = normals(s->heads * s->group * s->q_len * s->head_dim);
     float *out = normals(s->heads * s->group * s->q_len * s->v_head_dim);
     float *k_dense = normals(s->heads * s->length * s->head_dim), *v_dense = normals(s->heads * s->length * s->v_head_dim);
-    uint8_t *mask = malloc((size_t)s->length);
-    for (int64_t j = 0; j < s->length; j++) mask[j] = uniform() < 0.7;
+    uint8_t *mask = malloc((size_t)(s->length + CHUNK));
+    for (int64_t j = 0; j < s->length + CHUNK; j++) mask[j] = uniform() < 0.7;
     const Table before = {ids, used, used, &zero}, after = {ids, used, used, &length};
     const AppendCall append = {k, v,
                                {0, s->length * s->head_dim, s->head_dim},
@@ -167,10 +203,11 @@ static int check(const Shape *s, const char *isa)
     }
     failed |= int8_paged_decode(&layer, &decode) != OK;
     const double error = error_of(s, &decode, k_dense, v_dense, q, out);
-    failed |= !(error <= 1e-4);
-    printf("%-10s heads %ld group %ld dims %ld/%ld block %ld q_len %ld length %-4ld error %.1e %s\n", isa, (long)s->heads,
+    const double extended = extend_error(s, &layer, &decode, k_dense, v_dense);
+    failed |= !(error <= 1e-4) || !(extended <= 1e-5); /* extend has no integers in place of q and weights */
+    printf("%-10s heads %ld group %ld dims %ld/%ld block %ld q_len %ld length %-4ld error %.1e, extend %.1e %s\n", isa, (long)s->heads,
            (long)s->group, (long)s->head_dim, (long)s->v_head_dim, (long)s->block_size, (long)s->q_len, (long)s->length,
-           error, failed ? "FAILED" : "ok");
+           error, extended, failed ? "FAILED" : "ok");
     void *all[] = {k_first, v_first, ids, center, sink_logits, k, v, q, out, k_dense, v_dense, mask, layer.k, layer.v, layer.k_scales,
                    layer.v_scales, portable.k, portable.v, portable.k_scales, portable.v_scales};
     for (size_t i = 0; i < sizeof all / sizeof *all; i++) free(all[i]);

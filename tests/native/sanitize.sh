@@ -14,11 +14,15 @@ flags=$($python -c 'import re, pathlib; print(*re.findall(r"\"(-[^O\"]\S*)\"", p
 ${CC:-gcc} -O1 -g $flags -fPIC -shared -fsanitize=address,undefined -fno-sanitize-recover=all \
     kernels/torch-ext/int8_paged_attention/cpu/src/*.c -lm -o "$build/sanitized.so"
 runtime=$(${CC:-gcc} -print-file-name=libasan.so):$(${CC:-gcc} -print-file-name=libubsan.so)
+sanitized() {
+    LD_PRELOAD=$runtime ASAN_OPTIONS=detect_leaks=0 HF_INT8_PAGED_CPU_LIBRARY=$build/sanitized.so OMP_NUM_THREADS=2 \
+        HF_INT8_PAGED_FUZZ=${HF_INT8_PAGED_FUZZ:-2000} $python -m pytest -q -p no:cacheprovider "$@"
+}
 for isa in $($python -c 'from hf_int8_paged.kernels.cpu import backend as cpu; print(*cpu.isas())'); do
     echo "== $isa"
-    LD_PRELOAD=$runtime ASAN_OPTIONS=detect_leaks=0 HF_INT8_PAGED_CPU_LIBRARY=$build/sanitized.so \
-        HF_INT8_PAGED_CPU_ISA=$isa OMP_NUM_THREADS=2 HF_INT8_PAGED_FUZZ=${HF_INT8_PAGED_FUZZ:-2000} \
-        $python -m pytest -q -p no:cacheprovider tests/kernels/test_append.py tests/kernels/test_decode.py \
-        tests/kernels/test_gather_copy.py tests/kernels/test_layouts.py tests/kernels/test_fuzz.py \
-        -k "cpu and not million and not reference" "$@"
+    HF_INT8_PAGED_CPU_ISA=$isa sanitized tests/kernels/test_append.py tests/kernels/test_decode.py \
+        tests/kernels/test_gather_copy.py tests/kernels/test_layouts.py tests/kernels/test_fresh.py \
+        tests/kernels/test_ragged.py tests/kernels/test_fuzz.py tests/kernels/test_fuzz_ragged.py -k "cpu and not million and not reference" "$@"
 done
+echo "== all instruction sets, one after the other"
+sanitized tests/kernels/test_cpu_extend.py "$@"

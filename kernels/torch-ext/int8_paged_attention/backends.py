@@ -37,8 +37,8 @@ class Backend(Protocol):
 
     @property
     def LONG_CHUNKS(self) -> bool:
-        """Whether ``attend`` has a kernel for ``fresh`` keys and values; without one it is right and slow, and a caller
-        does better to gather the past."""
+        """Whether ``attend`` has a kernel for ``fresh`` keys and values, which reads the past from its blocks; without
+        one it is right and slow, and a caller does better to gather the past."""
 
     def unavailable(self, device: torch.device, block_size: int, head_dim: int, v_head_dim: int) -> str | None:
         """Why the backend cannot serve a layer of these sizes on ``device``, or None if it can."""
@@ -59,7 +59,7 @@ class Backend(Protocol):
         fresh: tuple[torch.Tensor, torch.Tensor] | None = None,
         first_tokens: FirstTokens | None = None,
     ) -> None:
-        """Attention of the newest rows; `reference.attend` defines it."""
+        """Attention of the newest rows; `reference.attend` defines it. Kernels take ``fresh`` rows of q's dtype."""
 
     def gather(
         self, storage: KvCacheQuant, tokens: Tokens, start: int, stop: int, dtype: torch.dtype

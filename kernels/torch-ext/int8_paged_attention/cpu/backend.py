@@ -12,7 +12,6 @@ import warnings
 
 import torch
 
-from .. import reference
 from ..calls import Scoring, Tokens
 from ..checks import MAX_NATIVE_HEAD_DIM, check_block_ids, check_first_places, check_lengths
 from ..first_tokens import FirstTokens
@@ -26,6 +25,7 @@ from .records import (
     append_record,
     copy_arguments,
     decode_record,
+    extend_record,
     gather_record,
     hadamard_arguments,
     layer_record,
@@ -50,7 +50,8 @@ __all__ = [
 
 NAME = "cpu"
 FORMATS = (INT8.name,)
-LONG_CHUNKS = False
+#: Under every instruction set: where torch is held to the same one, its attention over a dense past takes longer.
+LONG_CHUNKS = True
 
 _LIBRARY = library.load()
 _NO_MEMORY, _BAD_RANGE, _BAD_FIRST_TOKEN = -3, -4, -5
@@ -99,16 +100,20 @@ def attend(
     fresh: tuple[torch.Tensor, torch.Tensor] | None = None,
     first_tokens: FirstTokens | None = None,
 ) -> None:
-    """`reference.attend`, from the blocks in C. There is no C kernel for fresh keys and values (``LONG_CHUNKS``)."""
+    """`reference.attend` in C. ``fresh`` keys and values have q's dtype."""
     if tokens.cu_seqlens_q is not None:
         return attend_ragged(attend, out, q, storage, tokens, scoring, fresh, first_tokens)
-    if fresh is not None:
-        return reference.attend(out, q, storage, tokens, scoring, fresh, first_tokens)
     layer, layout = storage.notes.get(NAME) or layer_record(storage)
-    call, _held = decode_record(layout, out, q, tokens, scoring, first_tokens)
-    error = _LIBRARY.decode(layer, call)
+    lens = tokens.context_lens
+    if fresh is None:
+        call, _held = decode_record(layout, out, q, tokens, scoring, first_tokens)
+        error = _LIBRARY.decode(layer, call)
+    else:
+        call, _held = extend_record(layout, out, q, tokens, scoring, fresh, first_tokens)
+        lens = tokens.context_lens_before
+        error = _LIBRARY.extend(layer, call)
     if error:
-        _raise(error, storage, tokens.block_table, tokens.context_lens, first_tokens=first_tokens)
+        _raise(error, storage, tokens.block_table, lens, first_tokens=first_tokens)
 
 
 def gather(

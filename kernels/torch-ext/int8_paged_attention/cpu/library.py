@@ -26,6 +26,7 @@ class Library:
 
     append: Callable[[bytes, bytes], int]
     decode: Callable[[bytes, bytes], int]
+    extend: Callable[[bytes, bytes], int]
     gather: Callable[[bytes, bytes], int]
     copy: Callable[[bytes, int, int, int], int]
     hadamard: Callable[[int, int, int, int], None]
@@ -46,6 +47,7 @@ class Library:
         size, pointer, struct = ctypes.c_int64, ctypes.c_void_p, ctypes.c_char_p
         self.append = self._function("append", size, struct, struct)
         self.decode = self._function("decode", size, struct, struct)
+        self.extend = self._function("extend", size, struct, struct)
         self.gather = self._function("gather", size, struct, struct)
         self.copy = self._function("copy", size, struct, pointer, pointer, size)
         self.hadamard = self._function("hadamard", None, pointer, pointer, size, size)

@@ -42,12 +42,15 @@ RECORDS = {
     "DecodeCall": struct.Struct("=16qd6qd9q"),
     "FirstTokens": struct.Struct("=8q"),
     "GatherCall": struct.Struct("=10q"),
+    "ExtendCall": struct.Struct("=16qd6qd9q8q"),
 }
 TILE_ORDER = "dot4"
 _DTYPES = {torch.float32: 0, torch.float16: 1, torch.bfloat16: 2}
 _pack_append = RECORDS["AppendCall"].pack
 # Without the FirstTokens at its end, which are packed on their own.
 _pack_decode = struct.Struct("=16qd6qdq").pack
+# What an ExtendCall has behind its DecodeCall.
+_pack_fresh = struct.Struct("=8q").pack
 _pack_gather = RECORDS["GatherCall"].pack
 _NO_FIRST_TOKENS = bytes(RECORDS["FirstTokens"].size)
 
@@ -137,12 +140,14 @@ def decode_record(
     tokens: Tokens,
     scoring: Scoring,
     first_tokens: FirstTokens | None,
+    new: int = 0,
 ) -> tuple[bytes, tuple]:
-    """A DecodeCall, and what it reads and writes. Query rows that are not contiguous are copied."""
+    """A DecodeCall, and what it reads and writes. Query rows that are not contiguous are copied. With ``new`` tokens
+    that only an ExtendCall brings, its lengths are those before the step."""
     first_record, first_layout = _NO_FIRST_TOKENS, None
     if first_tokens is not None:
         first_record, first_layout = first_tokens.notes.get(_NOTE) or _first_record(first_tokens)
-    held, table, _, lens, starts = tokens.notes.get(_NOTE) or _tokens_record(tokens)
+    held, table, before, lens, starts = tokens.notes.get(_NOTE) or _tokens_record(tokens)
     key_mask, sink_logits = check_attend(layout, held, out, q, scoring, first_layout)
     q_batch, q_head, q_row, q_last = q.stride()
     if q_last != 1 and q.numel():
@@ -155,19 +160,42 @@ def decode_record(
     if key_mask is not None:
         # A mask without columns has no address, but it is a mask: nobody sees anything.
         mask, mask_stride, mask_columns = _address(key_mask) or 1, key_mask.stride()[0], key_mask.shape[1]
-        mask_start = clamp_mask_start(scoring.key_mask_start, key_mask, max_blocks * layout.block_size)
+        mask_start = clamp_mask_start(scoring.key_mask_start, key_mask, max_blocks * layout.block_size + new)
     if window is not None:
-        window = clamp_window(window, max_blocks * layout.block_size)
+        window = clamp_window(window, max_blocks * layout.block_size + new)
     if sink_logits is not None:
         sink_logits = sink_logits.to(torch.float32)
         logits = _address(sink_logits)
     record = _pack_decode(
         out.data_ptr() or _address(out), q.data_ptr() or _address(q),
         out_batch, out_head, out_row, q_batch, q_head, q_row, _DTYPES[q.dtype], batch, num_q_heads, q_len,
-        table, held[3], max_blocks, lens,
+        table, held[3], max_blocks, before if new else lens,
         scoring[0], starts, mask, mask_stride, mask_columns, mask_start, window or 0, scoring[1] or 0.0, logits,
     )  # fmt: skip
     return record + first_record, (out, q, key_mask, sink_logits)
+
+
+def extend_record(
+    layout: LayerLayout,
+    out: torch.Tensor,
+    q: torch.Tensor,
+    tokens: Tokens,
+    scoring: Scoring,
+    fresh: tuple[torch.Tensor, torch.Tensor],
+    first_tokens: FirstTokens | None,
+) -> tuple[bytes, tuple]:
+    """An ExtendCall, and what it reads and writes. Rows that are not contiguous are copied."""
+    k_new, v_new = fresh
+    held: TokensRecord = tokens.notes.get(_NOTE) or _tokens_record(tokens)
+    check_append(layout, held.layout, k_new, v_new)
+    if k_new.dtype != q.dtype or k_new.shape[2] != q.shape[2]:
+        raise ValueError(
+            f"the chunk's keys are {k_new.dtype} {list(k_new.shape)}, its queries {q.dtype} {list(q.shape)}"
+        )
+    k_new, v_new = rows_contiguous(k_new), rows_contiguous(v_new)
+    record, read = decode_record(layout, out, q, tokens, scoring, first_tokens, k_new.shape[2])
+    places = (_address(k_new), _address(v_new), *k_new.stride()[:3], *v_new.stride()[:3])
+    return record + _pack_fresh(*places), (*read, k_new, v_new)
 
 
 def gather_record(

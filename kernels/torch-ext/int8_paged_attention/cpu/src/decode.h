@@ -119,7 +119,7 @@ static void decode_item(const DecodePlan *plan, int64_t item)
     const int64_t head = unit / plan->row_blocks % layer->num_kv_heads;
     const int64_t sequence = unit / plan->row_blocks / layer->num_kv_heads;
     int64_t begin, end;
-    visible_range(call, sequence, &begin, &end);
+    visible_range(call, sequence, call->table.lengths[sequence] - call->q_len, &begin, &end);
     begin += split * plan->split_tokens;
     end = min_i64(end, begin + plan->split_tokens);
 

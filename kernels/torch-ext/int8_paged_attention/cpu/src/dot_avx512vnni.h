@@ -90,3 +90,14 @@ INLINE void pack_weights(uint8_t *dst, const float *x, float factor)
     _mm_storeu_si128((__m128i *)(dst + 16), _mm512_cvtepi32_epi8(whole));
 }
 #define WEIGHT_AT(group, term) ((term) * 16 + (group) * 4)
+
+/* Registers of the float products in extend_products.h: 6 rows by 4 vectors of sums, 4 of B, one of A. */
+#define FLOAT_ROWS 6
+#define FLOAT_VECTORS 4
+enum { FLOAT_LANES = 16 };
+typedef __m512 Floats;
+INLINE Floats floats_load(const float *p) { return _mm512_loadu_ps(p); }
+INLINE Floats floats_set1(float x) { return _mm512_set1_ps(x); }
+INLINE Floats floats_mul_add(Floats a, Floats b, Floats c) { return _mm512_fmadd_ps(a, b, c); }
+INLINE Floats floats_max(Floats a, Floats b) { return _mm512_max_ps(a, b); }
+INLINE void floats_store(float *p, Floats x) { _mm512_storeu_ps(p, x); }

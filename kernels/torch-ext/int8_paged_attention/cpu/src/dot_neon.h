@@ -70,3 +70,14 @@ INLINE void pack_weights(uint8_t *dst, const float *x, float factor)
     memcpy(dst + 16, &l, 16);
 }
 #define WEIGHT_AT(group, term) ((term) * 16 + (group) * 4)
+
+/* Registers of the float products in extend_products.h: 4 rows by 4 vectors of sums, 4 of B, one of A. */
+#define FLOAT_ROWS 4
+#define FLOAT_VECTORS 4
+enum { FLOAT_LANES = 4 };
+typedef float32x4_t Floats;
+INLINE Floats floats_load(const float *p) { return vld1q_f32(p); }
+INLINE Floats floats_set1(float x) { return vdupq_n_f32(x); }
+INLINE Floats floats_mul_add(Floats a, Floats b, Floats c) { return vfmaq_f32(c, a, b); }
+INLINE Floats floats_max(Floats a, Floats b) { return vbslq_f32(vcgtq_f32(a, b), a, b); }
+INLINE void floats_store(float *p, Floats x) { vst1q_f32(p, x); }

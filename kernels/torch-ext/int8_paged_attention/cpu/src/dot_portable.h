@@ -80,3 +80,24 @@ INLINE void pack_weights(uint8_t *dst, const float *x, float factor)
 }
 #define WEIGHT_AT(group, term) ((group) * 8)
 #define WIDE_PLACE(i) (i) /* where element i of four lies */
+
+/* Registers of the float products in extend_products.h, as there are on most processors: 2 rows by 4 vectors of sums. */
+#define FLOAT_ROWS 2
+#define FLOAT_VECTORS 4
+enum { FLOAT_LANES = 4 };
+typedef float Floats __attribute__((vector_size(16)));
+INLINE Floats floats_load(const float *p)
+{
+    Floats x;
+    memcpy(&x, p, sizeof x);
+    return x;
+}
+INLINE Floats floats_set1(float x) { return (Floats){x, x, x, x}; }
+INLINE Floats floats_mul_add(Floats a, Floats b, Floats c) { return a * b + c; }
+INLINE Floats floats_max(Floats a, Floats b)
+{
+    typedef int32_t Mask __attribute__((vector_size(16)));
+    const Mask above = a > b;
+    return (Floats)((above & (Mask)a) | (~above & (Mask)b));
+}
+INLINE void floats_store(float *p, Floats x) { memcpy(p, &x, sizeof x); }

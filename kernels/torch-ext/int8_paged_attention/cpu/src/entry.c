@@ -34,7 +34,7 @@ INT8_PAGED_EXPORT void int8_paged_set_threads(void *parallel_for_address, void *
 INT8_PAGED_EXPORT int64_t int8_paged_record_size(int64_t i)
 {
     static const int64_t sizes[] = {sizeof(Layer), sizeof(AppendCall), sizeof(DecodeCall), sizeof(FirstTokens),
-                                    sizeof(GatherCall)};
+                                    sizeof(GatherCall), sizeof(ExtendCall)};
     return i >= 0 && i < (int64_t)(sizeof sizes / sizeof *sizes) ? sizes[i] : 0;
 }
 
@@ -146,30 +146,40 @@ static int check_first_tokens(const FirstTokens *tokens, int64_t batch)
     return OK;
 }
 
-INT8_PAGED_EXPORT int64_t int8_paged_decode(const Layer *layer, const DecodeCall *given)
+/* Checks what the query rows of a call are and see, and bounds its window and mask. The first row stands `before`
+ * tokens before the end of what the blocks hold. *tokens: what the rows see in the blocks, of all sequences; *longest:
+ * of one. */
+static int64_t check_rows(const Layer *layer, DecodeCall *call, int64_t before, int64_t *tokens, int64_t *longest)
 {
-    enum { ITEMS_PER_THREAD = 4, LEAST_SPLIT = 256 };
     /* Positions lie far below 2^62: a window or a mask that starts farther away is the same, and sums cannot overflow. */
-    const int64_t far = INT64_MAX / 4;
-    DecodeCall within = *given;
-    const DecodeCall *call = &within;
+    const int64_t far = INT64_MAX / 4, size = layer->block_size;
     const Table *table = &call->table;
-    if (given->window < 0 || given->mask_columns < 0 || given->mask_columns > far || given->q_len < 1 ||
-        given->num_q_heads < 1 || given->num_q_heads % layer->num_kv_heads)
+    if (call->window < 0 || call->mask_columns < 0 || call->mask_columns > far || call->q_len < 1 ||
+        call->num_q_heads < 1 || call->num_q_heads % layer->num_kv_heads)
         return BAD_RANGE;
-    within.window = min_i64(given->window, far);
-    within.mask_start = max_i64(min_i64(given->mask_start, far), -far);
+    call->window = min_i64(call->window, far);
+    call->mask_start = max_i64(min_i64(call->mask_start, far), -far);
     if (check_first_tokens(&call->first_tokens, call->batch)) return BAD_FIRST_TOKEN;
-    const int64_t size = layer->block_size;
-    int64_t tokens = 0, longest = 0;
+    *tokens = *longest = 0;
     for (int64_t b = 0; b < call->batch; b++) {
         if (table->lengths[b] < 0 || table->lengths[b] > table->max_blocks * size) return BAD_LENGTH;
         int64_t begin, end;
-        visible_range(call, b, &begin, &end);
+        visible_range(call, b, table->lengths[b] - before, &begin, &end);
         if (check_blocks(table, b, begin / size, ceil_div(end, size), layer->num_blocks)) return BAD_BLOCK;
-        tokens += end - begin;
-        longest = max_i64(longest, end - begin);
+        *tokens += end - begin;
+        *longest = max_i64(*longest, end - begin);
     }
+    return OK;
+}
+
+INT8_PAGED_EXPORT int64_t int8_paged_decode(const Layer *layer, const DecodeCall *given)
+{
+    enum { ITEMS_PER_THREAD = 4, LEAST_SPLIT = 256 };
+    DecodeCall within = *given;
+    const DecodeCall *call = &within;
+    int64_t tokens, longest;
+    const int64_t error = check_rows(layer, &within, call->q_len, &tokens, &longest);
+    if (error) return error;
     const int64_t group = call->num_q_heads / layer->num_kv_heads, rows = group * call->q_len;
     const int64_t row_blocks = ceil_div(rows, ROW_BLOCK), units = call->batch * layer->num_kv_heads * row_blocks;
     const int64_t dims = layer->head_dim + layer->v_head_dim;
@@ -194,6 +204,33 @@ INT8_PAGED_EXPORT int64_t int8_paged_decode(const Layer *layer, const DecodeCall
     }
     run_items(run_decode, &plan, units * splits, threads);
     free(plan.partials);
+    return OK;
+}
+
+static void run_extend(void *job, int64_t begin, int64_t end)
+{
+    for (int64_t item = begin; item < end; item++) kernels->extend_item(job, item);
+}
+
+INT8_PAGED_EXPORT int64_t int8_paged_extend(const Layer *layer, const ExtendCall *given)
+{
+    enum { ITEMS_PER_THREAD = 2, LEAST_ROWS = 16 };
+    ExtendCall within = *given;
+    const DecodeCall *rows = &within.rows;
+    int64_t tokens, longest;
+    const int64_t error = check_rows(layer, &within.rows, 0, &tokens, &longest);
+    if (error) return error;
+    const int64_t group = rows->num_q_heads / layer->num_kv_heads, count = group * rows->q_len;
+    const int64_t units = rows->batch * layer->num_kv_heads, dims = layer->head_dim + layer->v_head_dim;
+    const int64_t seen = tokens + rows->batch * ceil_div(rows->q_len, 2);
+    const int64_t threads = useful_threads(seen * layer->num_kv_heads * count * dims / 64);
+    /* Many rows share what a tile of keys costs, but every thread should have some. */
+    int64_t tile = min_i64(count, EXTEND_ROWS);
+    while (threads > 1 && tile > LEAST_ROWS && units * ceil_div(count, tile) < ITEMS_PER_THREAD * threads)
+        tile = max_i64(LEAST_ROWS, ceil_div(tile, 2));
+    ExtendPlan plan = {.layer = layer, .call = &within, .group = group, .rows = count, .tile_rows = tile,
+                       .row_tiles = ceil_div(count, tile)};
+    run_items(run_extend, &plan, units * plan.row_tiles, threads);
     return OK;
 }
 

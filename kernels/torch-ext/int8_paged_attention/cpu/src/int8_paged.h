@@ -60,6 +60,14 @@ typedef struct {
     FirstTokens first_tokens;
 } DecodeCall;
 
+/* Attention over a past in blocks and over the rows' own keys and values: table.lengths are those before the rows, and
+ * row i stands at position length + i. */
+typedef struct {
+    DecodeCall rows;
+    const void *k_new, *v_new; /* [batch, num_kv_heads, q_len, dim], of the dtype of q; the last axis contiguous */
+    int64_t k_strides[3], v_strides[3];
+} ExtendCall;
+
 typedef struct {
     void *k_out, *v_out; /* [batch, num_kv_heads, stop - start, dim], contiguous */
     int64_t dtype, batch, start, stop;
@@ -76,7 +84,16 @@ typedef struct {
     int32_t *pending; /* splits that have not finished, per [sequence, kv head, row block] */
 } DecodePlan;
 
+/* One extend call, cut into work items (sequence, kv head, tile of query rows). Row number i * group + g of a key/value
+ * head is row i of its g-th query head, so that a tile's rows stand at few positions. */
+typedef struct {
+    const Layer *layer;
+    const ExtendCall *call;
+    int64_t group, rows, tile_rows, row_tiles;
+} ExtendPlan;
+
 enum { ROW_BLOCK = 32 }; /* query rows per work item */
+enum { EXTEND_ROWS = 64 }; /* most query rows per work item of an extend call */
 enum { PARTIAL_HEAD = 2 }; /* floats in front of a partial output row: maximum and sum of its softmax */
 
 typedef struct {
@@ -84,6 +101,7 @@ typedef struct {
     int (*supported)(void);
     void (*append_rows)(const Layer *, const AppendCall *, int64_t begin, int64_t end);
     void (*decode_item)(const DecodePlan *, int64_t item);
+    void (*extend_item)(const ExtendPlan *, int64_t item);
     void (*gather_blocks)(const Layer *, const GatherCall *, int64_t begin, int64_t end);
     void (*hadamard_rows)(float *out, const float *x, int64_t rows, int64_t dim);
 } Kernels;
@@ -106,13 +124,14 @@ static inline int64_t first_in_blocks(const DecodeCall *call, int64_t sequence)
     return call->first_tokens.k ? max_i64(first, call->first_tokens.stop[sequence]) : first;
 }
 
-/* Tokens [*begin, *end) that some query row of a sequence sees in the blocks, before key_mask; both are 0 if there are
- * none. Every block that holds one of them is inside the table, as no length is longer than it. */
-static inline void visible_range(const DecodeCall *call, int64_t sequence, int64_t *begin, int64_t *end)
+/* Tokens [*begin, *end) that some query row of a sequence, the first of them at `position`, sees in the blocks, before
+ * key_mask; both are 0 if there are none. Every block that holds one of them is inside the table, as no length is longer
+ * than it. */
+static inline void visible_range(const DecodeCall *call, int64_t sequence, int64_t position, int64_t *begin, int64_t *end)
 {
     const int64_t length = call->table.lengths[sequence];
     int64_t first = first_in_blocks(call, sequence);
-    if (call->window) first = max_i64(first, length - call->q_len - call->window + 1);
+    if (call->window) first = max_i64(first, position - call->window + 1);
     int64_t last = length;
     if (call->key_mask) {
         first = max_i64(first, call->mask_start);

@@ -103,3 +103,14 @@ INLINE __m256i load_groups(const int8_t *p, int lanes)
     return _mm256_maskload_epi32((const int *)p, _mm256_setr_epi32(-(lanes > 0), -(lanes > 1), -(lanes > 2), -(lanes > 3),
                                                                    -(lanes > 4), -(lanes > 5), -(lanes > 6), 0));
 }
+
+/* Registers of the float products in extend_products.h: 6 rows by 2 vectors of sums, 2 of B, one of A. */
+#define FLOAT_ROWS 6
+#define FLOAT_VECTORS 2
+enum { FLOAT_LANES = 8 };
+typedef __m256 Floats;
+INLINE Floats floats_load(const float *p) { return _mm256_loadu_ps(p); }
+INLINE Floats floats_set1(float x) { return _mm256_set1_ps(x); }
+INLINE Floats floats_mul_add(Floats a, Floats b, Floats c) { return _mm256_fmadd_ps(a, b, c); }
+INLINE Floats floats_max(Floats a, Floats b) { return _mm256_max_ps(a, b); }
+INLINE void floats_store(float *p, Floats x) { _mm256_storeu_ps(p, x); }
