@@ -1,6 +1,7 @@
 /* Float products of a tile of query rows: scores = Q . K and out = old * out + weights . V. Both have the same form,
  * C [rows][columns] (+)= A [rows][depth] * B [depth][columns], with B in the first or second-level cache. */
 #include "rows.h"
+#include "vec16_exp.h"
 
 /* `rows` rows and `vectors` registers of columns; every sum stays in its register. */
 INLINE void multiply_block(float *c, int64_t c_stride, const float *a, int64_t a_stride, const float *b, int64_t b_stride,
