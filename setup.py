@@ -49,13 +49,18 @@ def registry_page(readme: str, repository: str) -> str:
     return re.sub(r"(!?)\[([^\]]*)\]\((?!https?://|#)([^)\s]+)\)", link, readme)
 
 
+def registry_links(repository: str) -> dict[str, str]:
+    """What the registry's page links to: nothing before the repository has an address."""
+    if not repository:
+        return {}
+    return {"Repository": repository, "Changelog": f"{repository}/blob/HEAD/CHANGELOG.md"}
+
+
 if __name__ == "__main__":
     setup(
         long_description=registry_page(Path("README.md").read_text(encoding="utf-8"), REPOSITORY),
         long_description_content_type="text/markdown",
-        project_urls={"Repository": REPOSITORY, "Changelog": f"{REPOSITORY}/blob/HEAD/CHANGELOG.md"}
-        if REPOSITORY
-        else {},
+        project_urls=registry_links(REPOSITORY),
         ext_modules=[
             Extension(
                 "hf_int8_paged.kernels.cpu._int8_paged_cpu",

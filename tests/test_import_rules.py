@@ -250,3 +250,23 @@ changed = [
 assert not changed, changed
 """
     )
+
+
+def test_without_the_import_transformers_says_what_the_readme_explains() -> None:
+    """The name of the attention function is known once the package is imported."""
+    run_python(
+        """
+from pathlib import Path
+from transformers import LlamaConfig, LlamaForCausalLM
+config = LlamaConfig(vocab_size=9, hidden_size=8, intermediate_size=8, num_hidden_layers=1, num_attention_heads=1)
+try:
+    LlamaForCausalLM._from_config(config, attn_implementation="int8_paged")
+except ValueError as error:
+    said = str(error)
+readme = " ".join(Path("../README.md").read_text(encoding="utf-8").split())
+assert 'attn_implementation="int8_paged"` is not supported' in said, said
+assert '**transformers says that `attn_implementation="int8_paged"` is not supported.**' in readme
+import hf_int8_paged
+LlamaForCausalLM._from_config(config, attn_implementation="int8_paged")
+"""
+    )

@@ -27,6 +27,16 @@ def distribution(monkeypatch: pytest.MonkeyPatch) -> Any:
     return run_setup("setup.py", script_args=["bdist_wheel"], stop_after="commandline")
 
 
+def of_setup() -> Any:
+    """setup.py as a module, which sets nothing up."""
+    spec = importlib.util.spec_from_file_location("project_setup", ROOT / "setup.py")
+    assert spec is not None
+    assert spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
 def test_one_wheel_serves_every_python_of_a_platform(distribution: Any) -> None:
     """The library in it is loaded with ctypes and knows nothing of Python."""
     command = distribution.get_command_obj("bdist_wheel")
@@ -59,13 +69,8 @@ def test_no_relative_link_is_left_on_a_registrys_page(distribution: Any) -> None
     ],
 )
 def test_links_of_the_readme_lead_into_the_repository_or_become_text(repository: str, page: str) -> None:
-    spec = importlib.util.spec_from_file_location("project_setup", ROOT / "setup.py")
-    assert spec is not None
-    assert spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
     readme = "![a plot](docs/x.png) and [text](docs/x.md), [there](#there), [out](https://elsewhere/y)"
-    assert module.registry_page(readme, repository) == page
+    assert of_setup().registry_page(readme, repository) == page
 
 
 def test_the_extra_of_the_examples_brings_what_they_import(distribution: Any) -> None:
@@ -93,3 +98,33 @@ def extra(extras: dict[str, list[str]], name: str) -> set[str]:
         else:
             found.add(re.split(r"[^A-Za-z0-9_-]", requirement)[0])
     return found
+
+
+def test_the_projects_addresses_come_with_its_repository(distribution: Any) -> None:
+    """One line of setup.py names the repository; the registry's page then has links to it and to the changelog."""
+    setup = of_setup()
+    assert distribution.metadata.project_urls == setup.registry_links(setup.REPOSITORY)
+    assert setup.registry_links("https://example.org/us/it") == {
+        "Repository": "https://example.org/us/it",
+        "Changelog": "https://example.org/us/it/blob/HEAD/CHANGELOG.md",
+    }
+
+
+def test_the_readmes_policy_is_what_is_run() -> None:
+    """The oldest and the newest release of transformers in README, in the requirements, and in what CI and
+    ``make test-matrix`` install."""
+    readme, makefile, matrix, project = (
+        (ROOT / name).read_text(encoding="utf-8")
+        for name in ("README.md", "Makefile", "tests/matrix.py", "pyproject.toml")
+    )
+    policy = re.search(
+        r"\(today (5\.\d+) to (5\.\d+)\), and of torch the\nnewest and .* \((2\.\d+) to (2\.\d+)\)", readme
+    )
+    assert policy is not None
+    oldest, newest, torch_oldest, _ = policy.groups()
+    run = re.search(r"^TRANSFORMERS \?= (.*)$", makefile, re.MULTILINE)
+    assert run is not None
+    assert [version.rsplit(".", 1)[0] for version in run[1].split()] == [oldest, newest]
+    assert f'"transformers>={oldest}"' in project
+    assert f'"torch>={torch_oldest}"' in project
+    assert f'"torch=={torch_oldest}.0", "transformers=={oldest}.0"' in matrix

@@ -258,10 +258,14 @@ def test_a_long_chunk_makes_no_dense_copy_of_its_past() -> None:
     tokens = Tokens.at(torch.arange(past // 16, dtype=torch.int32)[None], torch.tensor([past], dtype=torch.int32))
     q, k, v = (torch.randn(1, n, chunk, dim) for n in (2 * heads, heads, heads))
     out = torch.zeros_like(q).fill_(1)
+    threads = torch.get_num_threads()
     torch.set_num_threads(1)
-    Path("/proc/self/clear_refs").write_text("5")  # VmHWM begins anew
-    before = resident_bytes("VmRSS")
-    cpu.attend(out, q, storage, tokens, Scoring(dim**-0.5), (k, v))
+    try:
+        Path("/proc/self/clear_refs").write_text("5")  # VmHWM begins anew
+        before = resident_bytes("VmRSS")
+        cpu.attend(out, q, storage, tokens, Scoring(dim**-0.5), (k, v))
+    finally:
+        torch.set_num_threads(threads)
     dense_past = 2 * heads * past * dim * 4
     # A thread's buffers have 0.3 MiB, and Linux counts pages of each processor in batches of some dozen.
     assert resident_bytes("VmHWM") - before <= dense_past / 100

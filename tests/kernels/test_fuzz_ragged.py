@@ -3,16 +3,14 @@ ones and first prompts bring keys and values of their own."""
 
 from __future__ import annotations
 
-from collections import Counter
-
 import pytest
 import torch
 
 from hf_int8_paged.kernels import FLOAT_DTYPES, gather_dense, int8_paged_ragged_attention
 
+from . import test_fuzz
 from .attention_oracle import RELATIVE_ERROR
-from .helpers import SEED
-from .test_fuzz import CALLS, NATIVE, Draw, outcome
+from .test_fuzz import NATIVE, Draw, outcome
 
 
 def longest(x: torch.Tensor) -> float:
@@ -66,13 +64,4 @@ def ragged(draw: Draw, backend: str) -> str | None:
 
 @pytest.mark.parametrize("backend", NATIVE)
 def test_the_references_answer_or_a_refusal(backend: str) -> None:
-    calls = CALLS if backend == "cpu" else max(CALLS // 10, 1)
-    results: Counter[str] = Counter()
-    for i in range(calls):
-        seed = SEED + 1000003 * i
-        try:
-            results[ragged(Draw(seed, backend), backend) or "answered"] += 1
-        except Exception as error:
-            raise AssertionError(f"call {i} (seed {seed})") from error
-    print(f"ragged on {backend}: {calls} calls, {dict(results)}")
-    assert results["answered"] > calls // 5
+    test_fuzz.test_the_references_answer_or_a_refusal(backend, ragged)
