@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import sys
 from collections import Counter
 from collections.abc import Callable
@@ -21,7 +22,15 @@ class Work(NamedTuple):
 
 def python_work(call: Callable[[], object]) -> Work:
     """Functions entered and bytecodes executed by ``call``, itself included. What C code does is not seen."""
-    return (_monitored if sys.version_info >= (3, 12) else _traced)(call)
+    # A collection in the middle would count what it calls: finalizers of what other tests have left.
+    gc.collect()
+    enabled = gc.isenabled()
+    gc.disable()
+    try:
+        return (_monitored if sys.version_info >= (3, 12) else _traced)(call)
+    finally:
+        if enabled:
+            gc.enable()
 
 
 def _traced(call: Callable[[], object]) -> Work:
