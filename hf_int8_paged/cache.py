@@ -155,6 +155,7 @@ class PagedInt8Cache(CacheOperations, metaclass=_Marked):
         #: Whether a layer that is updated twice in a row shows that the cache should have been wrapped.
         paged = sum(isinstance(layer, PagedInt8Layer) for layer in layers)
         self._needs_wrapping = bool(getattr(config, "is_encoder_decoder", False)) and paged > 1
+        self._sequences.beside_recurrent_states = any(isinstance(x, LinearAttentionCacheLayerMixin) for x in layers)
         # A `DynamicCache`, as transformers lets only those be cropped within an `EncoderDecoderCache`.
         Cache.__init__(self, layers=layers)
         for index, (keys, values, *_) in enumerate(data or []):

@@ -105,8 +105,11 @@ class LayerReader:
 
     def take_back_step(self, content: Content) -> None:
         """Take back the step whose views have this content, if it is the newest: an exception has ended it."""
+        sequences = self.room.sequences
         if content.epoch == self.epoch and content.stop == self.room.length:
-            self.room.sequences.take_back()
+            sequences.take_back()
+            if sequences.beside_recurrent_states:
+                sequences.broken = "a step"
 
     @property
     def first_tokens_nbytes(self) -> int:

@@ -43,6 +43,8 @@ class GrowingSequences(SequenceRecovery):
         self.guard = OneThread()
         self.sink_tokens = sink_tokens
         self.padding = Padding()
+        #: Whether the cache has layers whose state cannot go back.
+        self.beside_recurrent_states = False
         self.groups: dict[str, Group] = {}
         self.books = Books(SequenceState({}, {}))
         pool.access.register(self, self.books)
@@ -257,6 +259,7 @@ class GrowingSequences(SequenceRecovery):
     def fork(self, layers: list) -> tuple[GrowingSequences, list]:
         """Sequences of their own over the same blocks, and the cache's layers for them."""
         twin = GrowingSequences(self.pool, self.max_cache_len, self.sink_tokens)
+        twin.beside_recurrent_states = self.beside_recurrent_states
         for name, group in self.groups.items():
             twin.groups[name] = Group(name, twin.books, group.window)
             twin.groups[name].num_layers = group.num_layers

@@ -46,6 +46,8 @@ class PreallocatedSequences:
         self.sink_tokens = sink_tokens
         self.guard = OneThread()
         self.padding = Padding()
+        #: Whether the cache has layers whose state cannot go back.
+        self.beside_recurrent_states = False
         self.rooms: list[PreallocatedRoom] = []
         self.step = PreallocatedStep()
         #: Number of sequences; None before the first token.

@@ -32,7 +32,15 @@ class Step(Protocol):
 
 
 class CanTakeBack(Protocol):
-    """Sequences of a cache, whichever way room is found."""
+    """Sequences of a cache, whichever way room is found.
+
+    Attributes:
+        beside_recurrent_states: whether the cache has layers whose state cannot go back.
+        broken: name of an operation that was interrupted and could not be undone, or None.
+    """
+
+    beside_recurrent_states: bool
+    broken: str | None
 
     def take_back(self, length: int | None = None) -> None:
         """Take back what some layers have stored of a step that an exception ended; see `GrowingSequences`."""

@@ -232,6 +232,14 @@ def test_a_recurrent_state_that_has_moved_on_is_not_repeated_on() -> None:
             model(random_ids(1, 1) % 64, past_key_values=cache)
         cache.reset()
         assert torch.equal(model(random_ids(1, 30) % 64, past_key_values=cache).logits, first)
+        unlimited = PagedInt8Cache(model.config)
+        model(random_ids(1, 30) % 64, past_key_values=unlimited)
+        for each in (unlimited.fork(), unlimited):
+            views = each.update(rows(1, 1, 1), rows(1, 2, 1), 1)
+            with pytest.raises((ValueError, RuntimeError)):
+                int8_paged_attention(torch.nn.Identity(), torch.randn(1, 3, 1, 16), *views, None)
+            with pytest.raises(RuntimeError, match=r"a step of this cache was interrupted.*reset\(\)"):
+                model(random_ids(1, 1) % 64, past_key_values=each)
 
 
 def test_an_assignment_that_was_interrupted_says_so(monkeypatch: pytest.MonkeyPatch) -> None:
