@@ -22,6 +22,10 @@ MATRIX_ENVS ?= .matrix
 PYTEST_ARGS ?=
 MATRIX_OPTIONS ?=
 
+# `make bench-peers`: where the peers' environments are, and further arguments.
+PEERS ?= .peers
+PEERS_OPTIONS ?=
+
 # Tests that the Triton interpreter runs too.
 TRITON_TESTS := tests/kernels/interpreted_triton.py tests/kernels/triton_extend.py tests/cache/triton_long_chunks.py
 
@@ -43,7 +47,7 @@ endef
 export RUN_NOTEBOOKS
 
 .DEFAULT_GOAL := help
-.PHONY: help demo info test test-all test-interpreted test-versions test-matrix test-sanitize test-neon test-upstream test-gpu drill bench bench-gpu \
+.PHONY: help demo info test test-all test-interpreted test-versions test-matrix test-sanitize test-neon test-upstream test-gpu drill bench bench-gpu bench-peers \
 	gpu-audit cpu-audit lint types format notebooks coverage cache-api clean
 
 help:  ## Show this list
@@ -89,6 +93,9 @@ drill: $(DEV)  ## Throw an exception at every line of the package that an operat
 bench: $(DEV)  ## Compare with budgets what the cache costs in time; writes eval/results/budgets.json
 	$(BIN)/python eval/budgets.py --json eval/results/budgets.json
 
+bench-peers: $(DEV)  ## Time a token beside OpenVINO and llama.cpp, in their own environments; writes eval/results/peers.json
+	$(BIN)/python eval/bench_peers.py --environments $(PEERS) --json eval/results/peers.json $(PEERS_OPTIONS)
+
 bench-gpu: $(DEV)  ## Time kernels and a model on a GPU; writes eval/results/*_gpu.json
 	$(BIN)/python eval/latency.py --device cuda --json eval/results/latency_kernel_gpu.json
 	$(BIN)/python eval/latency_model.py --device cuda --dtype float16 --compiled --json eval/results/latency_model_gpu.json
@@ -124,7 +131,7 @@ cache-api: $(DEV)  ## Check every name of transformers' caches; writes docs/cach
 	HF_HUB_OFFLINE=1 $(BIN)/python -m eval.cache_api --markdown docs/cache_api.md
 
 clean:  ## Remove the environment, builds and caches of tools
-	rm -rf $(VENV) .matrix build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis
+	rm -rf $(VENV) .matrix .peers build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis
 	find hf_int8_paged kernels tests eval examples -name __pycache__ -prune -exec rm -rf {} +
 	find hf_int8_paged kernels -name '*.so' -delete
 

