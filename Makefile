@@ -78,8 +78,8 @@ test-matrix: $(DEV)  ## Run all tests under other versions, instruction sets and
 test-sanitize: $(DEV)  ## Run the CPU kernels' tests under AddressSanitizer and UBSan
 	tests/native/sanitize.sh $(BIN)/python
 
-test-neon:  ## Check the CPU kernels for Arm (Debian: gcc-aarch64-linux-gnu, qemu-user)
-	tests/native/neon.sh
+test-neon: $(DEV)  ## Run the CPU kernels' tests on their build for Arm, emulated (Debian: gcc-aarch64-linux-gnu, qemu-user)
+	tests/native/neon.sh $(BIN)/python
 
 test-upstream: $(DEV)  ## Compare every way to generate, over 16 architectures, with transformers' own cache
 	HF_HUB_OFFLINE=1 $(PARALLEL) --dist loadgroup tests/upstream/generation_modes.py
