@@ -1,13 +1,14 @@
 """Static audit of the CPU backend's decode attention: what the inner loops issue per 64 bytes of K or V.
 
-Compiles the C files as setup.py does, once per instruction set of x86, disassembles them and counts the innermost loops
-of both products, the shortest way through each: what is taken only when a run of prefetches ends is left out. Vector
-operations are those that an arithmetic unit executes; loads, broadcasts from memory and moves that renaming removes
-need none.
+Compiles the C files as setup.py does, once per instruction set of x86 and for 64-bit Arm's, disassembles them and
+counts the innermost loops of both products, the shortest way through each: what is taken only when a run of prefetches
+ends is left out. Vector operations are those that an arithmetic unit executes; loads, broadcasts from memory and moves
+that renaming removes need none; on Arm a broadcast from memory does.
 
     python eval/cpu_audit.py --json docs/cpu_audit.json
 
-`make cpu-audit` does this. It needs GCC or Clang (CC), objdump, and an x86 processor.
+`make cpu-audit` does this. It needs GCC or Clang (CC), objdump, an x86 processor, and for NEON a cross compiler
+with its objdump (ARM_CC, Debian: gcc-aarch64-linux-gnu).
 """
 
 from __future__ import annotations
@@ -28,8 +29,8 @@ from typing import Any
 
 ROOT = Path(__file__).parent.parent
 #: Instruction sets: bytes of a register, and dot product instructions per register of K or V and query row.
-SETS = {"avx2": (32, 2), "avxvnni": (32, 2), "avx512vnni": (64, 2)}
-DOT = re.compile(r"vpmaddwd|vpdpbusd")
+SETS = {"avx2": (32, 2), "avxvnni": (32, 2), "avx512vnni": (64, 2), "neon": (16, 2)}
+DOT = re.compile(r"vpmaddwd|vpdpbusd|sdot")
 #: Classes by the beginning of the mnemonic; the first that matches counts.
 CLASSES = {
     "multiply": r"vpmadd|vpdp",
@@ -42,12 +43,29 @@ CLASSES = {
     "scalar": r"",
 }
 VECTOR_OPERATIONS = ("multiply", "add", "shift", "logic")
+#: The same for Arm, by the beginning of mnemonic and operands.
+ARM_CLASSES = {
+    "multiply": r"sdot",
+    "broadcast": r"ld\dr|dup",
+    "move": r"(ld|st)\w+ \{?[vq]|mov[ai]? v",
+    "add": r"add v",
+    "logic": r"\w+ v",
+    "prefetch": r"prfm",
+    "scalar": r"",
+}
+ARM_VECTOR_OPERATIONS = ("multiply", "broadcast", "add", "logic")
 #: Units of a core for registers of 32 bytes: of all vector operations, of multiplications, and of multiplications and
 #: shifts together. From Agner Fog's instruction tables (https://www.agner.org/optimize/).
 UNITS = {
     "Zen 2": {"vector": 4, "multiply": 1, "multiply_shift": 3},
     "Zen 3 to 5": {"vector": 4, "multiply": 2, "multiply_shift": 4},
     "Skylake to Alder Lake": {"vector": 3, "multiply": 2, "multiply_shift": 2},
+}
+#: Units of a core for registers of 16 bytes, each of which takes SDOT, and instructions that it takes in per cycle.
+#: From Arm's software optimization guides and, for Apple, https://dougallj.github.io/applecpu/firestorm.html.
+ARM_UNITS = {
+    "Cortex-A76, Neoverse N1": {"vector": 2, "instructions": 4},
+    "Neoverse V1, Apple M1": {"vector": 4, "instructions": 8},
 }
 
 
@@ -60,16 +78,28 @@ class Instruction:
     @property
     def target(self) -> int | None:
         """Where a jump leads."""
-        return int(self.operands.split()[0], 16) if re.match(r"j\w+$", self.mnemonic) else None
+        if not re.match(r"j\w+$|b(\.\w+)?$|cbn?z$|tbn?z$", self.mnemonic):
+            return None
+        return int(self.operands.split(" <")[0].split(",")[-1], 16)
 
     @property
     def kind(self) -> str:
         return next(name for name, beginning in CLASSES.items() if re.match(beginning, self.mnemonic))
 
+    @property
+    def arm_kind(self) -> str:
+        text = f"{self.mnemonic} {self.operands}"
+        return next(name for name, beginning in ARM_CLASSES.items() if re.match(beginning, text))
 
-def compiler() -> str:
+
+def compiler_of(isa: str) -> list[str]:
+    variable, usual = ("ARM_CC", "aarch64-linux-gnu-gcc") if isa == "neon" else ("CC", "gcc")
+    return shlex.split(os.environ.get(variable, usual))
+
+
+def compiler(isa: str = "avx2") -> str:
     """Its name and version, in its own words."""
-    command = [*shlex.split(os.environ.get("CC", "gcc")), "--version"]
+    command = [*compiler_of(isa), "--version"]
     return subprocess.run(command, check=True, capture_output=True, text=True).stdout.splitlines()[0]
 
 
@@ -78,14 +108,14 @@ def disassemble(isa: str, folder: Path) -> dict[str, list[Instruction]]:
     flags = runpy.run_path(str(ROOT / "setup.py"))["FLAGS"]
     source = ROOT / runpy.run_path(str(ROOT / "setup.py"))["SOURCES"] / f"isa_{isa}.c"
     built = folder / f"{isa}.o"
-    command = shlex.split(os.environ.get("CC", "gcc"))
-    subprocess.run([*command, *flags, "-Wno-psabi", "-fPIC", "-c", source, "-o", built], check=True)
-    listing = subprocess.run(["objdump", "-d", "--no-show-raw-insn", built], check=True, capture_output=True, text=True)
+    objdump = "aarch64-linux-gnu-objdump" if isa == "neon" else "objdump"
+    subprocess.run([*compiler_of(isa), *flags, "-Wno-psabi", "-fPIC", "-c", source, "-o", built], check=True)
+    listing = subprocess.run([objdump, "-d", "--no-show-raw-insn", built], check=True, capture_output=True, text=True)
     functions: dict[str, list[Instruction]] = {}
     for line in listing.stdout.splitlines():
         if head := re.match(r"[0-9a-f]+ <(.+)>:$", line):
             functions[head[1]] = current = []
-        elif found := re.match(r"\s+([0-9a-f]+):\s+(?:\{vex\} )?(\w+)\s*(.*?)(?:\s+#.*)?$", line):
+        elif found := re.match(r"\s+([0-9a-f]+):\s+(?:\{vex\} )?([\w.]+)\s*(.*?)(?:\s+(?:#|//) .*)?$", line):
             current.append(Instruction(int(found[1], 16), found[2], found[3]))
     return functions
 
@@ -95,7 +125,7 @@ def flow(code: list[Instruction]) -> dict[int, list[int]]:
     at = {instruction.address: i for i, instruction in enumerate(code)}
     after: dict[int, list[int]] = {}
     for i, instruction in enumerate(code):
-        following = [] if instruction.mnemonic in ("jmp", "ret") or i + 1 == len(code) else [i + 1]
+        following = [] if instruction.mnemonic in ("jmp", "b", "ret") or i + 1 == len(code) else [i + 1]
         if instruction.target in at:
             following.append(at[instruction.target])
         after[i] = following
@@ -128,7 +158,7 @@ def inner_loops(code: list[Instruction]) -> list[list[Instruction]]:
     cycles = []
     for i, instruction in enumerate(code):
         for j in after[i]:
-            way = shortest_way(after, j, i) if j <= i and instruction.mnemonic != "jmp" else None
+            way = shortest_way(after, j, i) if j <= i and instruction.mnemonic not in ("jmp", "b") else None
             if way and any(DOT.match(code[k].mnemonic) for k in way):
                 cycles.append(way)
     cycles.sort(key=len)
@@ -144,13 +174,19 @@ def inner_loops(code: list[Instruction]) -> list[list[Instruction]]:
 
 def figures(isa: str, rows: int, loop: list[Instruction]) -> dict[str, Any]:
     register, dots_per_register = SETS[isa]
-    counts = Counter(instruction.kind for instruction in loop)
+    arm = isa == "neon"
+    counts = Counter(instruction.arm_kind if arm else instruction.kind for instruction in loop)
     size = sum(bool(DOT.match(x.mnemonic)) for x in loop) / (rows * dots_per_register) * register
-    per_64 = {name: round(64 / size * counts[name], 2) for name in CLASSES if counts[name]}
-    vector = sum(per_64.get(name, 0) for name in VECTOR_OPERATIONS)
+    per_64 = {name: round(64 / size * counts[name], 2) for name in (ARM_CLASSES if arm else CLASSES) if counts[name]}
+    vector = sum(per_64.get(name, 0) for name in (ARM_VECTOR_OPERATIONS if arm else VECTOR_OPERATIONS))
     multiply, shift = per_64["multiply"], per_64.get("shift", 0)
-    work = {"vector": vector, "multiply": multiply, "multiply_shift": multiply + shift}
-    cores = UNITS if register == 32 else {}
+    work = {
+        "instructions": 64 / size * len(loop),
+        "vector": vector,
+        "multiply": multiply,
+        "multiply_shift": multiply + shift,
+    }
+    cores = {16: ARM_UNITS, 32: UNITS}.get(register, {})
     cycles = {core: max(work[unit] / count for unit, count in units.items()) for core, units in cores.items()}
     return {
         "isa": isa,
@@ -158,7 +194,7 @@ def figures(isa: str, rows: int, loop: list[Instruction]) -> dict[str, Any]:
         "bytes": int(size),
         "instructions": round(64 / size * len(loop), 2),
         "vector_operations": round(vector, 2),
-        "stack": round(64 / size * sum("(%rsp" in x.operands for x in loop), 2),
+        "stack": round(64 / size * sum(bool(re.search(r"\(%rsp|\[sp", x.operands)) for x in loop), 2),
         **per_64,
         "bytes_per_cycle_at_most": {core: round(64 / bound, 1) for core, bound in cycles.items()},
     }
@@ -190,7 +226,8 @@ def main() -> None:
         rows = [row for isa in SETS for row in audit(isa, Path(folder))]
     print(table(rows))
     if arguments.json:
-        head = {"command": shlex.join(["python", *sys.argv]), "compiler": compiler()}
+        compilers = {"compiler": compiler(), "arm_compiler": compiler("neon")}
+        head = {"command": shlex.join(["python", *sys.argv]), **compilers}
         lines = ",\n".join(json.dumps(row) for row in rows)
         arguments.json.write_text(json.dumps(head, indent=1)[:-2] + f',\n "loops": [\n{lines}\n]}}\n', encoding="utf-8")
 
