@@ -86,8 +86,8 @@ test-gpu: $(DEV)  ## Run the kernels' tests on a GPU, with fresh inputs
 drill: $(DEV)  ## Throw an exception at every line of the package that an operation passes (an hour)
 	OMP_NUM_THREADS=1 HF_HUB_OFFLINE=1 $(BIN)/python -m tests.drill.drill --workers $(WORKERS)
 
-bench: $(DEV)  ## Compare with budgets what the cache costs in time; writes eval/results/budgets.json
-	$(BIN)/python eval/budgets.py --json eval/results/budgets.json
+bench: $(DEV)  ## Time kernels, a model, chunks, growth and bookkeeping on this CPU (half an hour); writes eval/results/*.json
+	HF_HUB_OFFLINE=1 $(BIN)/python eval/bench.py
 
 bench-gpu: $(DEV)  ## Time kernels and a model on a GPU; writes eval/results/*_gpu.json
 	$(BIN)/python eval/latency.py --device cuda --json eval/results/latency_kernel_gpu.json
