@@ -233,7 +233,7 @@ class GrowingSequences(SequenceRecovery):
                 tables, dict.fromkeys(state.layer_lengths, 0), record_past=state.record_past
             )
             for table in state.tables.values():
-                table.allocator.release(table.held().tolist())
+                table.allocator.release(table.held())
 
     def _drop_unseen(self, start: int) -> SequenceState:
         """Give back what no query from position ``start`` on sees. This stays true if the step fails. Call it inside
