@@ -73,16 +73,17 @@ class BlockAllocator:
         """
         counts = self._ref_counts.take(blocks)  # of a hole, those of the last block
         (holders,) = (counts > 1).nonzero()
+        if len(holders):
+            holders = holders[blocks[holders] != HOLE]
         if not len(holders):
             return holders
-        (holders,) = ((counts > 1) & (blocks != HOLE)).nonzero()
         by_block = holders[blocks[holders].argsort(kind="stable")]
-        begins = _begins(blocks[by_block])
-        rank = np.arange(len(by_block))
-        rank -= rank[begins][begins.cumsum() - 1]
-        by_block = by_block[rank < counts[by_block] - 1]
-        by_block.sort()
-        return by_block
+        (begins,) = _begins(blocks[by_block]).nonzero()
+        ends = np.append(begins[1:], len(by_block))
+        alone = ends - begins == counts[by_block[begins]]
+        copying = counts > 1
+        copying[by_block[ends[alone] - 1]] = False
+        return holders[copying[holders]]
 
     def grow(self, num_blocks: int) -> None:
         """Raise the number of blocks to ``num_blocks``; the new ones are free."""

@@ -111,12 +111,12 @@ class BlockTable:
         self.length = length
         return copies
 
-    def select(self, rows: Sequence[int]) -> None:
+    def select(self, rows: np.ndarray) -> None:
         """Make sequence i what sequence ``rows[i]`` is, sharing its blocks. Moves no tokens.
 
         The allocator is told of those blocks only that a sequence and its successor do not have in common.
         """
-        store = self._store.take(np.asarray(rows, dtype=np.intp), axis=0)
+        store = self._store.take(rows, axis=0)
         new, old = store[:, : self._columns], self.ids
         if len(new) == len(old):
             changed = new != old

@@ -87,13 +87,13 @@ def test_a_block_for_each_of_many_sequences_is_that_of_asking_in_turn(num_blocks
 
 @pytest.mark.parametrize("others", [0, 1, 2], ids=["by_these_alone", "once_more", "twice_more"])
 def test_all_holders_copy_a_block_but_the_last_one_if_nobody_else_has_it(others: int) -> None:
-    allocator = BlockAllocator(8)
+    allocator = BlockAllocator(3)
     blocks = allocator.allocate(3)
     for holders in itertools.product([HOLE, *blocks.tolist()], repeat=4):
         rows = np.array(holders, dtype=np.int32)
         counted = [*blocks.tolist() * others, *rows[rows != HOLE].tolist()]
         allocator.count_anew([np.array(counted, dtype=np.int32)])
-        left, expected = [allocator.ref_count(block) for block in range(8)], []
+        left, expected = [allocator.ref_count(block) for block in range(3)], []
         for row, block in enumerate(holders):
             if block != HOLE and left[block] > 1:
                 left[block] -= 1
