@@ -107,12 +107,12 @@ BUDGETS = (
     Budget("Triton's launchers of append and decode, per layer", 15, "us", triton_launchers, needs="triton"),
     Budget("reordering 8 beams after 8,192 tokens, by that after 1,024", 1.3, "times", reordering_over_a_long_prompt),
     *(
-        Budget(f"bookkeeping of {what} of {batch:,} {who}, per sequence", most, "us", bookkeeping(batch, beams, of=of))
+        Budget(f"bookkeeping of a step{what}, per {who} of {batch:,}", most, "us", bookkeeping(batch, beams, of=of))
         for batch in (256, 1024)
         for what, who, most, beams, of in (
-            ("a step", "sequences", 1, 1, fmean),
-            ("a step that needs a block for each", "sequences", 2, 1, max),
-            ("a step and the reordering before it,", "beams", 2, 4, fmean),
+            ("", "sequence", 1, 1, fmean),
+            (" that needs a block for each", "sequence", 2, 1, max),
+            (" and the reordering before it", "beam", 2, 4, fmean),
         )
     ),
 )
