@@ -14,8 +14,8 @@ PARALLEL := OMP_NUM_THREADS=1 $(PYTEST) -n $(WORKERS) --dist loadfile
 TRANSFORMERS ?= 5.18.0 5.24.0
 OVERLAYS := $(abspath $(VENV))/overlays
 # Those of the cache's tests that are about the cache alone; releases of transformers differ in what the others touch.
-UNVERSIONED := block_table beam_reorder interrupted native_backend overhead read_only_views shared_pool_threads \
-	states_checked two_readers
+UNVERSIONED := block_policy block_table beam_reorder interrupted native_backend overhead read_only_views shared_pool_threads \
+	states_checked two_readers wide_batches
 # `make test-matrix`: rows of tests/matrix.py (none: all), where their environments are, arguments for pytest and for it.
 ROWS ?=
 MATRIX_ENVS ?= .matrix

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Mapping
 from typing import NamedTuple
 
+import numpy as np
 import torch
 
 from .block_allocator import RUN_LENGTH, BlockAllocator
@@ -256,12 +257,16 @@ class PagedInt8Pool:
                         self.storages[layer] = grow_paged_int8_layer(self.storages[layer], target)
                 self.allocators[group].grow(target)
 
-    def copy(self, group: str, pairs: Iterable[tuple[int, int]]) -> None:
-        """Copy blocks, (source, destination) each, in all layers of a group. Call it inside ``access.exclusive()``."""
-        pairs = list(pairs)
-        if not pairs:
+    def copy(self, group: str, pairs: np.ndarray) -> None:
+        """Copy blocks in all layers of a group. Call it inside ``access.exclusive()``.
+
+        Args:
+            group: its name.
+            pairs: int32 ``[copies, 2]``: source and destination of each copy.
+        """
+        if not len(pairs):
             return
-        src, dst = torch.tensor(pairs, dtype=torch.int32).T.contiguous()
+        src, dst = torch.from_numpy(np.ascontiguousarray(pairs.T))
         for layer in self._members[group]:
             storage = self.storages[layer]
             copy_blocks(storage, src.to(storage.device), dst.to(storage.device))
