@@ -14,8 +14,8 @@ PARALLEL := OMP_NUM_THREADS=1 $(PYTEST) -n $(WORKERS) --dist loadfile
 TRANSFORMERS ?= 5.18.0 5.24.0
 OVERLAYS := $(abspath $(VENV))/overlays
 # Those of the cache's tests that are about the cache alone; releases of transformers differ in what the others touch.
-UNVERSIONED := block_table beam_reorder interrupted native_backend overhead read_only_views shared_pool_threads \
-	states_checked two_readers
+UNVERSIONED := block_policy block_table beam_reorder interrupted native_backend overhead read_only_views shared_pool_threads \
+	states_checked two_readers wide_batches
 # `make test-matrix`: rows of tests/matrix.py (none: all), where their environments are, arguments for pytest and for it.
 ROWS ?=
 MATRIX_ENVS ?= .matrix
@@ -90,8 +90,8 @@ test-gpu: $(DEV)  ## Run the kernels' tests on a GPU, with fresh inputs
 drill: $(DEV)  ## Throw an exception at every line of the package that an operation passes (an hour)
 	OMP_NUM_THREADS=1 HF_HUB_OFFLINE=1 $(BIN)/python -m tests.drill.drill --workers $(WORKERS)
 
-bench: $(DEV)  ## Compare with budgets what the cache costs in time; writes eval/results/budgets.json
-	$(BIN)/python eval/budgets.py --json eval/results/budgets.json
+bench: $(DEV)  ## Time kernels, a model, chunks, growth and bookkeeping on this CPU (half an hour); writes eval/results/*.json
+	HF_HUB_OFFLINE=1 $(BIN)/python eval/bench.py
 
 bench-peers: $(DEV)  ## Time a token beside OpenVINO and llama.cpp, in their own environments; writes eval/results/peers.json
 	$(BIN)/python eval/bench_peers.py --environments $(PEERS) --json eval/results/peers.json $(PEERS_OPTIONS)

@@ -10,9 +10,10 @@ from unittest.mock import patch
 import torch
 from transformers import LlamaConfig
 
-from hf_int8_paged import PagedInt8Cache
+from hf_int8_paged import PagedInt8Cache, PagedInt8Pool
 from hf_int8_paged.kernels import FirstTokens, KvCacheQuant, Scoring, Tokens, alloc_paged_int8_layer, load_backend
 from hf_int8_paged.seam.attention import int8_paged_attention
+from hf_int8_paged.sequences.growing import GrowingSequences
 
 LAYERS = 30
 #: Heads of keys and values, queries of each, width: of SmolLM2-135M, of an 8B Llama, of Gemma 3 1B.
@@ -30,11 +31,11 @@ class Attention(torch.nn.Module):
 class Step:
     """One decode step through all layers of a cache, from ``update`` to the attention output; calling it takes it."""
 
-    def __init__(self) -> None:
+    def __init__(self, batch: int = 1) -> None:
         config = LlamaConfig(num_hidden_layers=LAYERS, hidden_size=576, num_attention_heads=9, num_key_value_heads=3)
         self.cache, self.module = PagedInt8Cache(config), Attention()
-        self.row, self.query = torch.randn(1, 3, 1, 64), torch.randn(1, 9, 1, 64)
-        prompt = torch.randn(1, 3, _PROMPT, 64)
+        self.row, self.query = torch.randn(batch, 3, 1, 64), torch.randn(batch, 9, 1, 64)
+        prompt = torch.randn(batch, 3, _PROMPT, 64)
         for layer in range(LAYERS):
             self.cache.update(prompt, -prompt, layer)
         self()  # the pool has grown to what it needs
@@ -49,7 +50,7 @@ class Step:
         self.cache.crop(-1)
 
     def kernels_alone(self) -> Callable[[], None]:
-        """The same launches and nothing else."""
+        """The same launches for one sequence and nothing else."""
         backend, scoring = load_backend("cpu"), Scoring(0.125)
         before, after = (torch.tensor([n], dtype=torch.int32) for n in (_PROMPT, _PROMPT + 1))
         tokens = Tokens(torch.arange(2, dtype=torch.int32)[None], before, after)
@@ -62,6 +63,47 @@ class Step:
                 backend.attend(out, query, storage, tokens, scoring)
 
         return launch
+
+
+class Bookkeeping:
+    """What the host does beside the kernels in decode steps of many sequences, with a block table for layers of full
+    attention and one for a window of 64. There are no keys and values. Calling it takes a step; a cycle of steps begins
+    with the one in which every sequence needs a block, and in its last one the window gives one back.
+
+    Args:
+        batch: sequences.
+        beams: how many of them have the same prompt. More than one are reordered before each step.
+    """
+
+    CYCLE = 16
+
+    def __init__(self, batch: int, beams: int = 1) -> None:
+        self.sequences = GrowingSequences(PagedInt8Pool(), sink_tokens=1)
+        for layer, window in enumerate((None, 64)):
+            self.sequences.add_room(layer, window)
+        self.batch = batch
+        self.turns: Iterator[list[int]] = iter(())
+        self._take(batch // beams, 10 * self.CYCLE)
+        if beams > 1:
+            of_prompt = torch.arange(0, batch, beams).repeat_interleave(beams)
+            self.sequences.select((of_prompt // beams).tolist())
+            generator = torch.Generator().manual_seed(0)
+            turns = of_prompt + torch.randint(beams, (32 * self.CYCLE, batch), generator=generator)
+            self.turns = iter(turns.tolist())
+        for _ in range(self.CYCLE):
+            self()
+
+    def __call__(self) -> None:
+        for rows in self.turns:
+            self.sequences.select(rows)
+            break
+        self._take(self.batch, 1)
+
+    def _take(self, batch: int, tokens: int) -> None:
+        state = self.sequences.advance(batch, tokens)
+        for group in self.sequences.groups.values():
+            group.tokens(torch.device("cpu"))
+        state.layer_lengths.update(dict.fromkeys(state.layer_lengths, state.length))  # the layers have stored them
 
 
 def layer_over_a_past(

@@ -14,6 +14,7 @@ import time
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
+from statistics import fmean
 from typing import NamedTuple
 
 import torch
@@ -21,6 +22,7 @@ from _common import provenance, write_json
 from _workloads import (
     LAYERS,
     SHAPES,
+    Bookkeeping,
     Step,
     beams_over_a_prompt,
     layer_over_a_past,
@@ -82,6 +84,20 @@ def reordering_over_a_long_prompt(rounds: int) -> float:
     return min(one for one, _ in seconds) / min(other for _, other in seconds)
 
 
+def bookkeeping(batch: int, beams: int = 1, *, of: Callable[[list[float]], float] = fmean) -> Callable[[int], float]:
+    """Of a step, per sequence; ``of`` says what of the times of a whole cycle of steps."""
+
+    def measure(rounds: int) -> float:
+        best = [float("inf")] * Bookkeeping.CYCLE
+        for _ in range(max(rounds // 10, 1)):
+            step = Bookkeeping(batch, beams)
+            for _ in range(2):
+                best = [min(seconds, fastest(step, 1)) for seconds in best]
+        return of(best) / batch * 1e6
+
+    return measure
+
+
 BUDGETS = (
     Budget("a decode step beside its kernels, per layer", 30, "us", step_beside_its_kernels),
     *(
@@ -90,6 +106,15 @@ BUDGETS = (
     ),
     Budget("Triton's launchers of append and decode, per layer", 15, "us", triton_launchers, needs="triton"),
     Budget("reordering 8 beams after 8,192 tokens, by that after 1,024", 1.3, "times", reordering_over_a_long_prompt),
+    *(
+        Budget(f"bookkeeping of a step{what}, per {who} of {batch:,}", most, "us", bookkeeping(batch, beams, of=of))
+        for batch in (256, 1024)
+        for what, who, most, beams, of in (
+            ("", "sequence", 1, 1, fmean),
+            (" that needs a block for each", "sequence", 2, 1, max),
+            (" and the reordering before it", "beam", 2, 4, fmean),
+        )
+    ),
 )
 
 

@@ -143,6 +143,7 @@ def main() -> None:
     parser.add_argument("--head-dims", type=positive, nargs="+", default=[64, 128])
     parser.add_argument("--pasts", type=positive, nargs="+", default=[1024, 8192, 32768], help="tokens of the past")
     parser.add_argument("--chunks", type=positive, nargs="+", default=[17, 64, 512, 2048], help="tokens of the chunk")
+    parser.add_argument("--memory-past", type=positive, default=65536, help="tokens below the measured peak")
     parser.add_argument("--seconds", type=float, default=1.0, help="for each case (default: %(default)s)")
     parser.add_argument("--json", type=Path, help="write the results there")
     args = parser.parse_args()
@@ -157,7 +158,7 @@ def main() -> None:
     tiny = Work(Case(1, 4, 16, BLOCK_SIZE, MEMORY_CHUNK), dtype)
     tiny.int8(), tiny.gather_sdpa()
     for head_dim in args.head_dims:
-        memory.append(run_memory(Case(*heads, head_dim, max(args.pasts), MEMORY_CHUNK), dtype))
+        memory.append(run_memory(Case(*heads, head_dim, args.memory_past, MEMORY_CHUNK), dtype))
         print(report_memory(memory[-1]), flush=True)
     for head_dim in args.head_dims:
         for past in args.pasts:

@@ -48,7 +48,7 @@ def reordered_rows(beam_idx: Any, batch: int) -> list[int]:
     if order.dim() > 1 or order.dtype not in (torch.int32, torch.int64):
         raise IndexError(f"reorder_cache takes one list of the batch's rows, integers, got {beam_idx!r}")
     rows = order.tolist() if order.dim() else [int(order)]
-    wrong = [row for row in rows if not 0 <= row < batch]
-    if wrong:
-        raise IndexError(f"reorder_cache: there is no row {wrong[0]}; the cache holds {batch} sequences")
+    if rows and not 0 <= min(rows) <= max(rows) < batch:
+        wrong = next(row for row in rows if not 0 <= row < batch)
+        raise IndexError(f"reorder_cache: there is no row {wrong}; the cache holds {batch} sequences")
     return rows

@@ -2,34 +2,18 @@
 
 from __future__ import annotations
 
-import heapq
 from collections.abc import Callable, Iterable
 
 import numpy as np
+import numpy.typing as npt
 
 #: Blocks that a sequence's tokens should find next to each other. A decode then streams through memory instead of
 #: jumping between blocks of different sequences.
 RUN_LENGTH = 8
 #: Table entry of a logical block that holds nothing any more, or never did.
 HOLE = -1
-
-
-class _RunHeap:
-    """Run numbers, lowest first, each once. What stopped being usable is thrown out when it surfaces."""
-
-    def __init__(self, runs: Iterable[int] = ()) -> None:
-        self._heap: list[int] = sorted(runs)
-        self._members: set[int] = set(self._heap)
-
-    def push(self, run: int) -> None:
-        if run not in self._members:
-            self._members.add(run)
-            heapq.heappush(self._heap, run)
-
-    def lowest(self, usable: Callable[[int], bool]) -> int | None:
-        while self._heap and not usable(self._heap[0]):
-            self._members.remove(heapq.heappop(self._heap))
-        return self._heap[0] if self._heap else None
+#: Numbers of the counts' own types: adding another type's to some entries takes numpy ten times as long.
+_ONE_HOLDER, _ONE_BLOCK = np.int32(1), np.int8(1)
 
 
 class BlockAllocator:
@@ -38,7 +22,8 @@ class BlockAllocator:
     Blocks are handed out in ascending runs where possible: a sequence gets the block after its last one if that is
     free, else the start of a run of ``RUN_LENGTH`` free blocks, else any free block.
 
-    An exception inside one of its methods may leave wrong counts behind; `count_anew` makes them right again.
+    All of it is kept in arrays, and blocks are taken and given back many at a time: no Python runs for each of them.
+    An exception inside one of the methods may leave wrong counts behind; `count_anew` makes them right again.
 
     Args:
         num_blocks: blocks that there are from the start.
@@ -47,10 +32,10 @@ class BlockAllocator:
 
     def __init__(self, num_blocks: int = 0, settle: Callable[[], None] | None = None):
         self._settle = settle
-        self._ref_counts: list[int] = []
-        self._free_in_run: list[int] = []
-        self._whole_runs = _RunHeap()
-        self._partial_runs = _RunHeap()
+        self._ref_counts = np.zeros(0, dtype=np.int32)
+        #: Of each run, the blocks that are held, and those that there are: fewer in the last one.
+        self._used_in_run = np.zeros(0, dtype=np.int8)
+        self._run_sizes = np.zeros(0, dtype=np.int8)
         self._num_free = 0
         self.grow(num_blocks)
 
@@ -74,57 +59,124 @@ class BlockAllocator:
         """How many tables hold ``block``."""
         if self._settle is not None:
             self._settle()
-        return self._ref_counts[block]
+        return int(self._ref_counts[block])
 
-    def is_shared(self, block: int) -> bool:
-        """Whether ``block`` is held more than once. To be asked by who changes the tables."""
-        return self._ref_counts[block] > 1
+    def to_be_copied(self, blocks: np.ndarray) -> np.ndarray:
+        """Which of the holders of ``blocks`` need a copy before they write. To be asked by who changes the tables.
+
+        Args:
+            blocks: one for each holder, ``[holders]``; ``HOLE`` for none.
+
+        Returns:
+            Indices of holders, ascending. All that share a block need a copy, but for the last one of a block that
+            nobody else holds.
+        """
+        counts = self._ref_counts.take(blocks)  # of a hole, those of the last block
+        (holders,) = (counts > 1).nonzero()
+        if len(holders):
+            holders = holders[blocks[holders] != HOLE]
+        if not len(holders):
+            return holders
+        by_block = holders[blocks[holders].argsort(kind="stable")]
+        (begins,) = _begins(blocks[by_block]).nonzero()
+        ends = np.append(begins[1:], len(by_block))
+        alone = ends - begins == counts[by_block[begins]]
+        copying = counts > 1
+        copying[by_block[ends[alone] - 1]] = False
+        return holders[copying[holders]]
 
     def grow(self, num_blocks: int) -> None:
         """Raise the number of blocks to ``num_blocks``; the new ones are free."""
-        for block in range(self.num_blocks, num_blocks):
-            run = block // RUN_LENGTH
-            self._ref_counts.append(0)
-            if run == len(self._free_in_run):
-                self._free_in_run.append(0)
-            self._free_in_run[run] += 1
-            self._num_free += 1
-            if block % RUN_LENGTH == RUN_LENGTH - 1 or block == num_blocks - 1:
-                self._file_run(run)
+        added = num_blocks - self.num_blocks
+        if added <= 0:
+            return
+        runs = -(-num_blocks // RUN_LENGTH)
+        sizes = np.full(runs, RUN_LENGTH, dtype=np.int8)
+        sizes[-1] = num_blocks - (runs - 1) * RUN_LENGTH
+        used = np.zeros(runs, dtype=np.int8)
+        used[: len(self._used_in_run)] = self._used_in_run
+        counts = np.zeros(num_blocks, dtype=np.int32)
+        counts[: self.num_blocks] = self._ref_counts
+        self._ref_counts, self._used_in_run, self._run_sizes = counts, used, sizes
+        self._num_free += added
 
-    def allocate(self, count: int, after: int = HOLE) -> list[int]:
+    def allocate(self, count: int, after: int = HOLE) -> np.ndarray:
         """Take ``count`` free blocks, each with one reference, continuing after block ``after`` if possible.
 
         Raises:
             ValueError: fewer than ``count`` blocks are free. Nothing is taken then.
         """
-        if count > self._num_free:
-            raise ValueError(f"{count} blocks asked for, {self._num_free} are free")
-        taken = []
-        for _ in range(count):
-            after = self._next_block(after)
-            self._ref_counts[after] = 1
-            self._free_in_run[after // RUN_LENGTH] -= 1
-            self._file_run(after // RUN_LENGTH)
-            taken.append(after)
-        self._num_free -= count
+        self._check_free(count)
+        if count == 1:
+            block = self._next_block(after)
+            self._ref_counts[block] = 1
+            self._used_in_run[block // RUN_LENGTH] += 1
+            self._num_free -= 1
+            return np.array([block])
+        taken, found = np.empty(count, dtype=np.intp), 0
+        while found < count:
+            first = self._next_block(after)
+            stop = self._end_of_stretch(first, count - found)
+            taken[found : found + stop - first] = np.arange(first, stop)
+            self._take(np.arange(first, stop))
+            found, after = found + stop - first, stop - 1
         return taken
 
-    def retain(self, blocks: Iterable[int]) -> None:
-        """Add a reference to each block."""
-        for block in blocks:
-            assert self._ref_counts[block] > 0, f"block {block} is free and cannot be shared"
-            self._ref_counts[block] += 1
+    def allocate_each(self, after: np.ndarray) -> np.ndarray:
+        """Take a free block for each of several sequences, with one reference. Those that can continue do, and the
+        others begin new runs, in their order.
 
-    def release(self, blocks: Iterable[int]) -> None:
+        Args:
+            after: the last block of each sequence, or ``HOLE``, ``[sequences]``.
+
+        Raises:
+            ValueError: there are not as many free blocks. Nothing is taken then.
+        """
+        self._check_free(len(after))
+        if len(after) == 1:
+            return self.allocate(1, int(after[0]))
+        taken = after.astype(np.intp) + 1
+        may = (after != HOLE) & (taken < self.num_blocks)
+        taken[~may] = 0
+        # The middle of a run is this sequence's own; a new run only if no other sequence is in it.
+        may &= self._ref_counts[taken] == 0
+        may &= (taken % RUN_LENGTH != 0) | (self._used_in_run[taken // RUN_LENGTH] == 0)
+        (rows,) = may.nonzero()
+        if len(rows):
+            # Of sequences with the same last block, only the first can continue.
+            rows = rows[taken[rows].argsort(kind="stable")]
+            rows = rows[_begins(taken[rows])]
+            self._take(taken[rows])
+        others = np.ones(len(taken), dtype=bool)
+        others[rows] = False
+        (others,) = others.nonzero()
+        if len(others):
+            begins = (self._used_in_run == 0).nonzero()[0][: len(others)] * RUN_LENGTH
+            self._take(begins)
+            rest = others[len(begins) :]
+            taken[others[: len(begins)]] = begins
+            if len(rest):
+                taken[rest] = free = (self._ref_counts == 0).nonzero()[0][: len(rest)]
+                self._take(free)
+        return taken
+
+    def retain(self, blocks: npt.ArrayLike) -> None:
+        """Add a reference to each block; to one that comes more than once, as many."""
+        blocks = np.asarray(blocks, dtype=np.intp)
+        assert self._ref_counts[blocks].all(), "a block is free and cannot be shared"
+        np.add.at(self._ref_counts, blocks, _ONE_HOLDER)
+
+    def release(self, blocks: npt.ArrayLike) -> None:
         """Drop a reference to each block; those without any are free again."""
-        for block in blocks:
-            assert self._ref_counts[block] > 0, f"block {block} is free already"
-            self._ref_counts[block] -= 1
-            if self._ref_counts[block] == 0:
-                self._num_free += 1
-                self._free_in_run[block // RUN_LENGTH] += 1
-                self._file_run(block // RUN_LENGTH)
+        blocks = np.asarray(blocks, dtype=np.intp)
+        np.subtract.at(self._ref_counts, blocks, _ONE_HOLDER)
+        free = blocks[self._ref_counts[blocks] <= 0]
+        if len(free):
+            free.sort()
+            free = free[_begins(free)]
+            assert not self._ref_counts[free].any(), "a block is free already"
+            np.subtract.at(self._used_in_run, free // RUN_LENGTH, _ONE_BLOCK)
+            self._num_free += len(free)
 
     def count_anew(self, held: Iterable[np.ndarray]) -> None:
         """Forget what was counted.
@@ -132,42 +184,55 @@ class BlockAllocator:
         Args:
             held: blocks, one array for each table; a block has as many references as it is found in them.
         """
-        counts = np.zeros(self.num_blocks, dtype=np.int64)
+        counts = np.zeros(self.num_blocks, dtype=np.int32)
         for blocks in held:
-            counts += np.bincount(blocks, minlength=self.num_blocks)
-        is_free = counts == 0
-        free_in_run = np.add.reduceat(is_free, range(0, len(counts), RUN_LENGTH)) if len(counts) else counts
-        size = np.minimum(RUN_LENGTH, len(counts) - np.arange(len(free_in_run)) * RUN_LENGTH)
-        whole = _RunHeap(np.flatnonzero(free_in_run == size).tolist())
-        partial = _RunHeap(np.flatnonzero((free_in_run > 0) & (free_in_run < size)).tolist())
-        self._whole_runs, self._partial_runs = whole, partial
-        self._ref_counts, self._free_in_run = counts.tolist(), free_in_run.tolist()
-        self._num_free = int(is_free.sum())
+            counts += np.bincount(blocks, minlength=self.num_blocks).astype(np.int32)
+        used = np.flatnonzero(counts)
+        used_in_run = np.bincount(used // RUN_LENGTH, minlength=len(self._run_sizes)).astype(np.int8)
+        self._ref_counts, self._used_in_run = counts, used_in_run
+        self._num_free = len(counts) - len(used)
+
+    def _check_free(self, count: int) -> None:
+        if count > self._num_free:
+            raise ValueError(f"{count} blocks asked for, {self._num_free} are free")
+
+    def _take(self, blocks: np.ndarray) -> None:
+        """Note that these free blocks, each once, have one reference."""
+        self._ref_counts[blocks] = 1
+        np.add.at(self._used_in_run, blocks // RUN_LENGTH, _ONE_BLOCK)
+        self._num_free -= len(blocks)
 
     def _next_block(self, after: int) -> int:
+        """The free block that a sequence gets whose last one is ``after``."""
         block = after + 1
-        is_free = 0 < block < self.num_blocks and self._ref_counts[block] == 0
-        # The middle of a run is this sequence's own; a new run only if no other sequence is in it.
-        if is_free and (block % RUN_LENGTH or self._is_whole(block // RUN_LENGTH)):
+        if (
+            0 < block < self.num_blocks
+            and not self._ref_counts[block]
+            and (block % RUN_LENGTH or not self._used_in_run[block // RUN_LENGTH])
+        ):
             return block
-        run = self._whole_runs.lowest(self._is_whole)
-        if run is None:
-            run = self._partial_runs.lowest(self._has_free)
-        assert run is not None, "no free block, although some were counted"
+        run = int((self._used_in_run == 0).argmax())
+        if self._used_in_run[run]:  # no run is free as a whole
+            run = int((self._used_in_run < self._run_sizes).argmax())
         first = run * RUN_LENGTH
-        return next(b for b in range(first, first + self._run_size(run)) if self._ref_counts[b] == 0)
+        return first + int((self._ref_counts[first : first + RUN_LENGTH] == 0).argmax())
 
-    def _run_size(self, run: int) -> int:
-        return min(RUN_LENGTH, self.num_blocks - run * RUN_LENGTH)
+    def _end_of_stretch(self, first: int, most: int) -> int:
+        """One past the last of at most so many blocks that `_next_block` would hand out one after the other, from this
+        free one on."""
+        stop = min(first + most, self.num_blocks)
+        run_end = min((first // RUN_LENGTH + 1) * RUN_LENGTH, stop)
+        (held,) = self._ref_counts[first:run_end].nonzero()
+        if len(held):
+            return first + int(held[0])
+        next_run = -(-run_end // RUN_LENGTH)
+        (others,) = self._used_in_run[next_run : -(-stop // RUN_LENGTH)].nonzero()
+        return (next_run + int(others[0])) * RUN_LENGTH if len(others) else stop
 
-    def _is_whole(self, run: int) -> bool:
-        return self._free_in_run[run] == self._run_size(run)
 
-    def _has_free(self, run: int) -> bool:
-        return self._free_in_run[run] > 0
-
-    def _file_run(self, run: int) -> None:
-        if self._is_whole(run):
-            self._whole_runs.push(run)
-        elif self._has_free(run):
-            self._partial_runs.push(run)
+def _begins(values: np.ndarray) -> np.ndarray:
+    """Where in sorted values, at least one, another value begins than the one before."""
+    begins = np.empty(len(values), dtype=bool)
+    begins[0] = True
+    np.not_equal(values[1:], values[:-1], out=begins[1:])
+    return begins

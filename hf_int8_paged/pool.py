@@ -3,18 +3,28 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Mapping
 from typing import NamedTuple
 
+import numpy as np
 import torch
 
 from .block_allocator import RUN_LENGTH, BlockAllocator
-from .kernels import KvCacheQuant, alloc_paged_int8_layer, copy_blocks, mean_key
+from .kernels import (
+    KvCacheQuant,
+    Segment,
+    alloc_paged_int8_layer,
+    copy_blocks,
+    grow_paged_int8_layer,
+    mean_key,
+    read_blocks,
+    write_blocks,
+)
 from .layer_checks import LayerShape
 from .options import PoolOptions
 from .pool_access import PoolAccess
 
-#: A pool that has to grow grows by at least this fraction, so that copying stays rare.
+#: A pool that has to grow grows by at least this fraction, so that growth stays rare.
 GROWTH = 0.25
 #: Fewer tokens say too little about the mean of a layer's keys.
 MIN_CENTER_TOKENS = 16
@@ -37,13 +47,13 @@ class Centring(NamedTuple):
         group: the layer's group.
         center: float32 ``[num_kv_heads, head_dim]``, the centre before; None if the pool has none.
         blocks: int64 ids of the blocks that the step stores once more; None if there are none.
-        stored: what they held: the storage's four tensors, at these blocks.
+        stored: what they held.
     """
 
     group: str
     center: torch.Tensor | None
     blocks: torch.Tensor | None = None
-    stored: tuple[torch.Tensor, ...] = ()
+    stored: Segment | None = None
 
 
 class PagedInt8Pool:
@@ -182,8 +192,7 @@ class PagedInt8Pool:
         storage = self.storages[layer]
         if blocks is None:
             return Centring(group, storage.key_center)
-        tensors = (storage.k, storage.v, storage.k_scales, storage.v_scales)
-        return Centring(group, storage.key_center, blocks, tuple(tensor[:, blocks] for tensor in tensors))
+        return Centring(group, storage.key_center, blocks, read_blocks(storage, blocks))
 
     @torch.inference_mode(False)
     def undo_centring(self, layer: int, before: Centring, only_user: Callable[[], bool]) -> bool:
@@ -203,8 +212,8 @@ class PagedInt8Pool:
                 return True
             if not only_user():
                 return before.blocks is None
-            for held, stored in zip((storage.k, storage.v, storage.k_scales, storage.v_scales), before.stored):
-                held[:, before.blocks] = stored
+            if before.blocks is not None and before.stored is not None:
+                write_blocks(storage, before.blocks, before.stored)
             self.storages[layer] = dataclasses.replace(storage, key_center=before.center)
         return True
 
@@ -240,19 +249,24 @@ class PagedInt8Pool:
             targets[group] = target
         if not targets:
             return
-        with self.access.growing():
+        # Blocks may be written to outside inference mode later, which inference tensors refuse.
+        with self.access.growing(), torch.inference_mode(False):
             for group, target in targets.items():
                 for layer in self._members[group]:
                     if self.storages[layer].num_blocks < target:  # an interrupted growth may have come this far
-                        self.storages[layer] = _grown(self.storages[layer], target)
+                        self.storages[layer] = grow_paged_int8_layer(self.storages[layer], target)
                 self.allocators[group].grow(target)
 
-    def copy(self, group: str, pairs: Iterable[tuple[int, int]]) -> None:
-        """Copy blocks, (source, destination) each, in all layers of a group. Call it inside ``access.exclusive()``."""
-        pairs = list(pairs)
-        if not pairs:
+    def copy(self, group: str, pairs: np.ndarray) -> None:
+        """Copy blocks in all layers of a group. Call it inside ``access.exclusive()``.
+
+        Args:
+            group: its name.
+            pairs: int32 ``[copies, 2]``: source and destination of each copy.
+        """
+        if not len(pairs):
             return
-        src, dst = torch.tensor(pairs, dtype=torch.int32).T.contiguous()
+        src, dst = torch.from_numpy(np.ascontiguousarray(pairs.T))
         for layer in self._members[group]:
             storage = self.storages[layer]
             copy_blocks(storage, src.to(storage.device), dst.to(storage.device))
@@ -270,23 +284,3 @@ class PagedInt8Pool:
             for group, layers in self._members.items()
             for layer in layers
         )
-
-
-@torch.inference_mode(False)
-def _grown(old: KvCacheQuant, num_blocks: int) -> KvCacheQuant:
-    """A larger storage with the old blocks in front. The caller drops ``old`` before the next layer grows."""
-    new = alloc_paged_int8_layer(
-        num_blocks,
-        old.block_size,
-        old.num_kv_heads,
-        old.head_dim,
-        v_head_dim=old.v_head_dim,
-        device=old.device,
-        backend=old.backend,
-        tile_order=old.tile_order,
-        rotation=old.rotation,
-        format=old.format,
-    )
-    for field in ("k", "v", "k_scales", "v_scales"):
-        getattr(new, field)[:, : old.num_blocks].copy_(getattr(old, field))
-    return dataclasses.replace(new, key_center=old.key_center)

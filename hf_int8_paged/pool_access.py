@@ -162,7 +162,7 @@ class PoolAccess:
             self._must_count = True
             if id(reference) in self._live:
                 for table in reference.books.state.tables.values():
-                    table.allocator.release(table.held().tolist())
+                    table.allocator.release(table.held())
                 del self._live[id(reference)]
             self._must_count = False
             self._gone.popleft()

@@ -6,8 +6,6 @@ A preallocated cache has both in each layer, at addresses that never change, as 
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-
 import numpy as np
 import torch
 
@@ -49,9 +47,9 @@ class FirstTokenPlaces:
         """Position of each sequence's first token, ``[batch]``."""
         return self._table[1]
 
-    def select(self, rows: Sequence[int]) -> FirstTokenPlaces:
+    def select(self, rows: np.ndarray) -> FirstTokenPlaces:
         """Sequence i becomes what sequence ``rows[i]`` was. The keys and values stay where they are."""
-        return FirstTokenPlaces(self._table[:, list(rows)])
+        return FirstTokenPlaces(self._table.take(rows, axis=1))
 
     def truncate(self, length: int) -> FirstTokenPlaces:
         """Forget those from position ``length`` on. Where that is all of them, padding ends there: what is written next

@@ -157,13 +157,13 @@ class GrowingSequences(SequenceRecovery):
 
     def select(self, rows: list[int]) -> None:
         """Make sequence i what sequence ``rows[i]`` is, sharing its blocks."""
-        state = self.books.state
-        first_tokens = None if state.first_tokens is None else state.first_tokens.select(rows)
+        state, rows_of = self.books.state, np.array(rows, dtype=np.intp)
+        first_tokens = None if state.first_tokens is None else state.first_tokens.select(rows_of)
         with self.pool.access.exclusive():
             self._turn = self.pool.access.turn
             tables = state.copied_tables()
             for name, group in self.groups.items():
-                tables[name].select(rows)
+                tables[name].select(rows_of)
                 group.epoch += 1
             self.books.state = state._replace(tables=tables, batch_size=len(rows), first_tokens=first_tokens)
 
@@ -233,7 +233,7 @@ class GrowingSequences(SequenceRecovery):
                 tables, dict.fromkeys(state.layer_lengths, 0), record_past=state.record_past
             )
             for table in state.tables.values():
-                table.allocator.release(table.held().tolist())
+                table.allocator.release(table.held())
 
     def _drop_unseen(self, start: int) -> SequenceState:
         """Give back what no query from position ``start`` on sees. This stays true if the step fails. Call it inside

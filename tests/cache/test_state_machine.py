@@ -30,6 +30,7 @@ from hf_int8_paged import CacheFullError, PagedInt8Cache, PagedInt8Pool
 from hf_int8_paged.kernels import MAX_DECODE_ROWS, Scoring
 from hf_int8_paged.layer import PagedInt8Layer
 from tests.models import fake_quantize
+from tests.segments import fill_blocks
 
 from .two_readers import Attention, U, assert_same_attention, visible_keys
 
@@ -267,8 +268,7 @@ class Caches(RuleBasedStateMachine):
                 name = "sliding_attention_21" if layer == 0 else "full_attention"
                 allocator = self.pool.allocators[name]
                 free = [b for b in range(allocator.num_blocks) if not allocator.ref_count(b)]
-                storage.k[:, free] = storage.v[:, free] = 127
-                storage.k_scales[:, free] = storage.v_scales[:, free] = torch.nan
+                fill_blocks(storage, free, 127, torch.nan)
 
     def teardown(self) -> None:
         self.twins.clear()

@@ -15,6 +15,7 @@ import numpy as np
 import torch
 
 from hf_int8_paged.kernels import KvCacheQuant, alloc_paged_int8_layer
+from tests.segments import STORES, fill_blocks, in_segments, put_whole, whole
 
 from .first_token_cases import first_places, first_positions, keep_first
 
@@ -67,22 +68,27 @@ def hadamard_matrix(dim: int) -> np.ndarray:
 
 def snapshot(storage: KvCacheQuant) -> dict[str, np.ndarray]:
     """Every bit of the storage; scales as int16, so that NaNs compare."""
-    stores = {"k": storage.k, "v": storage.v, "k_scales": storage.k_scales, "v_scales": storage.v_scales}
+    stores = {name: whole(storage, name) for name in STORES}
     return {
         name: x.cpu().view(torch.int16 if x.dtype == torch.float16 else torch.int8).numpy().copy()
         for name, x in stores.items()
     }
 
 
-def poisoned_layer(backend: str, num_blocks: int, block_size: int, kv_heads: int, head_dim: int, **kwargs: Any):
-    """A layer's storage in which every slot holds int8 127 with scale NaN."""
-    storage = alloc_paged_int8_layer(
-        num_blocks, block_size, kv_heads, head_dim, device=device_of(backend), backend=backend, **kwargs
-    )
-    storage.k.fill_(POISON)
-    storage.v.fill_(POISON)
-    storage.k_scales.fill_(torch.nan)
-    storage.v_scales.fill_(torch.nan)
+def poisoned_layer(
+    backend: str,
+    num_blocks: int,
+    block_size: int,
+    kv_heads: int,
+    head_dim: int,
+    *,
+    segments: bool = True,
+    **kwargs: Any,
+) -> KvCacheQuant:
+    """A layer's storage in which every slot holds int8 127 with scale NaN; of several segments where possible."""
+    make = in_segments if segments else alloc_paged_int8_layer
+    storage = make(num_blocks, block_size, kv_heads, head_dim, device=device_of(backend), backend=backend, **kwargs)
+    fill_blocks(storage, list(range(num_blocks)), POISON, torch.nan)
     return storage
 
 
@@ -90,14 +96,14 @@ def write_slots(
     storage: KvCacheQuant, blocks: np.ndarray, slots: np.ndarray, rows: np.ndarray, scales: np.ndarray, *, values: bool
 ) -> None:
     """Put quantized rows ``[kv_heads, tokens, dim]`` into their slots without the code under test."""
-    store, scale_store = (storage.v, storage.v_scales) if values else (storage.k, storage.k_scales)
-    offsets = tile_offsets(storage.tile_order, storage.block_size, store.shape[-1], values=values)
-    new, new_scales = store.cpu().numpy().copy(), scale_store.cpu().numpy().copy()
+    name, of_scales = ("v", "v_scales") if values else ("k", "k_scales")
+    new, new_scales = (whole(storage, x).cpu().numpy().copy() for x in (name, of_scales))
+    offsets = tile_offsets(storage.tile_order, storage.block_size, new.shape[-1], values=values)
     tiles = new.reshape(*new.shape[:2], -1)
     tiles[:, blocks[:, None], offsets[slots]] = rows
     new_scales[:, blocks, slots] = scales
-    store.copy_(torch.from_numpy(new))
-    scale_store.copy_(torch.from_numpy(new_scales))
+    put_whole(storage, name, torch.from_numpy(new))
+    put_whole(storage, of_scales, torch.from_numpy(new_scales))
 
 
 @dataclass

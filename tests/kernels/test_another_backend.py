@@ -31,6 +31,7 @@ class Loops:
     TILE_ORDER = "v_transposed"
     FORMATS: Collection[str] = ("int8",)
     LONG_CHUNKS = False
+    SEGMENTS = False
 
     def __init__(self) -> None:
         self.rows = 0

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 import numpy as np
 import pytest
 import torch
 
 from hf_int8_paged.kernels import KvCacheQuant, gather_dense, int8_kv_append_paged
+from tests.segments import fill_blocks
 
 from .helpers import SEED, device_of, int32_on, poisoned_layer, quantize, snapshot, write_slots
 
@@ -66,7 +68,7 @@ def append_and_check(
     """Append to a poisoned pool with permuted blocks; every slot, addressed or not, must hold the expected bits."""
     batch, heads, tokens, head_dim = k.shape
     width = max((n + tokens) // block_size + 1 for n in before)
-    conditioning = {"rotation": rotation, "center_keys": key_center is not None}
+    conditioning: dict[str, Any] = {"rotation": rotation, "center_keys": key_center is not None}
     got, expected = (
         poisoned_layer(backend, batch * width + 2, block_size, heads, head_dim, v_head_dim=v.shape[-1], **conditioning)
         for _ in range(2)
@@ -186,8 +188,7 @@ def test_ties_zeros_tiny_huge_and_faulty_rows(backend: str, dtype: torch.dtype, 
 
 def test_a_faulty_row_is_marked_by_a_nan_scale_and_zeros(backend: str) -> None:
     storage = poisoned_layer(backend, 1, 16, 1, 32)
-    storage.k_scales.fill_(1.0)
-    storage.v_scales.fill_(1.0)
+    fill_blocks(storage, [0], 0, 1.0)
     device = device_of(backend)
     k, v = normal(1, 1, 3, 32).to(device), normal(1, 1, 3, 32, seed=1).to(device)
     k[0, 0, 1, 7], v[0, 0, 2, 31] = torch.nan, -torch.inf

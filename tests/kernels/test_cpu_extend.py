@@ -11,6 +11,7 @@ import torch
 
 from hf_int8_paged.kernels import MAX_DECODE_ROWS, Tokens, reference
 from hf_int8_paged.kernels.cpu import backend as cpu
+from tests.segments import set_scale
 
 from .conftest import backends_here
 from .fresh_oracle import FLOAT32_ERROR, check_fresh, records
@@ -127,9 +128,9 @@ def test_a_fault_reaches_only_the_rows_that_see_it(place: str, fault: float) -> 
     held = case.options["first_tokens"]
     block, slot = case.slot_of(0, 75)
     if place == "stored key":
-        case.storage.k_scales[1, block, slot] = torch.nan
+        set_scale(case.storage, "k_scales", (1, block, slot), torch.nan)
     elif place == "stored value":
-        case.storage.v_scales[1, block, slot] = torch.nan
+        set_scale(case.storage, "v_scales", (1, block, slot), torch.nan)
     else:
         tensor = {"query": q, "key": k, "value": v, "first key": held.k, "first value": held.v}[place]
         tensor[int(held.row[1]) if "first" in place else 0, 1, 1 if "first" in place else 33, 9] = fault

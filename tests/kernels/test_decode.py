@@ -12,6 +12,7 @@ import pytest
 import torch
 
 from hf_int8_paged.kernels import TILE_ORDERS, int8_paged_decode_attention
+from tests.segments import set_scale
 
 from .attention_oracle import assert_close, dense_attention, error_bound
 from .helpers import Case, device_of, make_case, poison_slots
@@ -177,8 +178,8 @@ def test_a_faulty_row_reaches_only_the_queries_that_see_it(backend: str, store: 
     case = make_case(backend, lens=(40, 40), group=2, q_len=3, window=20, kv_start=(0, 30), rotation=rotation)
     # Windows of sequence 0 start at 18, 19 and 20: its first two query rows see position 19. Sequence 1 starts at 30.
     block, slot = case.slot_of(0, 19)
-    scales, dense = (case.storage.k_scales, case.keys) if store == "k" else (case.storage.v_scales, case.values)
-    scales[1, block, slot] = torch.nan
+    set_scale(case.storage, f"{store}_scales", (1, block, slot), torch.nan)
+    dense = case.keys if store == "k" else case.values
     dense[0, 1, 19] = np.nan
     want = dense_attention(case)
     out = int8_paged_decode_attention(*case.arguments, **case.options)
@@ -209,8 +210,9 @@ def test_what_nobody_may_read_changes_not_a_bit(backend: str, options: dict[str,
     """NaN scales in unused slots show a read of theirs. Numbers there must not steer the arithmetic either."""
     case = make_case(backend, lens=(50, 37), group=2, head_dim=64, **options)
     poisoned = int8_paged_decode_attention(*case.arguments, **case.options)
-    for scales in (case.storage.k_scales, case.storage.v_scales):
-        scales[scales.isnan()] = scale
+    for segment in case.storage.segments:
+        for scales in (segment.k_scales, segment.v_scales):
+            scales[scales.isnan()] = scale
     assert torch.equal(int8_paged_decode_attention(*case.arguments, **case.options), poisoned)
 
 

@@ -27,6 +27,7 @@ from hf_int8_paged.kernels import (
     int8_paged_decode_attention,
     mean_key,
 )
+from tests.segments import STORES, in_segments, whole
 
 from .attention_oracle import RELATIVE_ERROR
 from .conftest import backends_here
@@ -108,15 +109,14 @@ class Draw(random.Random):
     def layer(self, backend: str) -> KvCacheQuant:
         """Storage whose every slot holds a token."""
         sizes = [4, 12, 16, 36, 64, 128, 256] if backend == "cpu" else [1, 5, 16, 40]
-        storage = alloc_paged_int8_layer(
+        storage = in_segments(
             self.choice((0, 1, 4, 6)), self.choice((16, 32, 48, 128)), self.choice((1, 2, 3)), self.choice(sizes),
             v_head_dim=self.choice((None, self.choice(sizes))), device=self.device, backend=backend,
             rotation=self.choice((None, "hadamard")), center_keys=self.random() < 0.5,
         )  # fmt: skip
-        for x in (storage.k, storage.v):
-            x.copy_(torch.randint(-127, 128, x.shape, generator=self.torch, dtype=torch.int8))
-        for x in (storage.k_scales, storage.v_scales):
-            x.copy_(torch.rand(x.shape, generator=self.torch) * 0.02)
+        for x in (x for segment in storage.segments for x in segment):
+            drawn = torch.rand(x.shape, generator=self.torch)
+            x.copy_(drawn * 0.02 if x.dtype == torch.float16 else (drawn * 255).floor() - 127)
         if storage.key_center is not None:
             storage.key_center.copy_(torch.randn(storage.key_center.shape, generator=self.torch))
         return storage
@@ -171,7 +171,7 @@ def outcome(call: Callable[[], Any]) -> Outcome:
 
 
 def clone(storage: KvCacheQuant) -> KvCacheQuant:
-    stores = (x.clone() for x in (storage.k, storage.v, storage.k_scales, storage.v_scales))
+    stores = (whole(storage, name).clone() for name in STORES)
     return KvCacheQuant(*stores, storage.backend, storage.tile_order, storage.rotation, storage.key_center)
 
 

@@ -9,6 +9,7 @@ import pytest
 import torch
 
 from hf_int8_paged.kernels import copy_blocks, gather_dense
+from tests.segments import STORES, put_whole, whole
 
 from .helpers import Case, device_of, int32_on, make_case, poisoned_layer, snapshot
 
@@ -82,11 +83,14 @@ def test_gather_of_no_sequences_or_no_blocks(backend: str) -> None:
 def test_copy_moves_every_bit_of_a_block_and_no_other(backend: str, pairs: list, block_size: int) -> None:
     storage = poisoned_layer(backend, 7, block_size, 3, 64, v_head_dim=80)
     generator = torch.Generator().manual_seed(0)
-    for store in (storage.k, storage.v):
-        store.copy_(torch.randint(-127, 128, store.shape, generator=generator))
-    for scales in (storage.k_scales, storage.v_scales):
-        scales.copy_(torch.rand(scales.shape, generator=generator))
-        scales[:, 5, 3] = torch.nan
+    for name in STORES:
+        shape = whole(storage, name).shape
+        if name.endswith("scales"):
+            content = torch.rand(shape, generator=generator).half()
+            content[:, 5, 3] = torch.nan
+        else:
+            content = torch.randint(-127, 128, shape, generator=generator, dtype=torch.int8)
+        put_whole(storage, name, content)
     want = snapshot(storage)
     for src, dst in pairs:
         for store in want.values():

@@ -33,7 +33,7 @@ def arguments(backend: str) -> dict[str, Any]:
     """What the functions of a backend take, each tensor under the name of its place in a record."""
     rng, device = torch.Generator().manual_seed(0), device_of(backend)
     storage = poisoned_layer(
-        backend, 7, BLOCK_SIZE, HEADS, DIM, v_head_dim=V_DIM, rotation="hadamard", center_keys=True
+        backend, 7, BLOCK_SIZE, HEADS, DIM, v_head_dim=V_DIM, rotation="hadamard", center_keys=True, segments=False
     )  # fmt: skip
     given = {
         "k": storage.k, "v": storage.v, "k_scales": storage.k_scales, "v_scales": storage.v_scales,

@@ -15,6 +15,7 @@ from hf_int8_paged.kernels import (
     load_backend,
 )
 from hf_int8_paged.kernels.ragged import groups_of
+from tests.segments import STORES, put_whole
 
 from .attention_oracle import dense_attention, error_bound
 from .fresh_oracle import FLOAT32_ERROR, attention_over_fresh
@@ -133,9 +134,9 @@ def test_packed_rows_are_appended_as_if_each_sequence_came_alone(backend: str) -
     tokens = Tokens(case.block_table, case.context_lens, case.context_lens, cu_seqlens_q=starts)
     serving.append(k_new, v_new, case.storage, tokens)
     together = snapshot(case.storage)
-    for name in ("k", "v", "k_scales", "v_scales"):
-        stored = getattr(case.storage, name)
-        stored.copy_(torch.from_numpy(before[name]).view(stored.dtype))
+    for name in STORES:
+        dtype = getattr(case.storage, name).dtype
+        put_whole(case.storage, name, torch.from_numpy(before[name]).view(dtype))
     for b, (first, count) in enumerate(zip((0, 1, 8), counts)):
         rows, one = slice(first, first + count), slice(b, b + 1)
         alone = Tokens.at(case.block_table[one], case.context_lens[one])

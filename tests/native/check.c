@@ -64,23 +64,46 @@ static int32_t serial_for(int64_t begin, int64_t end, int64_t grain, void (*run)
 }
 static int32_t three(uint32_t *count) { return *count = 3, 0; }
 
-static Layer make_layer(const Shape *s, int64_t blocks, const float *center)
+/* A layer with its blocks in one segment or in two. */
+static Layer *make_layer(const Shape *s, int64_t blocks, const float *center, int64_t segments)
 {
-    const int64_t slots = s->heads * blocks * s->block_size;
-    Layer layer = {malloc((size_t)(slots * s->head_dim)), malloc((size_t)(slots * s->v_head_dim)), malloc((size_t)slots * 2),
-                   malloc((size_t)slots * 2), s->center ? center : NULL, s->heads, blocks, s->block_size, s->head_dim,
-                   s->v_head_dim, s->rotate};
-    memset(layer.k, 127, (size_t)(slots * s->head_dim));
-    memset(layer.v, 127, (size_t)(slots * s->v_head_dim));
-    for (int64_t i = 0; i < slots; i++) layer.k_scales[i] = layer.v_scales[i] = 0x7e00;
+    Layer *layer = malloc(sizeof *layer + (size_t)segments * sizeof(Segment));
+    *layer = (Layer){s->center ? center : NULL, s->heads, blocks, s->block_size, s->head_dim, s->v_head_dim, s->rotate, segments};
+    for (int64_t i = 0, first = 0; i < segments; i++) {
+        const int64_t last = i == segments - 1 ? blocks : blocks / 3, slots = s->heads * (last - first) * s->block_size;
+        Segment *segment = &layer->segments[i];
+        *segment = (Segment){malloc((size_t)(slots * s->head_dim)), malloc((size_t)(slots * s->v_head_dim)),
+                             malloc((size_t)slots * 2), malloc((size_t)slots * 2), first, last - first};
+        memset(segment->k, 127, (size_t)(slots * s->head_dim));
+        memset(segment->v, 127, (size_t)(slots * s->v_head_dim));
+        for (int64_t j = 0; j < slots; j++) segment->k_scales[j] = segment->v_scales[j] = 0x7e00;
+        first = last;
+    }
     return layer;
+}
+
+static void free_layer(Layer *layer)
+{
+    for (int64_t i = 0; i < layer->num_segments; i++) {
+        const Segment *segment = &layer->segments[i];
+        free(segment->k), free(segment->v), free(segment->k_scales), free(segment->v_scales);
+    }
+    free(layer);
 }
 
 static int same_bits(const Layer *a, const Layer *b)
 {
-    const size_t slots = (size_t)(a->num_kv_heads * a->num_blocks * a->block_size);
-    return !memcmp(a->k, b->k, slots * (size_t)a->head_dim) && !memcmp(a->v, b->v, slots * (size_t)a->v_head_dim) &&
-           !memcmp(a->k_scales, b->k_scales, slots * 2) && !memcmp(a->v_scales, b->v_scales, slots * 2);
+    const size_t size = (size_t)a->block_size;
+    for (int64_t head = 0; head < a->num_kv_heads; head++)
+        for (int64_t block = 0; block < a->num_blocks; block++) {
+            const Segment *s = segment_of(a, a->segments, block), *t = segment_of(b, b->segments, block);
+            const int64_t i = slots_before(a, s, head, block), j = slots_before(b, t, head, block);
+            if (memcmp(s->k + i * a->head_dim, t->k + j * a->head_dim, size * (size_t)a->head_dim) ||
+                memcmp(s->v + i * a->v_head_dim, t->v + j * a->v_head_dim, size * (size_t)a->v_head_dim) ||
+                memcmp(s->k_scales + i, t->k_scales + j, size * 2) || memcmp(s->v_scales + i, t->v_scales + j, size * 2))
+                return 0;
+        }
+    return 1;
 }
 
 /* The first tokens as they are: their rows [heads, count, dim], and in the dense copy; what the blocks hold of them is
@@ -186,31 +209,32 @@ static int check(const Shape *s, const char *isa)
                                DTYPE_FLOAT32, 1, s->heads * s->group, s->q_len, after, 1 / sqrt((double)s->head_dim),
                                s->start ? &start : NULL, s->mask ? mask : NULL, s->length, s->length, 0, s->window,
                                s->softcap, s->sink_logits ? sink_logits : NULL};
-    Layer layer = make_layer(s, blocks, center), portable = make_layer(s, blocks, center);
+    Layer *layer = make_layer(s, blocks, center, 2), *portable = make_layer(s, blocks, center, 1);
     int failed = 0;
     int8_paged_select_isa("portable");
-    failed |= int8_paged_append(&portable, &append) != OK;
-    failed |= int8_paged_gather(&portable, &gather) != OK;
+    failed |= int8_paged_append(portable, &append) != OK;
+    failed |= int8_paged_gather(portable, &gather) != OK;
     int8_paged_select_isa(isa);
-    failed |= int8_paged_append(&layer, &append) != OK || !same_bits(&layer, &portable);
+    failed |= int8_paged_append(layer, &append) != OK || !same_bits(layer, portable);
     const int32_t none = 0, kept = s->first_tokens;
     float *k_first = keep_first(s, k, k_dense, s->head_dim), *v_first = keep_first(s, v, v_dense, s->v_head_dim);
     if (kept) decode.first_tokens = (FirstTokens){k_first, v_first, &none, &none, &kept, 1, kept, DTYPE_FLOAT32};
     for (int64_t j = 0; j < kept * s->heads; j++) {
         const int64_t head = j / kept, slot = j % kept;
-        layer.k_scales[(head * blocks + ids[0]) * s->block_size + slot] = 0x7e00;
-        layer.v_scales[(head * blocks + ids[0]) * s->block_size + slot] = 0x7e00;
+        const Segment *segment = segment_of(layer, layer->segments, ids[0]);
+        segment->k_scales[slots_before(layer, segment, head, ids[0]) + slot] = 0x7e00;
+        segment->v_scales[slots_before(layer, segment, head, ids[0]) + slot] = 0x7e00;
     }
-    failed |= int8_paged_decode(&layer, &decode) != OK;
+    failed |= int8_paged_decode(layer, &decode) != OK;
     const double error = error_of(s, &decode, k_dense, v_dense, q, out);
-    const double extended = extend_error(s, &layer, &decode, k_dense, v_dense);
+    const double extended = extend_error(s, layer, &decode, k_dense, v_dense);
     failed |= !(error <= 1e-4) || !(extended <= 1e-5); /* extend has no integers in place of q and weights */
     printf("%-10s heads %ld group %ld dims %ld/%ld block %ld q_len %ld length %-4ld error %.1e, extend %.1e %s\n", isa, (long)s->heads,
            (long)s->group, (long)s->head_dim, (long)s->v_head_dim, (long)s->block_size, (long)s->q_len, (long)s->length,
            error, extended, failed ? "FAILED" : "ok");
-    void *all[] = {k_first, v_first, ids, center, sink_logits, k, v, q, out, k_dense, v_dense, mask, layer.k, layer.v, layer.k_scales,
-                   layer.v_scales, portable.k, portable.v, portable.k_scales, portable.v_scales};
+    void *all[] = {k_first, v_first, ids, center, sink_logits, k, v, q, out, k_dense, v_dense, mask};
     for (size_t i = 0; i < sizeof all / sizeof *all; i++) free(all[i]);
+    free_layer(layer), free_layer(portable);
     return failed;
 }
 

@@ -32,7 +32,7 @@ $python -c 'from hf_int8_paged.kernels.cpu import backend as cpu; assert cpu.isa
 # Left out: what measures the memory of this process, as the kernels run in another one.
 $python -m pytest -q -p no:cacheprovider tests/kernels/test_append.py tests/kernels/test_decode.py \
     tests/kernels/test_first_tokens.py tests/kernels/test_fresh.py tests/kernels/test_gather_copy.py \
-    tests/kernels/test_layouts.py tests/kernels/test_ragged.py tests/kernels/test_fuzz.py \
+    tests/kernels/test_layouts.py tests/kernels/test_ragged.py tests/kernels/test_segments.py tests/kernels/test_fuzz.py \
     tests/kernels/test_fuzz_ragged.py tests/kernels/test_bad_input.py tests/kernels/test_conditioning.py \
     tests/kernels/test_storage.py tests/kernels/test_cpu.py tests/kernels/test_cpu_extend.py \
     tests/kernels/test_cpu_instruction_sets.py -k "cpu and not reference and not dense_copy" "$@"

@@ -2,12 +2,13 @@
 #include <stdint.h>
 
 enum { APPEND, DECODE, EXTEND, GATHER, COPY, HADAMARD, ISA, SELECT_ISA };
-enum { RECORD_BYTES = 512, NAME_BYTES = 32 };
+enum { LAYER_BYTES = 8192, RECORD_BYTES = 512, NAME_BYTES = 32 };
 
 typedef struct {
     int64_t function, threads;       /* threads: how many the work is cut for; one does it all */
     int64_t numbers[4];              /* arguments that are no records, in their order */
-    unsigned char layer[RECORD_BYTES], call[RECORD_BYTES];
+    unsigned char call[RECORD_BYTES];
+    _Alignas(8) unsigned char layer[LAYER_BYTES]; /* and its segments */
     char name[NAME_BYTES];
 } Request;
 

@@ -18,7 +18,7 @@ static pid_t owner; /* the process whose server this is: a forked one needs its 
 static int to_server, from_server;
 static int32_t (*thread_count)(uint32_t *count);
 
-_Static_assert(sizeof(Layer) <= RECORD_BYTES && sizeof(ExtendCall) <= RECORD_BYTES, "a record is longer than a request");
+_Static_assert(sizeof(ExtendCall) <= RECORD_BYTES, "a record is longer than a request");
 
 static void die(const char *why)
 {
@@ -74,10 +74,17 @@ static Answer ask(Request *request)
     return answer;
 }
 
+static void copy_layer(Request *request, const Layer *layer)
+{
+    const size_t size = sizeof *layer + (size_t)layer->num_segments * sizeof(Segment);
+    if (size > LAYER_BYTES) die("a layer of more segments than a request takes");
+    memcpy(request->layer, layer, size);
+}
+
 static int64_t with_records(int64_t function, const Layer *layer, const void *call, size_t size)
 {
     Request request = {.function = function};
-    memcpy(request.layer, layer, sizeof *layer);
+    copy_layer(&request, layer);
     memcpy(request.call, call, size);
     return ask(&request).result;
 }
@@ -101,7 +108,7 @@ INT8_PAGED_EXPORT int64_t int8_paged_gather(const Layer *layer, const GatherCall
 INT8_PAGED_EXPORT int64_t int8_paged_copy(const Layer *layer, const int32_t *src, const int32_t *dst, int64_t count)
 {
     Request request = {.function = COPY, .numbers = {(int64_t)src, (int64_t)dst, count}};
-    memcpy(request.layer, layer, sizeof *layer);
+    copy_layer(&request, layer);
     return ask(&request).result;
 }
 INT8_PAGED_EXPORT void int8_paged_hadamard(float *out, const float *x, int64_t rows, int64_t dim)
@@ -131,7 +138,7 @@ INT8_PAGED_EXPORT void int8_paged_set_threads(void *parallel_for, void *count)
 }
 INT8_PAGED_EXPORT int64_t int8_paged_record_size(int64_t i)
 {
-    static const int64_t sizes[] = {sizeof(Layer), sizeof(AppendCall), sizeof(DecodeCall), sizeof(FirstTokens),
-                                    sizeof(GatherCall), sizeof(ExtendCall)};
+    static const int64_t sizes[] = {sizeof(Layer), sizeof(Segment), sizeof(AppendCall), sizeof(DecodeCall),
+                                    sizeof(FirstTokens), sizeof(GatherCall), sizeof(ExtendCall)};
     return i >= 0 && i < (int64_t)(sizeof sizes / sizeof *sizes) ? sizes[i] : 0;
 }

@@ -74,7 +74,12 @@ static void write_back(void)
 
 #define MOVE(pointer) ((pointer) = (pointer) ? (void *)((uintptr_t)(pointer) ^ MOVED) : NULL)
 
-static void move_layer(Layer *l) { MOVE(l->k), MOVE(l->v), MOVE(l->k_scales), MOVE(l->v_scales), MOVE(l->key_center); }
+static void move_layer(Layer *layer)
+{
+    MOVE(layer->key_center);
+    for (Segment *s = layer->segments; s < layer->segments + layer->num_segments; s++)
+        MOVE(s->k), MOVE(s->v), MOVE(s->k_scales), MOVE(s->v_scales);
+}
 static void move_table(Table *t) { MOVE(t->ids), MOVE(t->lengths); }
 static void move_rows(DecodeCall *c)
 {
@@ -104,22 +109,21 @@ static int64_t attend(const Layer *layer, Request *request)
 
 static int64_t carry_out(Request *request, char *name)
 {
-    Layer layer;
+    Layer *layer = (Layer *)request->layer;
     AppendCall append;
     GatherCall gather;
     const int64_t *numbers = request->numbers;
     void *first = (void *)numbers[0], *second = (void *)numbers[1];
     const char *isa;
-    memcpy(&layer, request->layer, sizeof layer);
     memcpy(&append, request->call, sizeof append);
     memcpy(&gather, request->call, sizeof gather);
-    move_layer(&layer);
+    move_layer(layer);
     switch (request->function) {
-    case APPEND: MOVE(append.k_new), MOVE(append.v_new), move_table(&append.table); return int8_paged_append(&layer, &append);
-    case GATHER: MOVE(gather.k_out), MOVE(gather.v_out), move_table(&gather.table); return int8_paged_gather(&layer, &gather);
+    case APPEND: MOVE(append.k_new), MOVE(append.v_new), move_table(&append.table); return int8_paged_append(layer, &append);
+    case GATHER: MOVE(gather.k_out), MOVE(gather.v_out), move_table(&gather.table); return int8_paged_gather(layer, &gather);
     case DECODE:
-    case EXTEND: return attend(&layer, request);
-    case COPY: return int8_paged_copy(&layer, MOVE(first), MOVE(second), numbers[2]);
+    case EXTEND: return attend(layer, request);
+    case COPY: return int8_paged_copy(layer, MOVE(first), MOVE(second), numbers[2]);
     case HADAMARD: int8_paged_hadamard(MOVE(first), MOVE(second), numbers[2], numbers[3]); return OK;
     case ISA: return (isa = int8_paged_isa(numbers[0])) ? snprintf(name, NAME_BYTES, "%s", isa) : 0;
     case SELECT_ISA: return int8_paged_select_isa(request->name);

@@ -22,7 +22,7 @@ for isa in $($python -c 'from hf_int8_paged.kernels.cpu import backend as cpu; p
     echo "== $isa"
     HF_INT8_PAGED_CPU_ISA=$isa sanitized tests/kernels/test_append.py tests/kernels/test_decode.py \
         tests/kernels/test_gather_copy.py tests/kernels/test_layouts.py tests/kernels/test_fresh.py \
-        tests/kernels/test_ragged.py tests/kernels/test_fuzz.py tests/kernels/test_fuzz_ragged.py -k "cpu and not million and not reference" "$@"
+        tests/kernels/test_ragged.py tests/kernels/test_segments.py tests/kernels/test_fuzz.py tests/kernels/test_fuzz_ragged.py -k "cpu and not million and not reference" "$@"
 done
 echo "== all instruction sets, one after the other"
 sanitized tests/kernels/test_cpu_extend.py "$@"

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import torch
 
-from .allocation import alloc_paged_int8_layer
+from .allocation import alloc_paged_int8_layer, grow_paged_int8_layer
 from .backends import (
     BACKENDS,
     Backend,
@@ -34,7 +34,7 @@ from .decode_attention import int8_paged_decode_attention
 from .first_tokens import MAX_FIRST_TOKENS, FirstTokens
 from .formats import FORMATS, INT8, Format, format_called, register_format
 from .ragged_attention import int8_paged_ragged_attention
-from .storage import TILE_ORDERS, KvCacheQuant
+from .storage import TILE_ORDERS, KvCacheQuant, Segment, read_blocks, write_blocks
 
 __all__ = [
     "BACKENDS",
@@ -51,20 +51,24 @@ __all__ = [
     "Format",
     "KvCacheQuant",
     "Scoring",
+    "Segment",
     "Tokens",
     "alloc_paged_int8_layer",
     "copy_blocks",
     "format_called",
     "gather_dense",
+    "grow_paged_int8_layer",
     "int8_kv_append_paged",
     "int8_paged_decode_attention",
     "int8_paged_ragged_attention",
     "load_backend",
     "mean_key",
+    "read_blocks",
     "register_backend",
     "register_format",
     "resolve_backend",
     "why_unavailable",
+    "write_blocks",
 ]
 
 

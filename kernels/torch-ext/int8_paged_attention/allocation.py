@@ -1,14 +1,16 @@
-"""Allocating the storage of one attention layer."""
+"""Allocating the storage of one attention layer, and making it larger."""
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import torch
 
-from .backends import resolve_backend
+from .backends import Backend, load_backend, resolve_backend
 from .checks import check_geometry
 from .conditioning import ROTATIONS
 from .formats import INT8, format_called
-from .storage import TILE_ORDERS, KvCacheQuant
+from .storage import TILE_ORDERS, KvCacheQuant, Segment
 
 
 def alloc_paged_int8_layer(
@@ -62,15 +64,60 @@ def alloc_paged_int8_layer(
         raise ValueError(f"backend {serving.NAME!r} reads tile_order {serving.TILE_ORDER!r}, not {order!r}")
     if order == "dot4" and head_dim % 4:
         raise ValueError(f"tile_order 'dot4' needs a head_dim that is a multiple of 4, got {head_dim}")
-    slots, rows = (num_kv_heads, num_blocks, block_size), format_called(format)
     return KvCacheQuant(
-        k=serving.empty((*slots, head_dim), rows.dtype, device),
-        v=serving.empty((*slots, v_head_dim), rows.dtype, device),
-        k_scales=serving.empty(slots, rows.scale_dtype, device),
-        v_scales=serving.empty(slots, rows.scale_dtype, device),
+        *_segment(serving, (num_kv_heads, num_blocks, block_size), head_dim, v_head_dim, device, format),
         backend=serving.NAME,
         tile_order=order,
         rotation=rotation,
         key_center=torch.zeros(num_kv_heads, head_dim, device=device) if center_keys else None,
         format=format,
+    )
+
+
+def grow_paged_int8_layer(storage: KvCacheQuant, num_blocks: int) -> KvCacheQuant:
+    """A storage with more blocks, of which the first ones are those of ``storage``.
+
+    Where the backend reads several segments, nothing is copied: the result shares the memory of the old blocks with
+    ``storage``, at the same addresses, and the new ones are one more segment. Elsewhere all is copied to new memory.
+    The new blocks are uninitialised. ``storage`` itself does not change.
+
+    Args:
+        storage: the layer's storage.
+        num_blocks: blocks that the result has; more than ``storage`` has.
+
+    Returns:
+        The larger storage, with the same key centre.
+
+    Raises:
+        ValueError: ``storage`` has as many blocks already.
+    """
+    held = storage.num_blocks
+    if num_blocks <= held:
+        raise ValueError(f"num_blocks must be more than the storage's {held}, got {num_blocks}")
+    serving = load_backend(storage.backend)
+    keep = bool(held) and serving.SEGMENTS
+    slots = (storage.num_kv_heads, num_blocks - held if keep else num_blocks, storage.block_size)
+    new = _segment(serving, slots, storage.head_dim, storage.v_head_dim, storage.device, storage.format)
+    if keep:
+        return replace(storage, more=(*storage.more, new))
+    for old, larger in zip(storage.segments[0], new, strict=True):
+        larger[:, :held].copy_(old)
+    return replace(storage, **new._asdict(), more=())
+
+
+def _segment(
+    serving: Backend,
+    slots: tuple[int, int, int],
+    head_dim: int,
+    v_head_dim: int,
+    device: torch.device,
+    format: str,
+) -> Segment:
+    """Uninitialised memory for ``slots``, that is KV heads, blocks and tokens of each."""
+    rows = format_called(format)
+    return Segment(
+        k=serving.empty((*slots, head_dim), rows.dtype, device),
+        v=serving.empty((*slots, v_head_dim), rows.dtype, device),
+        k_scales=serving.empty(slots, rows.scale_dtype, device),
+        v_scales=serving.empty(slots, rows.scale_dtype, device),
     )

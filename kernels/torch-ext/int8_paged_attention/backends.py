@@ -40,6 +40,10 @@ class Backend(Protocol):
         """Whether ``attend`` has a kernel for ``fresh`` keys and values, which reads the past from its blocks; without
         one it is right and slow, and a caller does better to gather the past."""
 
+    @property
+    def SEGMENTS(self) -> bool:
+        """Whether it reads storages of several segments. A storage of another backend is copied when it grows."""
+
     def unavailable(self, device: torch.device, block_size: int, head_dim: int, v_head_dim: int) -> str | None:
         """Why the backend cannot serve a layer of these sizes on ``device``, or None if it can."""
 

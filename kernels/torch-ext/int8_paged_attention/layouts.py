@@ -58,26 +58,32 @@ class FirstTokensLayout(NamedTuple):
     v_head_dim: int
 
 
-def check_layer(storage: KvCacheQuant, backend: str, tile_order: str) -> LayerLayout:
-    """Check the storage of a layer that ``backend`` is to read."""
+def check_layer(storage: KvCacheQuant, backend: str, tile_order: str, *, segments: bool) -> LayerLayout:
+    """Check the storage of a layer that ``backend`` is to read, which can read several ``segments`` or cannot."""
     if storage.format != INT8.name:
         raise ValueError(f"backend {backend!r} reads format {INT8.name!r}, not {storage.format!r}")
     if storage.tile_order != tile_order:
         raise ValueError(f"backend {backend!r} reads tile_order {tile_order!r}, not {storage.tile_order!r}")
     device = storage.k.device
     check_tensor(storage.k, "k", shape=(None,) * 4, dtypes=(INT8.dtype,), device=device)
-    slots = storage.k.shape[:3]
-    check_tensor(storage.v, "v", shape=(*slots, None), dtypes=(INT8.dtype,), device=device)
+    check_tensor(storage.v, "v", shape=(*storage.k.shape[:3], None), dtypes=(INT8.dtype,), device=device)
     check_native_geometry(storage)
-    for name, x in (("k_scales", storage.k_scales), ("v_scales", storage.v_scales)):
-        check_tensor(x, name, shape=slots, dtypes=(INT8.scale_dtype,), device=device)
-    for name, x in (("k", storage.k), ("v", storage.v), ("k_scales", storage.k_scales), ("v_scales", storage.v_scales)):
-        check_contiguous(x, name)
+    if storage.more and not segments:
+        raise ValueError(f"backend {backend!r} reads storages of one segment, not of {len(storage.segments)}")
+    heads, _, size, dim = storage.k.shape
+    for segment in storage.segments:
+        check_tensor(segment.k, "k", shape=(heads, None, size, dim), dtypes=(INT8.dtype,), device=device)
+        slots = (heads, segment.num_blocks, size)
+        check_tensor(segment.v, "v", shape=(*slots, storage.v_head_dim), dtypes=(INT8.dtype,), device=device)
+        for name, x in (("k_scales", segment.k_scales), ("v_scales", segment.v_scales)):
+            check_tensor(x, name, shape=slots, dtypes=(INT8.scale_dtype,), device=device)
+        for name, x in segment._asdict().items():
+            check_contiguous(x, name)
     if storage.key_center is not None:
         shape = (storage.num_kv_heads, storage.head_dim)
         check_tensor(storage.key_center, "key_center", shape=shape, dtypes=(torch.float32,), device=device)
         check_contiguous(storage.key_center, "key_center")
-    return LayerLayout(device, slots[0], slots[1], slots[2], storage.head_dim, storage.v_head_dim)
+    return LayerLayout(device, heads, storage.num_blocks, size, storage.head_dim, storage.v_head_dim)
 
 
 def check_first_tokens(first_tokens: FirstTokens) -> FirstTokensLayout:

@@ -16,11 +16,12 @@ from .first_tokens import FirstTokens
 from .formats import FORMATS as FORMATS
 from .formats import format_called
 from .ragged import append_ragged, attend_ragged
-from .storage import KvCacheQuant, tiles_to_rows, write_rows
+from .storage import KvCacheQuant, in_segments, read_blocks, tiles_to_rows, write_blocks, write_rows
 
 NAME = "reference"
 TILE_ORDER = "row_major"
 LONG_CHUNKS = False
+SEGMENTS = True
 
 
 def unavailable(device: torch.device, block_size: int, head_dim: int, v_head_dim: int) -> str | None:
@@ -50,14 +51,14 @@ def append(k_new: torch.Tensor, v_new: torch.Tensor, storage: KvCacheQuant, toke
     kept = ((blocks >= 0) & (blocks < storage.num_blocks)).flatten()
     blocks = blocks.flatten()[kept]
     slots = (positions % storage.block_size).flatten()[kept]
-    for new, store, scales, condition, values in (
-        (k_new, storage.k, storage.k_scales, condition_keys, False),
-        (v_new, storage.v, storage.v_scales, condition_values, True),
-    ):
+    for new, condition, values in ((k_new, condition_keys, False), (v_new, condition_values, True)):
         rows, row_scales = format_called(storage.format).quantize(condition(new.to(torch.float32), storage))
         rows = rows.transpose(0, 1).flatten(1, 2)[:, kept]  # [num_kv_heads, tokens of all sequences, dim]
-        write_rows(store, storage.tile_order, blocks, slots, rows, values=values)
-        scales[:, blocks, slots] = row_scales.transpose(0, 1).flatten(1, 2)[:, kept]
+        row_scales = row_scales.transpose(0, 1).flatten(1, 2)[:, kept]
+        for segment, here, own in in_segments(storage, blocks):
+            store, scales = (segment.v, segment.v_scales) if values else (segment.k, segment.k_scales)
+            write_rows(store, storage.tile_order, own, slots[here], rows[:, here], values=values)
+            scales[:, own, slots[here]] = row_scales[:, here]
 
 
 def gather_quantized(
@@ -82,9 +83,11 @@ def gather_quantized(
     if not storage.num_blocks or not blocks.numel():
         shape = (len(block_table), storage.num_kv_heads, stop - start)
         return store.new_zeros(*shape, store.shape[-1]), scales.new_zeros(shape), present
-    tiles = store[:, blocks.clamp(0, storage.num_blocks - 1)]  # [num_kv_heads, batch, blocks, block_size, dim]
-    rows = tiles_to_rows(tiles, storage.tile_order, values=values).flatten(2, 3).transpose(0, 1)
-    row_scales = scales[:, blocks.clamp(0, storage.num_blocks - 1)].flatten(2, 3).transpose(0, 1)
+    read = read_blocks(storage, blocks.clamp(0, storage.num_blocks - 1).flatten())
+    tiles, tile_scales = (read.v, read.v_scales) if values else (read.k, read.k_scales)
+    tiles = tiles_to_rows(tiles, storage.tile_order, values=values)  # [num_kv_heads, batch * blocks, block_size, dim]
+    rows = tiles.unflatten(1, blocks.shape).flatten(2, 3).transpose(0, 1)
+    row_scales = tile_scales.unflatten(1, blocks.shape).flatten(2, 3).transpose(0, 1)
     inside = slice(start - first * storage.block_size, stop - first * storage.block_size)
     rows = torch.where(present[:, None, :, None], rows[:, :, inside], 0)
     row_scales = torch.where(present[:, None], row_scales[:, :, inside], 0.0)
@@ -229,5 +232,4 @@ def _visible(
 
 def copy(storage: KvCacheQuant, src: torch.Tensor, dst: torch.Tensor) -> None:
     """Copy whole blocks, all heads, in place; see ``copy_blocks``."""
-    for store in (storage.k, storage.v, storage.k_scales, storage.v_scales):
-        store[:, dst.long()] = store[:, src.long()]
+    write_blocks(storage, dst.long(), read_blocks(storage, src.long()))

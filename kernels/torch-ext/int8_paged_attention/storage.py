@@ -5,7 +5,9 @@ The memory layout is defined here and nowhere else. DESIGN.md section 2 gives th
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass, field
+from typing import NamedTuple
 
 import torch
 
@@ -25,9 +27,25 @@ from .notes import Notes
 TILE_ORDERS = ("row_major", "v_transposed", "dot4")
 
 
+class Segment(NamedTuple):
+    """Blocks that lie together in memory; see `KvCacheQuant`."""
+
+    k: torch.Tensor
+    v: torch.Tensor
+    k_scales: torch.Tensor
+    v_scales: torch.Tensor
+
+    @property
+    def num_blocks(self) -> int:
+        return self.k.shape[1]
+
+
 @dataclass(eq=False, frozen=True)
 class KvCacheQuant:
     """Paged quantized keys and values of one attention layer, with one scale per token and head.
+
+    A storage that has grown consists of several segments (`grow_paged_int8_layer`), whose blocks are numbered one
+    after the other. The four tensors are those of the first one; `segments` has all.
 
     Kernels write to the tensors and keep their addresses: the fields cannot be replaced.
 
@@ -43,6 +61,7 @@ class KvCacheQuant:
         key_center: float32 ``[num_kv_heads, head_dim]`` subtracted from every key before rotation and
             quantization, or ``None``. Must not change while the blocks hold tokens.
         format: name of the rows' format (`formats`).
+        more: the segments after the first, whose tensors differ from the first's in ``num_blocks`` only.
     """
 
     k: torch.Tensor
@@ -54,6 +73,7 @@ class KvCacheQuant:
     rotation: str | None = None
     key_center: torch.Tensor | None = None
     format: str = INT8.name
+    more: tuple[Segment, ...] = ()
     notes: Notes = field(default_factory=Notes, init=False, repr=False)
 
     @property
@@ -61,8 +81,14 @@ class KvCacheQuant:
         return self.k.shape[0]
 
     @property
+    def segments(self) -> tuple[Segment, ...]:
+        """All segments, in the order of their blocks' ids."""
+        return Segment(self.k, self.v, self.k_scales, self.v_scales), *self.more
+
+    @property
     def num_blocks(self) -> int:
-        return self.k.shape[1]
+        """Blocks of all segments."""
+        return self.k.shape[1] + sum(segment.num_blocks for segment in self.more)
 
     @property
     def block_size(self) -> int:
@@ -103,6 +129,44 @@ def tiles_to_rows(tiles: torch.Tensor, tile_order: str, *, values: bool) -> torc
     if tile_order == "v_transposed" and values:
         return tiles.reshape(*lead, dim, block_size).transpose(-1, -2)
     return tiles
+
+
+def in_segments(
+    storage: KvCacheQuant, ids: torch.Tensor
+) -> Iterator[tuple[Segment, torch.Tensor | slice, torch.Tensor]]:
+    """Every segment, with the places in ``ids`` where blocks of it stand, and which of its blocks those are.
+
+    With one segment these are all places, and no call waits for the device.
+
+    Args:
+        ids: int64 ``[count]`` block ids, each at least 0 and below ``storage.num_blocks``.
+    """
+    if not storage.more:
+        yield storage.segments[0], slice(None), ids
+        return
+    first = 0
+    for segment in storage.segments:
+        here = (ids >= first) & (ids < first + segment.num_blocks)
+        yield segment, here, ids[here] - first
+        first += segment.num_blocks
+
+
+def read_blocks(storage: KvCacheQuant, ids: torch.Tensor) -> Segment:
+    """A copy of blocks ``ids``, int64 ``[count]``, as a segment of their own."""
+    if not storage.more:
+        return Segment(*(x[:, ids] for x in storage.segments[0]))
+    read = Segment(*(x.new_empty((x.shape[0], len(ids), *x.shape[2:])) for x in storage.segments[0]))
+    for segment, here, blocks in in_segments(storage, ids):
+        for target, x in zip(read, segment, strict=True):
+            target[:, here] = x[:, blocks]
+    return read
+
+
+def write_blocks(storage: KvCacheQuant, ids: torch.Tensor, stored: Segment) -> None:
+    """Write blocks that `read_blocks` has read to blocks ``ids``, in place."""
+    for segment, here, blocks in in_segments(storage, ids):
+        for x, source in zip(segment, stored, strict=True):
+            x[:, blocks] = source[:, here]
 
 
 def write_rows(

@@ -35,6 +35,7 @@ __all__ = [
     "FORMATS",
     "LONG_CHUNKS",
     "NAME",
+    "SEGMENTS",
     "TILE_ORDER",
     "append",
     "attend",
@@ -52,6 +53,7 @@ NAME = "cpu"
 FORMATS = (INT8.name,)
 #: Under every instruction set: where torch is held to the same one, its attention over a dense past takes longer.
 LONG_CHUNKS = True
+SEGMENTS = True
 
 _LIBRARY = library.load()
 _NO_MEMORY, _BAD_RANGE, _BAD_FIRST_TOKEN = -3, -4, -5

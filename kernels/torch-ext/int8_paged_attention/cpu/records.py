@@ -37,7 +37,8 @@ from ..storage import KvCacheQuant
 
 #: The structs in the order of int8_paged_record_size; every field is 8 bytes wide.
 RECORDS = {
-    "Layer": struct.Struct("=11q"),
+    "Layer": struct.Struct("=8q"),
+    "Segment": struct.Struct("=6q"),
     "AppendCall": struct.Struct("=15q"),
     "DecodeCall": struct.Struct("=16qd6qd9q"),
     "FirstTokens": struct.Struct("=8q"),
@@ -60,18 +61,17 @@ _NOTE = "cpu"
 
 
 def layer_record(storage: KvCacheQuant) -> tuple[bytes, LayerLayout]:
-    """The record of a layer's storage, and its sizes: packed once, and kept with it."""
-    layout = check_layer(storage, "cpu", TILE_ORDER)
+    """The record of a layer's storage, its segments behind it, and its sizes: packed once, and kept with it."""
+    layout = check_layer(storage, "cpu", TILE_ORDER, segments=True)
     for name, dim in (("head_dim", storage.head_dim), ("v_head_dim", storage.v_head_dim)):
         if dim % 4:
             raise ValueError(f"{name} must be a multiple of 4, got {dim}")
-    tensors = (storage.k, storage.v, storage.k_scales, storage.v_scales)
-    packed = RECORDS["Layer"].pack(
-        *(_address(x) for x in tensors),
-        0 if storage.key_center is None else _address(storage.key_center),
-        *layout[1:],
-        storage.rotation is not None,
-    )
+    center = 0 if storage.key_center is None else _address(storage.key_center)
+    packed = RECORDS["Layer"].pack(center, *layout[1:], storage.rotation is not None, len(storage.segments))
+    first = 0
+    for segment in storage.segments:
+        packed += RECORDS["Segment"].pack(*(_address(x) for x in segment), first, segment.num_blocks)
+        first += segment.num_blocks
     storage.notes[_NOTE] = packed, layout
     return packed, layout
 

@@ -17,7 +17,7 @@ from .layouts import NOTE, Rows, in_32_bits, layer_of, tokens_of
 from .primitives import hadamard, quantize_rows
 
 
-@triton.jit
+@triton.jit(do_not_specialize=("new_tokens", "num_blocks", "table_width", "table_stride"))
 def append_kernel(
     k_ptr,  # [kv_heads, num_blocks, BLOCK_SIZE, HEAD_DIM]
     v_ptr,  # [kv_heads, num_blocks, V_DIM, BLOCK_SIZE]

@@ -24,11 +24,24 @@ from .extend import launch_extend
 from .layouts import TILE_ORDER
 from .tuning import Chip
 
-__all__ = ["FORMATS", "LONG_CHUNKS", "NAME", "TILE_ORDER", "append", "attend", "copy", "empty", "gather", "unavailable"]
+__all__ = [
+    "FORMATS",
+    "LONG_CHUNKS",
+    "NAME",
+    "SEGMENTS",
+    "TILE_ORDER",
+    "append",
+    "attend",
+    "copy",
+    "empty",
+    "gather",
+    "unavailable",
+]
 
 NAME = "triton"
 FORMATS = (INT8.name,)
 LONG_CHUNKS = True
+SEGMENTS = False
 OLDEST_TRITON = (3, 6)
 #: 32639 * 127 * 256 < 2**31: the largest product of a query in steps with a key row.
 WIDEST_ROW = 256

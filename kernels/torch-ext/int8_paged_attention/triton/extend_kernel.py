@@ -27,7 +27,18 @@ def in_mask(row_ptr, tokens, width):
     return tl.load(row_ptr + tokens, mask=(tokens >= 0) & (tokens < width), other=0) != 0
 
 
-@triton.jit
+@triton.jit(
+    do_not_specialize=(
+        "chunk",
+        "num_blocks",
+        "table_width",
+        "table_stride",
+        "key_mask_width",
+        "key_mask_stride",
+        "window",
+    ),
+    do_not_specialize_on_alignment=("key_mask_ptr",),
+)
 def extend_kernel(
     out_ptr,  # [batch, q_heads, chunk, V_DIM]
     q_ptr,  # [batch, q_heads, chunk, HEAD_DIM]

@@ -18,7 +18,10 @@ from .layouts import first_pointers
 from .primitives import LOG2_E, exponent_shift, first_positions, hadamard, tanh
 
 
-@triton.jit
+@triton.jit(
+    do_not_specialize=("num_splits", "key_mask_start", "key_mask_width", "key_mask_stride", "window"),
+    do_not_specialize_on_alignment=("key_mask_ptr",),
+)
 def reduce_kernel(
     out_ptr,  # [batch, q_heads, q_len, V_DIM]
     partial_ptr,  # as the decode kernel leaves it

@@ -49,7 +49,7 @@ NOTE = "triton"
 
 def layer_of(storage: KvCacheQuant) -> Layer:
     """What is known of a layer's storage: checked once, and kept with it."""
-    layout = check_layer(storage, "triton", TILE_ORDER)
+    layout = check_layer(storage, "triton", TILE_ORDER, segments=False)
     slots = layout.num_blocks * layout.block_size
     rows = Rows(layout.head_dim, layout.v_head_dim, layout.block_size, storage.rotation is not None)
     layer = Layer(layout, rows, (slots * layout.head_dim, slots * layout.v_head_dim, slots, slots))

@@ -28,7 +28,18 @@ STREAMS = 4
 CHUNK = STREAMS * TOKENS.value
 
 
-@triton.jit
+@triton.jit(
+    do_not_specialize=(
+        "num_blocks",
+        "table_width",
+        "table_stride",
+        "key_mask_start",
+        "key_mask_width",
+        "key_mask_stride",
+        "window",
+    ),
+    do_not_specialize_on_alignment=("key_mask_ptr",),
+)
 def decode_kernel(
     partial_ptr,  # float32: sums of values, not yet divided, [batch * q_heads * q_len, splits, V_DIM], and after them
     # [batch * q_heads * q_len, splits, 2]: base-2 maximum and denominator

@@ -25,11 +25,6 @@ static uint16_t quantize_row(int8_t *q, const float *row, int64_t dim)
     return half;
 }
 
-INLINE int8_t *tile_at(int8_t *base, const Layer *layer, int64_t head, int64_t block, int64_t dim)
-{
-    return base + (head * layer->num_blocks + block) * layer->block_size * dim;
-}
-
 static void append_row(const Layer *layer, const void *src, int64_t dtype, int64_t head, int64_t block, int64_t slot,
                        int values)
 {
@@ -43,14 +38,15 @@ static void append_row(const Layer *layer, const void *src, int64_t dtype, int64
     }
     if (layer->rotate) hadamard_row(row, dim);
     const uint16_t scale = quantize_row(q, row, dim);
-    const int64_t at = (head * layer->num_blocks + block) * size + slot;
+    const Segment *segment = segment_of(layer, layer->segments, block);
+    const int64_t at = slots_before(layer, segment, head, block);
     if (values) {
-        layer->v_scales[at] = scale;
-        int8_t *dst = tile_at(layer->v, layer, head, block, dim) + slot / 4 * dim * 4 + slot % 4;
+        segment->v_scales[at + slot] = scale;
+        int8_t *dst = segment->v + at * dim + slot / 4 * dim * 4 + slot % 4;
         for (int64_t d = 0; d < dim; d++) dst[4 * d] = q[d];
     } else {
-        layer->k_scales[at] = scale;
-        int8_t *dst = tile_at(layer->k, layer, head, block, dim) + slot * 4;
+        segment->k_scales[at + slot] = scale;
+        int8_t *dst = segment->k + at * dim + slot * 4;
         for (int64_t d = 0; d < dim; d += 4) memcpy(dst + d * size, q + d, 4);
     }
 }
@@ -76,14 +72,15 @@ static void gather_row(const Layer *layer, void *out, int64_t dtype, int64_t hea
                        int values)
 {
     const int64_t dim = values ? layer->v_head_dim : layer->head_dim, size = layer->block_size;
-    const int64_t at = (head * layer->num_blocks + block) * size + slot;
-    const float scale = half_to_float((values ? layer->v_scales : layer->k_scales)[at]);
+    const Segment *segment = segment_of(layer, layer->segments, block);
+    const int64_t at = slots_before(layer, segment, head, block);
+    const float scale = half_to_float((values ? segment->v_scales : segment->k_scales)[at + slot]);
     float row[MAX_DIM] = {0};
     if (values) {
-        const int8_t *src = tile_at(layer->v, layer, head, block, dim) + slot / 4 * dim * 4 + slot % 4;
+        const int8_t *src = segment->v + at * dim + slot / 4 * dim * 4 + slot % 4;
         for (int64_t d = 0; d < dim; d++) row[d] = (float)src[4 * d] * scale;
     } else {
-        const int8_t *src = tile_at(layer->k, layer, head, block, dim) + slot * 4;
+        const int8_t *src = segment->k + at * dim + slot * 4;
         for (int64_t d = 0; d < dim; d++) row[d] = (float)src[d / 4 * 4 * size + d % 4] * scale;
     }
     if (layer->rotate) hadamard_row(row, dim);

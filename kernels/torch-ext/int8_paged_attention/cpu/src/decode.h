@@ -126,7 +126,7 @@ static void decode_item(const DecodePlan *plan, int64_t item)
     Cursor cursor = {layer, call->table.ids + sequence * call->table.stride,
                      call->key_mask ? call->key_mask + sequence * call->mask_stride : NULL,
                      call->mask_start, call->mask_columns, head, begin, end,
-                     begin / layer->block_size, begin % layer->block_size};
+                     begin / layer->block_size, begin % layer->block_size, layer->segments};
     Tile tiles[2];
     next_tile(&cursor, &tiles[0]);
     Prefetch first_tile = start_prefetch(&tiles[0], layer);

@@ -43,6 +43,7 @@ typedef struct {
     int64_t mask_start, mask_columns;
     int64_t head, position, end;
     int64_t column, slot; /* of the table, and in the block, where the position is */
+    const Segment *segment; /* of the block before */
 } Cursor;
 
 static uint32_t admitted_tokens(const Cursor *c, int64_t position)
@@ -73,13 +74,14 @@ static void next_tile(Cursor *c, Tile *tile)
         if (block < 0) continue;
         const uint32_t admitted = c->mask ? admitted_tokens(c, c->position) : 0xffff;
         if (!admitted) continue;
-        const int64_t at = (c->head * layer->num_blocks + block) * size;
+        const Segment *segment = c->segment = segment_of(layer, c->segment, block);
+        const int64_t at = slots_before(layer, segment, c->head, block);
         tile->position[n] = c->position;
         tile->admitted[n] = admitted;
-        tile->k[n] = layer->k + at * layer->head_dim + slot * 4;
-        tile->v[n] = layer->v + (at + slot) * layer->v_head_dim;
-        tile->k_scales[n] = layer->k_scales + at + slot;
-        tile->v_scales[n] = layer->v_scales + at + slot;
+        tile->k[n] = segment->k + at * layer->head_dim + slot * 4;
+        tile->v[n] = segment->v + (at + slot) * layer->v_head_dim;
+        tile->k_scales[n] = segment->k_scales + at + slot;
+        tile->v_scales[n] = segment->v_scales + at + slot;
         __builtin_prefetch(tile->k_scales[n]);
         __builtin_prefetch(tile->v_scales[n]);
         n++;

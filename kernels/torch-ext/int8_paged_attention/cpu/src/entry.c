@@ -33,8 +33,8 @@ INT8_PAGED_EXPORT void int8_paged_set_threads(void *parallel_for_address, void *
 /* sizeof the i-th struct that Python fills, or 0: Python compares them with what it packs. */
 INT8_PAGED_EXPORT int64_t int8_paged_record_size(int64_t i)
 {
-    static const int64_t sizes[] = {sizeof(Layer), sizeof(AppendCall), sizeof(DecodeCall), sizeof(FirstTokens),
-                                    sizeof(GatherCall), sizeof(ExtendCall)};
+    static const int64_t sizes[] = {sizeof(Layer), sizeof(Segment), sizeof(AppendCall), sizeof(DecodeCall),
+                                    sizeof(FirstTokens), sizeof(GatherCall), sizeof(ExtendCall)};
     return i >= 0 && i < (int64_t)(sizeof sizes / sizeof *sizes) ? sizes[i] : 0;
 }
 
@@ -265,14 +265,13 @@ INT8_PAGED_EXPORT int64_t int8_paged_copy(const Layer *layer, const int32_t *src
     for (int64_t head = 0; head < layer->num_kv_heads; head++)
         for (int64_t i = 0; i < count; i++) {
             if (src[i] == dst[i]) continue;
-            const int64_t from = (head * layer->num_blocks + src[i]) * layer->block_size;
-            const int64_t to = (head * layer->num_blocks + dst[i]) * layer->block_size;
-            memcpy(layer->k + to * layer->head_dim, layer->k + from * layer->head_dim,
-                   (size_t)(layer->block_size * layer->head_dim));
-            memcpy(layer->v + to * layer->v_head_dim, layer->v + from * layer->v_head_dim,
-                   (size_t)(layer->block_size * layer->v_head_dim));
-            memcpy(layer->k_scales + to, layer->k_scales + from, (size_t)layer->block_size * sizeof(uint16_t));
-            memcpy(layer->v_scales + to, layer->v_scales + from, (size_t)layer->block_size * sizeof(uint16_t));
+            const Segment *a = segment_of(layer, layer->segments, src[i]), *b = segment_of(layer, layer->segments, dst[i]);
+            const int64_t from = slots_before(layer, a, head, src[i]), to = slots_before(layer, b, head, dst[i]);
+            const int64_t size = layer->block_size;
+            memcpy(b->k + to * layer->head_dim, a->k + from * layer->head_dim, (size_t)(size * layer->head_dim));
+            memcpy(b->v + to * layer->v_head_dim, a->v + from * layer->v_head_dim, (size_t)(size * layer->v_head_dim));
+            memcpy(b->k_scales + to, a->k_scales + from, (size_t)size * sizeof(uint16_t));
+            memcpy(b->v_scales + to, a->v_scales + from, (size_t)size * sizeof(uint16_t));
         }
     return OK;
 }

@@ -94,7 +94,8 @@ static Cursor cursor_of(const ExtendState *st, int64_t begin, int64_t end)
     return (Cursor){st->plan->layer, call->table.ids + st->sequence * call->table.stride,
                     call->key_mask ? call->key_mask + st->sequence * call->mask_stride : NULL,
                     call->mask_start, call->mask_columns, st->head, begin, end,
-                    begin / st->plan->layer->block_size, begin % st->plan->layer->block_size};
+                    begin / st->plan->layer->block_size, begin % st->plan->layer->block_size,
+                    st->plan->layer->segments};
 }
 
 static void extend_over_blocks(ExtendState *st)

@@ -14,13 +14,20 @@ enum { MAX_DIM = 256, SUBTILE = 16, MAX_FIRST_TOKENS = 16 };
 enum { DTYPE_FLOAT32, DTYPE_FLOAT16, DTYPE_BFLOAT16 };
 enum { OK = 0, BAD_LENGTH = -1, BAD_BLOCK = -2, NO_MEMORY = -3, BAD_RANGE = -4, BAD_FIRST_TOKEN = -5 };
 
-/* Constant for a layer. Tiles in `dot4` order; every field is 8 bytes wide, as in all structs that Python fills. */
+/* Blocks [first, first + num_blocks) of a layer. Tiles in `dot4` order; every field is 8 bytes wide, as in all structs
+ * that Python fills. */
 typedef struct {
     int8_t *k, *v;
     uint16_t *k_scales, *v_scales;
+    int64_t first, num_blocks;
+} Segment;
+
+/* Constant for a layer. */
+typedef struct {
     const float *key_center; /* [num_kv_heads, head_dim] or NULL */
     int64_t num_kv_heads, num_blocks, block_size, head_dim, v_head_dim;
-    int64_t rotate;
+    int64_t rotate, num_segments;
+    Segment segments[]; /* at least one, in the order of their blocks */
 } Layer;
 
 typedef struct {
@@ -116,6 +123,22 @@ extern const Kernels int8_paged_neon;
 static inline int64_t min_i64(int64_t a, int64_t b) { return a < b ? a : b; }
 static inline int64_t max_i64(int64_t a, int64_t b) { return a > b ? a : b; }
 static inline int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
+
+/* The segment of a block that the layer has; `likely` is any of the layer's, and looked at first. Later segments are
+ * larger, so the search begins with the last one. */
+static inline const Segment *segment_of(const Layer *layer, const Segment *likely, int64_t block)
+{
+    if ((uint64_t)(block - likely->first) < (uint64_t)likely->num_blocks) return likely;
+    const Segment *segment = layer->segments + layer->num_segments - 1;
+    while (block < segment->first) segment--;
+    return segment;
+}
+
+/* Number of the first slot of a head's block in its segment. */
+static inline int64_t slots_before(const Layer *layer, const Segment *segment, int64_t head, int64_t block)
+{
+    return (head * segment->num_blocks + block - segment->first) * layer->block_size;
+}
 
 /* First position that is read from the blocks, as far as the call says so for all rows. */
 static inline int64_t first_in_blocks(const DecodeCall *call, int64_t sequence)
