@@ -41,7 +41,10 @@ class Row(NamedTuple):
 
 
 class Benchmark(NamedTuple):
-    """A script with its arguments, the name of its result file, and how rows are read out of that."""
+    """A script with its arguments, the name of its result file, and how rows are read out of that.
+
+    Without arguments it is not run here: its file is shown where another command has written it.
+    """
 
     name: str
     arguments: list[str]
@@ -125,6 +128,18 @@ def budget_rows(content: dict[str, Any]) -> Iterator[Row]:
             yield at_most(row["name"], row["measured"], row["budget"], "", " " + row["unit"])
 
 
+def peer_rows(content: dict[str, Any]) -> Iterator[Row]:
+    for contestant in content["contestants"]:
+        if "skipped" in contestant:
+            yield Row(contestant["name"], "", contestant["skipped"])
+        for cache in contestant.get("caches", ()):
+            points = ", ".join(f"{point['ms']:.1f} at {point['context']}" for point in cache["points"])
+            slope = f"{cache['ms_per_1000_tokens']:.2f} ms"
+            yield Row(
+                f"{contestant['name']}, {cache['cache']}: slope per 1,000 tokens", slope, f"ms per token: {points}"
+            )
+
+
 def benchmarks(threads: int) -> list[Benchmark]:
     """All of them, for this processor. The fastest instruction set runs without a variable's help."""
     several = ["--threads", str(threads)]
@@ -156,6 +171,7 @@ def benchmarks(threads: int) -> list[Benchmark]:
         Benchmark("prompts", ["prompts.py", *several], "prompts", prompt_rows, {}),
         Benchmark("growth", ["growth.py", *several], "growth", growth_rows, {}),
         Benchmark("budgets", ["budgets.py"], "budgets", budget_rows, {}),
+        Benchmark("peers", [], "peers", peer_rows, {}),  # make bench-peers
     ]
     return found
 
@@ -196,7 +212,7 @@ def main() -> int:
     paths = [args.results / f"{benchmark.result}.json" for benchmark in chosen]
     lines, missed = [], False
     for benchmark, path in zip(chosen, paths, strict=True):
-        if not args.no_run:
+        if benchmark.arguments and not args.no_run:
             run(benchmark, path)
         if path.exists():
             content = json.loads(path.read_text(encoding="utf-8"))

@@ -14,6 +14,7 @@ from hf_int8_paged.kernels import (
     FirstTokens,
     KvCacheQuant,
     Scoring,
+    Segment,
     Tokens,
     backends,
     load_backend,
@@ -39,8 +40,13 @@ class Loops:
     def unavailable(self, device: torch.device, block_size: int, head_dim: int, v_head_dim: int) -> str | None:
         return None if device.type == "cpu" else f"it loops on the CPU, not on {device.type!r}"
 
-    def empty(self, shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> torch.Tensor:
+    def empty(
+        self, shape: tuple[int, ...], dtype: torch.dtype, device: torch.device, *, filled_slowly: bool = False
+    ) -> torch.Tensor:
         return torch.zeros(shape, dtype=dtype, device=device)
+
+    def filled(self, segment: Segment) -> None:
+        raise AssertionError("it reads storages of one segment")
 
     def append(self, k_new: torch.Tensor, v_new: torch.Tensor, storage: KvCacheQuant, tokens: Tokens) -> None:
         reference.append(k_new, v_new, storage, tokens)

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import dataclasses
+import re
 from itertools import pairwise
+from pathlib import Path
 
 import pytest
 import torch
@@ -20,6 +22,7 @@ from hf_int8_paged.kernels import (
     read_blocks,
     write_blocks,
 )
+from hf_int8_paged.kernels.cpu.memory import HUGE_PAGE
 from tests.segments import STORES, in_segments, whole
 
 from .helpers import device_of, make_case, poisoned_layer, snapshot
@@ -144,3 +147,27 @@ def test_a_segment_of_other_sizes_or_types_is_refused(wrong: dict[str, torch.Ten
     rows, none = torch.zeros(1, 2, 1, 32), torch.zeros(1, dtype=torch.int32)
     with pytest.raises(ValueError, match=next(iter(wrong))):
         load_backend("cpu").append(rows, rows, spoilt, Tokens.at(none[None], none))
+
+
+@pytest.mark.skipif(not Path("/proc/self/smaps").exists(), reason="only Linux tells the advice given for memory")
+def test_memory_that_fills_slowly_is_offered_for_huge_pages_once_it_is_full() -> None:
+    """What a prompt fills is so at once; the first token of a huge page would wait for all of it."""
+    per_block = 2 * 16 * 64
+    storage = alloc_paged_int8_layer(2 * HUGE_PAGE // per_block, 16, 2, 64, backend="cpu")
+    grown = grow_paged_int8_layer(storage, 2 * storage.num_blocks)
+    first, second = (segment.k.data_ptr() for segment in grown.segments)
+    assert "hg" in advice(first)
+    assert "nh" in advice(second)
+    grow_paged_int8_layer(grown, 3 * storage.num_blocks)
+    assert "hg" in advice(second)
+
+
+def advice(address: int) -> list[str]:
+    """``VmFlags`` of the mapping at an address."""
+    inside = False
+    for line in Path("/proc/self/smaps").read_text().splitlines():
+        if place := re.match(r"([0-9a-f]+)-([0-9a-f]+) ", line):
+            inside = int(place[1], 16) <= address < int(place[2], 16)
+        elif inside and line.startswith("VmFlags:"):
+            return line.split()[1:]
+    return []

@@ -65,7 +65,7 @@ def alloc_paged_int8_layer(
     if order == "dot4" and head_dim % 4:
         raise ValueError(f"tile_order 'dot4' needs a head_dim that is a multiple of 4, got {head_dim}")
     return KvCacheQuant(
-        *_segment(serving, (num_kv_heads, num_blocks, block_size), head_dim, v_head_dim, device, format),
+        *_segment(serving, (num_kv_heads, num_blocks, block_size), head_dim, v_head_dim, device, format, False),
         backend=serving.NAME,
         tile_order=order,
         rotation=rotation,
@@ -97,8 +97,9 @@ def grow_paged_int8_layer(storage: KvCacheQuant, num_blocks: int) -> KvCacheQuan
     serving = load_backend(storage.backend)
     keep = bool(held) and serving.SEGMENTS
     slots = (storage.num_kv_heads, num_blocks - held if keep else num_blocks, storage.block_size)
-    new = _segment(serving, slots, storage.head_dim, storage.v_head_dim, storage.device, storage.format)
+    new = _segment(serving, slots, storage.head_dim, storage.v_head_dim, storage.device, storage.format, keep)
     if keep:
+        serving.filled(storage.segments[-1])
         return replace(storage, more=(*storage.more, new))
     for old, larger in zip(storage.segments[0], new, strict=True):
         larger[:, :held].copy_(old)
@@ -112,12 +113,13 @@ def _segment(
     v_head_dim: int,
     device: torch.device,
     format: str,
+    filled_slowly: bool,
 ) -> Segment:
     """Uninitialised memory for ``slots``, that is KV heads, blocks and tokens of each."""
     rows = format_called(format)
     return Segment(
-        k=serving.empty((*slots, head_dim), rows.dtype, device),
-        v=serving.empty((*slots, v_head_dim), rows.dtype, device),
-        k_scales=serving.empty(slots, rows.scale_dtype, device),
-        v_scales=serving.empty(slots, rows.scale_dtype, device),
+        k=serving.empty((*slots, head_dim), rows.dtype, device, filled_slowly=filled_slowly),
+        v=serving.empty((*slots, v_head_dim), rows.dtype, device, filled_slowly=filled_slowly),
+        k_scales=serving.empty(slots, rows.scale_dtype, device, filled_slowly=filled_slowly),
+        v_scales=serving.empty(slots, rows.scale_dtype, device, filled_slowly=filled_slowly),
     )

@@ -12,7 +12,7 @@ import torch
 from .calls import Scoring, Tokens
 from .first_tokens import FirstTokens
 from .formats import INT8, format_called
-from .storage import KvCacheQuant
+from .storage import KvCacheQuant, Segment
 
 
 class Backend(Protocol):
@@ -47,8 +47,13 @@ class Backend(Protocol):
     def unavailable(self, device: torch.device, block_size: int, head_dim: int, v_head_dim: int) -> str | None:
         """Why the backend cannot serve a layer of these sizes on ``device``, or None if it can."""
 
-    def empty(self, shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> torch.Tensor:
-        """Uninitialised memory for a layer's storage."""
+    def empty(
+        self, shape: tuple[int, ...], dtype: torch.dtype, device: torch.device, *, filled_slowly: bool = False
+    ) -> torch.Tensor:
+        """Uninitialised memory for a layer's storage, which a prompt fills at once, or steps fill token by token."""
+
+    def filled(self, segment: Segment) -> None:
+        """What steps filled slowly is full; asked where the backend reads several segments."""
 
     def append(self, k_new: torch.Tensor, v_new: torch.Tensor, storage: KvCacheQuant, tokens: Tokens) -> None:
         """Quantize rows and write them after ``tokens.context_lens_before``; see ``int8_kv_append_paged``."""

@@ -16,7 +16,7 @@ from .first_tokens import FirstTokens
 from .formats import FORMATS as FORMATS
 from .formats import format_called
 from .ragged import append_ragged, attend_ragged
-from .storage import KvCacheQuant, in_segments, read_blocks, tiles_to_rows, write_blocks, write_rows
+from .storage import KvCacheQuant, Segment, in_segments, read_blocks, tiles_to_rows, write_blocks, write_rows
 
 NAME = "reference"
 TILE_ORDER = "row_major"
@@ -29,9 +29,15 @@ def unavailable(device: torch.device, block_size: int, head_dim: int, v_head_dim
     return None
 
 
-def empty(shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> torch.Tensor:
+def empty(
+    shape: tuple[int, ...], dtype: torch.dtype, device: torch.device, *, filled_slowly: bool = False
+) -> torch.Tensor:
     """Uninitialised memory for a layer's storage."""
     return torch.empty(shape, dtype=dtype, device=device)
+
+
+def filled(segment: Segment) -> None:
+    """Nothing: its memory is like any other."""
 
 
 def append(k_new: torch.Tensor, v_new: torch.Tensor, storage: KvCacheQuant, tokens: Tokens) -> None:

@@ -19,7 +19,7 @@ from ..formats import INT8
 from ..ragged import append_ragged, attend_ragged
 from ..storage import KvCacheQuant
 from . import library
-from .memory import empty
+from .memory import empty, filled
 from .records import (
     TILE_ORDER,
     append_record,
@@ -41,6 +41,7 @@ __all__ = [
     "attend",
     "copy",
     "empty",
+    "filled",
     "gather",
     "hadamard",
     "isas",

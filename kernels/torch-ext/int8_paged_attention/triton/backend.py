@@ -15,7 +15,7 @@ from ..first_tokens import FirstTokens
 from ..formats import INT8
 from ..ragged import append_ragged, attend_ragged
 from ..reference import attend as attend_in_torch
-from ..reference import copy, empty, gather
+from ..reference import copy, empty, filled, gather
 from ..storage import KvCacheQuant
 from .append import launch_append
 from .decode import launch_decode
@@ -34,6 +34,7 @@ __all__ = [
     "attend",
     "copy",
     "empty",
+    "filled",
     "gather",
     "unavailable",
 ]
