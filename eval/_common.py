@@ -17,6 +17,7 @@ from typing import Any
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
+from hf_int8_paged.kernels import load_backend, why_unavailable
 from hf_int8_paged.tools.demo_model import HUB_ID, demo_model_folder, quiet_transformers
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
@@ -93,8 +94,10 @@ def dataset_text(args: argparse.Namespace) -> str:
     return "\n\n".join(lines)
 
 
-def provenance(device: torch.device) -> dict[str, Any]:
-    """Machine, versions and command, for a result file."""
+def provenance(device: torch.device, *, timed: bool = False) -> dict[str, Any]:
+    """Machine, versions and command, for a result file. Where times are measured also the load of the machine: to be
+    asked before, and `write_json` adds what it is after."""
+    on_cpu = device.type == "cpu" and why_unavailable("cpu", device) is None
     return {
         "command": shlex.join(["python", *sys.argv]),
         "date": datetime.now(timezone.utc).isoformat(timespec="seconds"),
@@ -104,7 +107,9 @@ def provenance(device: torch.device) -> dict[str, Any]:
             "threads": torch.get_num_threads(),
             "device": torch.cuda.get_device_name(device) if device.type == "cuda" else device.type,
             "system": platform.platform(),
+            **({"instruction_set": load_backend("cpu").selected_isa()} if on_cpu else {}),
         },
+        **({"load_average_before": load_average()} if timed else {}),
         "versions": {"python": platform.python_version(), **{name: version(name) for name in _VERSIONS_OF}},
     }
 
@@ -125,6 +130,14 @@ def version(distribution: str) -> str | None:
         return None
 
 
+def load_average() -> list[float] | None:
+    """Of the last 1, 5 and 15 minutes; None where the system does not tell."""
+    return list(os.getloadavg()) if hasattr(os, "getloadavg") else None
+
+
 def write_json(path: Path, content: dict[str, Any]) -> None:
+    """Write a result file, with the machine's load now where `provenance` has told that before."""
+    if "load_average_before" in content:
+        content = content | {"load_average_after": load_average()}
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")

@@ -29,7 +29,6 @@ from _common import DTYPES, positive, provenance, write_json
 from torch.nn.functional import scaled_dot_product_attention
 
 from hf_int8_paged.kernels import Scoring, Tokens, alloc_paged_int8_layer, load_backend
-from hf_int8_paged.kernels.cpu import backend as cpu
 from hf_int8_paged.seam.masks import causal_rows
 
 BLOCK_SIZE = 16
@@ -150,9 +149,7 @@ def main() -> None:
     torch.set_num_threads(args.threads)
     torch.manual_seed(0)
     heads: tuple[int, int] = args.heads[0], args.heads[1]
-    made, dtype = provenance(torch.device("cpu")), DTYPES[args.dtype]
-    made["machine"]["instruction_set"] = cpu.selected_isa()
-    made["load_average_before"] = os.getloadavg()
+    made, dtype = provenance(torch.device("cpu"), timed=True), DTYPES[args.dtype]
     results, memory = [], []
     # Before the races: what one call leaves allocated would hide what the next one needs. But threads have been made.
     tiny = Work(Case(1, 4, 16, BLOCK_SIZE, MEMORY_CHUNK), dtype)
@@ -165,8 +162,6 @@ def main() -> None:
             for chunk in args.chunks:
                 results.append(run_case(Case(*heads, head_dim, past, chunk), dtype, args.seconds))
                 print(report(results[-1]), flush=True)
-    made["load_average_after"] = os.getloadavg()
-    print(f"load average {made['load_average_before'][0]:.1f} before, {made['load_average_after'][0]:.1f} after")
     if args.json:
         write_json(args.json, {**made, "dtype": args.dtype, "results": results, "memory": memory})
 

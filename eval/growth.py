@@ -117,9 +117,7 @@ def main() -> None:
     args = parser.parse_args()
     torch.set_num_threads(args.threads)
     device = device_called(args.device)
-    made = provenance(device)
-    made["machine"]["instruction_set"] = cpu.selected_isa()
-    made["load_average_before"] = os.getloadavg()
+    made = provenance(device, timed=True)
     model, _ = load_model(args, device)
     model.set_attn_implementation("int8_paged")
     runs: dict[str, list[list[Step]]] = {way: [] for way in WAYS}
@@ -130,11 +128,9 @@ def main() -> None:
             steps, nbytes = grow(model, args.tokens)
             runs[way].append(steps)
     cpu.SEGMENTS = True
-    made["load_average_after"] = os.getloadavg()
     results = {way: growths(of_way) for way, of_way in runs.items()}
     for way, rows in results.items():
         print(report(way, rows))
-    print(f"load average {made['load_average_before'][0]:.1f} before, {made['load_average_after'][0]:.1f} after")
     if args.json:
         ways = [
             {"way": way, "worst": max(r["longest_over_median"] for r in rows), "growths": rows}

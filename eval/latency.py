@@ -7,7 +7,7 @@ and no contestant pays for the one before it. PyTorch's attention gets contiguou
 share a head packed into query rows. The read sweep is torch's faster reduction (a sum of float32 or a maximum of int32)
 over a larger buffer.
 
-    python eval/latency.py --threads 2 --json eval/results/latency_kernel.json --picture eval/results/latency_kernel.png
+    python eval/latency.py --threads 2 --json latency_kernel.json --picture latency_kernel.png
     python eval/latency.py --device cuda
 
 On a GPU (`_latency_cuda.py`) the rivals are float16, and a device copy takes the place of the sweep. For whole models
@@ -27,8 +27,6 @@ from typing import Any
 import torch
 from _common import device_called, positive, provenance, write_json
 from _latency_race import BLOCK_SIZE, Case, Contestant, int8_calls, race, sdpa_calls, sets_for, warm_up_context
-
-from hf_int8_paged.kernels.cpu import backend as cpu
 
 LLC_MULTIPLE = 4
 
@@ -156,7 +154,7 @@ def main() -> None:
     device = device_called(args.device)
     torch.set_num_threads(args.threads)
     torch.manual_seed(0)
-    made = provenance(device)
+    made = provenance(device, timed=True)
     machine = made["machine"]
     results: list[dict[str, Any]] = []
     run: Callable[[Case, int, int], dict[str, Any]] = run_case
@@ -168,7 +166,6 @@ def main() -> None:
         run, say, chip = partial(_latency_cuda.run_case, device=device), _latency_cuda.report, machine["device"]
     else:
         machine["last_level_cache_bytes"] = last_level_cache()
-        machine["instruction_set"] = cpu.selected_isa()
         say = report
         chip = f"{machine['processor']}, {machine['threads']} threads, {machine['instruction_set']}"
     for case in cases:

@@ -151,6 +151,7 @@ def main() -> None:
     if args.threads:
         torch.set_num_threads(args.threads)
     device = device_called(args.device)
+    made = provenance(device, timed=True)
     if args.compiled:
         CONTESTANTS.update(COMPILED)
     results: list[dict] = []
@@ -175,7 +176,7 @@ def main() -> None:
                 slopes.append({"dtype": dtype, "batch": batch, "cache": name, "ms_per_1000_tokens": per_1000})
                 print(f"{dtype} batch {batch}: {name} {per_1000:.2f} ms more per 1,000 tokens of context")
     if args.json:
-        write_json(args.json, {**provenance(device), "results": results, "slopes": slopes})
+        write_json(args.json, {**made, "results": results, "slopes": slopes})
     if args.picture:
         draw(results, args.picture)
 

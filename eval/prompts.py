@@ -23,7 +23,6 @@ from tqdm import tqdm
 from transformers import PreTrainedModel
 
 from hf_int8_paged.cache_argument import CACHE_ARGUMENT
-from hf_int8_paged.kernels.cpu import backend as cpu
 
 CACHES = ("DynamicCache", "PagedInt8Cache")
 
@@ -72,9 +71,7 @@ def main() -> None:
     torch.set_num_threads(args.threads)
     torch.manual_seed(0)
     device = device_called(args.device)
-    made = provenance(device)
-    made["machine"]["instruction_set"] = cpu.selected_isa()
-    made["load_average_before"] = os.getloadavg()
+    made = provenance(device, timed=True)
     model, _ = load_model(args, device)
     ids = torch.randint(model.config.vocab_size, (1, args.tokens), device=device)
     for name in CACHES:
@@ -88,8 +85,6 @@ def main() -> None:
             f"{args.tokens} tokens in chunks of {chunk}: {said}, ratio {results[-1]['ours_over_dynamic']:.2f}",
             flush=True,
         )
-    made["load_average_after"] = os.getloadavg()
-    print(f"load average {made['load_average_before'][0]:.1f} before, {made['load_average_after'][0]:.1f} after")
     if args.json:
         write_json(args.json, {**made, "tokens": args.tokens, "dtype": args.dtype, "results": results})
 

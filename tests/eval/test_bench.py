@@ -7,8 +7,10 @@ import sys
 from pathlib import Path
 from typing import Any
 
+import _common
 import bench
 import pytest
+import torch
 
 MACHINE = {"processor": "some processor", "instruction_set": "avx2", "threads": 2}
 STEP = {"ms_quartile_1": 39.0, "ms_quartile_3": 41.0}
@@ -97,3 +99,15 @@ def test_a_script_that_fails_ends_the_run(tmp_path: Path) -> None:
     wrong = bench.Benchmark("growth", ["growth.py", "--tokens", "no number"], "growth", bench.growth_rows, {})
     with pytest.raises(SystemExit, match=r"python eval/growth\.py --tokens no number failed with exit status 2"):
         bench.run(wrong, tmp_path / "growth.json")
+
+
+def test_timed_results_name_the_instruction_set_and_the_load_before_and_after(tmp_path: Path) -> None:
+    made = _common.provenance(torch.device("cpu"), timed=True)
+    _common.write_json(tmp_path / "timed.json", made)
+    _common.write_json(tmp_path / "other.json", _common.provenance(torch.device("cpu")))
+    timed, other = (json.loads((tmp_path / f"{name}.json").read_text()) for name in ("timed", "other"))
+    assert timed["machine"]["instruction_set"] == bench.cpu.selected_isa()
+    assert timed["machine"]["threads"] == torch.get_num_threads()
+    assert timed["load_average_before"] == made["load_average_before"]
+    assert "load_average_after" in timed
+    assert not {"load_average_before", "load_average_after"} & set(other)
