@@ -13,10 +13,11 @@
 
 /* Fetches the next tile line by line, in the order of addresses, while this one is worked on: it may lie anywhere in
  * the pool. One thread on cold memory, 8 heads of head_dim 64, group 1: 30 GB/s, and 24 when fetched in the order of
- * use; a tile earlier is no better, without prefetching it is 10 to 16 (Sapphire Rapids).
- * Into the second-level cache: the first-level one has too few places for lines on their way (24 on Zen 4) to cover the
- * latency of memory where rows are worked on fast. There 64 tokens of head_dim 128 with 4 query rows take 0.81 us with
- * AVX-512 VNNI, 1.74 us when fetched into the first level, 0.76 us when they were in the cache all along. */
+ * use; a tile earlier is no better, without prefetching it is 10 to 16.
+ * Into the second-level cache: that was no better on the processor of these figures, but on a Zen 4 the first level seems
+ * to have too few places for lines on their way to cover the latency of memory. There 64 tokens of head_dim 128 with 4
+ * query rows take 0.81 us with AVX-512 VNNI, 1.74 us when fetched into the first level, 0.76 us when they were in the
+ * cache all along. */
 typedef struct {
     const int8_t *line, *end; /* of a run of lines */
     int64_t stride;
