@@ -2,7 +2,9 @@
 
 Compiles variants for GPUs that need not be here, disassembles them and counts the main loop. From the instructions a
 warp issues per iteration follows an upper bound on the bandwidth: a multiprocessor issues four instructions per cycle,
-so it takes in ``bytes of K and V / (instructions * warps / 4)`` bytes per cycle at most.
+so it takes in ``bytes of K and V / (instructions * warps / 4)`` bytes per cycle at most. Beside the bound stands what
+latency costs: how often an iteration waits for memory, what is in flight meanwhile (`_memory_trips.py`), and how much
+a program executes before and after its loop.
 
     python eval/gpu_audit.py --json docs/gpu_audit.json
 
@@ -23,6 +25,7 @@ from typing import Any
 import torch
 import triton
 from _machine_code import MULTIPROCESSORS, audit_cubin, audit_hsaco, tool
+from _memory_trips import bytes_in_flight
 from _triton_offline import TARGETS, compiling_for
 from tqdm import tqdm
 
@@ -85,6 +88,9 @@ def audit(
     wide_loads = figures["loop_loads_by_bytes_per_thread"].get(16, 0) - SCALE_LOADS
     return variant | figures | {
         "bytes_per_iteration": bytes_per_warp * figures["warps"],
+        "bytes_in_flight": bytes_in_flight(
+            bytes_per_warp * figures["warps"], figures["dependent_trips"], figures["blocks_per_multiprocessor"]
+        ),
         "kv_loads_narrower_than_16_bytes": max(0, bytes_per_warp // (16 * 32) - wide_loads),
         "bytes_per_cycle": round(bytes_per_warp * 4 / figures["loop_instructions"], 1),
         "bytes_per_cycle_needed": MULTIPROCESSORS[chip].bytes_per_cycle_needed,
@@ -94,14 +100,16 @@ def audit(
 def table(rows: list[dict[str, Any]]) -> str:
     """Markdown table of the NVIDIA variants, and one of the AMD ones."""
     lines = [
-        "| chip | head_dim | group | block | q | rotation | registers | spills | loop | bytes/cycle | need | blocks |",
-        "|---|---|---|---|---|---|---|---|---|---|---|---|",
+        "| chip | head_dim | group | block | q | rotation | registers | spills | loop | bytes/cycle | need | blocks "
+        "| trips | in flight | outside the loop | barriers there |",
+        "|---|---|---|---|---|---|---|---|---|---|---|---|---|---|---|---|",
     ]
     for r in (r for r in rows if "registers" in r):
         lines.append(
             f"| {r['chip']} | {r['head_dim']} | {r['group']} | {r['block_size']} | {r['dtype']} | {r['rotation']} "
             f"| {r['registers']} | {r['spill_instructions']} | {r['loop_instructions']} | {r['bytes_per_cycle']} "
-            f"| {r['bytes_per_cycle_needed']} | {r['blocks_per_multiprocessor']} |"
+            f"| {r['bytes_per_cycle_needed']} | {r['blocks_per_multiprocessor']} | {r['dependent_trips']} "
+            f"| {r['bytes_in_flight']} | {r['instructions_outside_loop']} | {r['barriers_outside_loop']} |"
         )
     lines += ["", "| chip | head_dim | group | rotation | VGPRs | spills | stack |", "|---|---|---|---|---|---|---|"]
     for r in (r for r in rows if "vector_registers" in r):
