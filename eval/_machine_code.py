@@ -12,7 +12,7 @@ from typing import Any
 
 import triton
 from _memory_trips import outside, trips
-from _sass import CLASSES, Program, load_widths
+from _sass import CLASSES, Program, load_widths, store_widths
 
 
 @dataclass(frozen=True)
@@ -52,11 +52,8 @@ def tool(name: str, *arguments: str) -> str:
     return subprocess.run([str(path), *arguments], check=True, capture_output=True, text=True).stdout
 
 
-def audit_cubin(kernel: Any, multiprocessor: Multiprocessor) -> dict[str, Any]:
-    """Figures of a kernel that triton compiled for an NVIDIA chip.
-
-    The main loop is counted whole, with the parts that a branch skips most of the time, so the count is an upper bound.
-    """
+def disassemble(kernel: Any) -> tuple[Program, dict[str, int]]:
+    """A kernel that triton compiled for an NVIDIA chip: its program, and what it takes of a multiprocessor."""
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
         file.write(kernel.asm["cubin"])
         file.flush()
@@ -66,19 +63,53 @@ def audit_cubin(kernel: Any, multiprocessor: Multiprocessor) -> dict[str, Any]:
     if resources is None:
         raise ValueError(f"cannot read the resource usage of cuobjdump: {usage!r}")
     registers, stack, local = map(int, resources.groups())
-    warps, shared_memory = kernel.metadata.num_warps, kernel.metadata.shared
+    return program, {
+        "registers": registers,
+        "stack_bytes": stack + local,
+        "spill_instructions": sum(each.spills for each in program.instructions),
+        "shared_memory_bytes": kernel.metadata.shared,
+        "warps": kernel.metadata.num_warps,
+    }
+
+
+def resident_blocks(resources: dict[str, int], multiprocessor: Multiprocessor) -> int:
+    return multiprocessor.resident_blocks(resources["registers"], resources["shared_memory_bytes"], resources["warps"])
+
+
+def audit_cubin(kernel: Any, multiprocessor: Multiprocessor) -> dict[str, Any]:
+    """Figures of a kernel that triton compiled for an NVIDIA chip, and of its main loop.
+
+    The main loop is counted whole, with the parts that a branch skips most of the time, so the count is an upper bound.
+    """
+    program, resources = disassemble(kernel)
+    return resources | {
+        "blocks_per_multiprocessor": resident_blocks(resources, multiprocessor),
+        **loop_figures(program),
+    }
+
+
+def audit_whole(kernel: Any, multiprocessor: Multiprocessor) -> dict[str, Any]:
+    """Figures of a kernel that triton compiled for an NVIDIA chip, which need not have a loop."""
+    program, resources = disassemble(kernel)
+    loops = program.loops()
+    return resources | {
+        "blocks_per_multiprocessor": resident_blocks(resources, multiprocessor),
+        "instructions": sum(each.opcode != "NOP" for each in program.instructions),
+        "instructions_without_slow_paths": len(program.usual_path()),
+        "stores_by_bytes_per_thread": store_widths(program.instructions),
+        "loops": len(loops),
+        **(loop_figures(program) if loops else {}),
+    }
+
+
+def loop_figures(program: Program) -> dict[str, Any]:
+    """What the main loop issues and waits for, and what lies outside of it."""
     in_loop = program.main_loop()
     loop, once = program.select(in_loop), outside(program, in_loop)
     waits = trips(loop)
     counts = Counter(each.kind for each in loop)
     return {
-        "registers": registers,
-        "stack_bytes": stack + local,
-        "spill_instructions": sum(each.spills for each in program.instructions),
         "spill_instructions_in_loop": sum(each.spills for each in loop),
-        "shared_memory_bytes": shared_memory,
-        "warps": warps,
-        "blocks_per_multiprocessor": multiprocessor.resident_blocks(registers, shared_memory, warps),
         "loop_instructions": len(loop),
         "loop_by_class": {name: counts[name] for name in CLASSES if counts[name]},
         "loop_loads_by_bytes_per_thread": load_widths(loop),

@@ -125,11 +125,9 @@ class Program:
         program.branches = [(at, labels[target]) for at, target in branches if target in labels]
         return program
 
-    def loops(self) -> list[list[int]]:
-        """Natural loops: indices of the instructions of each, ascending. Those with the same head are one.
-
-        A block that the compiler moved behind the kernel's end, and that jumps back into a loop, belongs to the loop.
-        """
+    @cached_property
+    def _reached(self) -> networkx.DiGraph:
+        """Which instruction may follow which; those only that can be reached otherwise than by a call."""
         graph = networkx.DiGraph(self.branches)
         graph.add_nodes_from(range(len(self.instructions)))
         for at, instruction in enumerate(self.instructions[:-1]):
@@ -138,7 +136,24 @@ class Program:
             leaves = instruction.opcode.startswith(("EXIT", "RET")) and not instruction.predicate
             if not jumps and not leaves:
                 graph.add_edge(at, at + 1)
-        graph = graph.subgraph({0} | networkx.descendants(graph, 0))
+        return graph.subgraph({0} | networkx.descendants(graph, 0))
+
+    def usual_path(self) -> list[int]:
+        """Indices of the instructions that are executed when no call is: a branch that jumps over a call and over no
+        other branch, as over the slow path of a division, is taken. Loops count once, NOPs do not."""
+        slow: set[int] = set()
+        for at, target in self.branches:
+            skipped = {instruction.opcode.split(".")[0] for instruction in self.instructions[at + 1 : target]}
+            if self.instructions[at].opcode.startswith("BRA") and "CALL" in skipped and "BRA" not in skipped:
+                slow.update(range(at + 1, target))
+        return [at for at in sorted(self._reached) if at not in slow and self.instructions[at].opcode != "NOP"]
+
+    def loops(self) -> list[list[int]]:
+        """Natural loops: indices of the instructions of each, ascending. Those with the same head are one.
+
+        A block that the compiler moved behind the kernel's end, and that jumps back into a loop, belongs to the loop.
+        """
+        graph = self._reached
         dominators = networkx.immediate_dominators(graph, 0)
         backwards = graph.reverse()
         loops: dict[int, set[int]] = {}
@@ -176,4 +191,10 @@ def _dominates(dominators: dict[int, int], head: int, at: int) -> bool:
 def load_widths(instructions: list[Instruction]) -> dict[int, int]:
     """Bytes per thread of each global load -> how many such loads."""
     found = Counter(each.bytes_per_thread for each in instructions if each.loads_global_memory)
+    return dict(sorted(found.items()))
+
+
+def store_widths(instructions: list[Instruction]) -> dict[int, int]:
+    """Bytes per thread of each global store -> how many such stores."""
+    found = Counter(each.bytes_per_thread for each in instructions if each.opcode.startswith(("STG", "ST.E")))
     return dict(sorted(found.items()))

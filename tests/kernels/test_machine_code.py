@@ -112,6 +112,33 @@ def test_a_block_moved_behind_the_end_belongs_to_the_loop_it_returns_to() -> Non
     assert program.main_loop() == [0, 1, 2, 3, 5, 6]
 
 
+def test_the_usual_path_leaves_out_the_slow_path_of_a_division() -> None:
+    from _sass import Program, store_widths
+
+    program = Program.parse(
+        sass(
+            "FCHK P0, R3, R4",
+            "BSSY B0, `(.L_x_0)",
+            "@!P0 BRA `(.L_x_1)",
+            "MOV R20, 0x50",
+            "CALL.REL.NOINC `($__internal_0_$__cuda_sm3x_div_rn_noftz_f32_slowpath)",
+            ".L_x_1:",
+            "BSYNC B0",
+            ".L_x_0:",
+            "@!P1 BRA `(.L_x_2)",  # jumps over no call
+            "STG.E.U8 desc[UR4][R2.64], R8",
+            ".L_x_2:",
+            "STG.E.128 desc[UR4][R2.64], R8",
+            "STG.E desc[UR4][R2.64], R8",
+            "EXIT",
+            "FMUL R5, R5, R5",  # the subroutine
+            "RET.REL.NODEC R4",
+        )
+    )
+    assert program.usual_path() == [0, 1, 2, 5, 6, 7, 8, 9, 10]
+    assert store_widths(program.instructions) == {1: 1, 4: 1, 16: 1}
+
+
 def test_a_kernel_without_a_loop_says_so() -> None:
     from _sass import Program
 

@@ -9,7 +9,6 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import torch
 
 ROOT = Path(__file__).parents[2]
 sys.path.append(str(ROOT / "eval"))
@@ -83,26 +82,29 @@ def test_gfx942_has_no_spill(head_dim: int) -> None:
 @pytest.mark.parametrize("head_dim", [64, 128, 256])
 @pytest.mark.parametrize("chip", ["sm_80", "sm_90"])
 def test_extend_reads_no_single_bytes_and_does_not_spill_in_its_loop(chip: str, head_dim: int) -> None:
-    from _machine_code import MULTIPROCESSORS, audit_cubin
-    from _triton_offline import TARGETS, compiling_for
+    from _machine_code import MULTIPROCESSORS, audit_whole
+    from _offline_launches import extend
 
-    from hf_int8_paged.kernels import FirstTokens, KvCacheQuant, Scoring, Tokens
-    from hf_int8_paged.kernels.triton.extend import launch_extend
-
-    slots = (2, 64, 16)
-    k, v = (torch.empty(*slots, head_dim, dtype=torch.int8) for _ in range(2))
-    scales = torch.empty(2, *slots, dtype=torch.float16)
-    center = torch.zeros(2, head_dim)
-    storage = KvCacheQuant(k, v, scales[0], scales[1], "triton", "v_transposed", "hadamard", center)
-    q, new = (torch.empty(2, heads, 100, head_dim, dtype=torch.float16) for heads in (8, 2))
-    table, lens = torch.empty(2, 64, dtype=torch.int32), torch.empty(2, dtype=torch.int32)
-    with compiling_for(TARGETS[chip]) as compiled:
-        rows = new[:, :, :1].contiguous()
-        held = FirstTokens(rows, rows, lens, lens, lens, limit=1)
-        launch_extend(torch.empty_like(q), q, storage, Tokens.at(table, lens), Scoring(0.1), (new, new), held)
-    figures = audit_cubin(compiled[0][1], MULTIPROCESSORS[chip])
+    ((_, kernel),) = extend(chip, head_dim, 100)
+    figures = audit_whole(kernel, MULTIPROCESSORS[chip])
     assert 1 not in figures["loop_loads_by_bytes_per_thread"]
     assert figures["spill_instructions_in_loop"] == 0
+    assert set(figures["stores_by_bytes_per_thread"]) == {16}
+
+
+def test_the_audit_has_a_row_for_every_other_kernel_of_a_layer() -> None:
+    from gpu_audit import audit_others
+
+    rows = audit_others("sm_90", 64)
+    assert {(row["launch"], row["kernel"]) for row in rows} >= {
+        ("append, a prompt", "append_kernel"),
+        ("append, one token", "append_kernel"),
+        ("extend", "extend_kernel"),
+        ("decode", "reduce_kernel"),
+    }
+    prompt = next(row for row in rows if row["launch"] == "append, a prompt")
+    assert 0 < prompt["instructions_per_tile"] <= prompt["instructions_without_slow_paths"] <= prompt["instructions"]
+    assert sum(prompt["stores_by_bytes_per_thread"].values()) >= 4, "K, V and their scales"
 
 
 def test_launchers_do_little_beside_the_launch() -> None:
