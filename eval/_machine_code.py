@@ -6,11 +6,13 @@ import re
 import subprocess
 import tempfile
 from collections import Counter
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import triton
+from _memory_trips import outside, trips
+from _sass import CLASSES, Program, load_widths, store_widths
 
 
 @dataclass(frozen=True)
@@ -43,65 +45,6 @@ MULTIPROCESSORS = {
     "sm_100": Multiprocessor(shared_memory=228 * 1024, bytes_per_cycle_needed=28.0),
 }
 
-#: Instruction classes by the opcode's beginning; the first that matches counts.
-CLASSES = {
-    "tensor core": r"[IHQDO]MMA|[QHI]GMMA|UTC.*MMA",
-    "conversion": r"I2F|F2I|F2F|HADD2\.F32|PRMT|I2I",
-    "memory": r"LD|ST|ATOM|RED|CCTL",
-    "barrier": r"BAR|DEPBAR|WARPSYNC|SYNCS|ARRIVES|MEMBAR",
-    "shuffle": r"SHFL",
-    "control": r"BRA|EXIT|CALL|RET|BSSY|BSYNC|NOP|JMP|YIELD",
-    "float": r"F(ADD|MUL|FMA|MNMX|SEL|SETP|SET|CHK|RND)|H(ADD|MUL|FMA)|MUFU",
-    "integer": r"",
-}
-SPILL = re.compile(r"(LDL|STL)\b")
-GLOBAL_LOAD = re.compile(r"LDG\.E(?:\.\w+)*?(?:\.(64|128|U8|U16|S8|S16))?(?:\.\w+)*$")
-WIDTHS = {None: 4, "64": 8, "128": 16, "U8": 1, "S8": 1, "U16": 2, "S16": 2}
-
-
-@dataclass
-class Program:
-    """Opcodes of a disassembled kernel, in order, and where its backward branches lead."""
-
-    opcodes: list[str] = field(default_factory=list)
-    loops: list[tuple[int, int]] = field(default_factory=list)
-
-    @staticmethod
-    def parse(sass: str) -> Program:
-        """Parse the output of ``nvdisasm -c``."""
-        program, labels, branches = Program(), {}, []
-        for line in sass.splitlines():
-            if label := re.match(r"\s*(\.L_x_\d+):", line):
-                labels[label[1]] = len(program.opcodes)
-            elif instruction := re.match(r"\s*/\*[0-9a-f]{4,}\*/\s+(?:@!?U?P\w+\s+)?(\S+)(.*?);", line):
-                if target := re.search(r"`\((\.L_x_\d+)\)", instruction[2]):
-                    branches.append((target[1], len(program.opcodes)))
-                program.opcodes.append(instruction[1])
-        program.loops = [(labels[t], at) for t, at in branches if t in labels and labels[t] < at]
-        return program
-
-    def main_loop(self) -> list[str]:
-        """Opcodes of the loop with the most matrix products, or else the most memory instructions."""
-
-        def work(loop: tuple[int, int]) -> tuple[int, int]:
-            count = Counter(class_of(opcode) for opcode in self.opcodes[loop[0] : loop[1] + 1])
-            return count["tensor core"], count["memory"]
-
-        if not self.loops:
-            raise ValueError("the kernel has no loop")
-        first, last = max(self.loops, key=work)
-        return self.opcodes[first : last + 1]
-
-
-def class_of(opcode: str) -> str:
-    return next(name for name, pattern in CLASSES.items() if re.match(pattern, opcode))
-
-
-def load_widths(opcodes: list[str]) -> dict[int, int]:
-    """Bytes per thread of each global load -> how many such loads."""
-    found = Counter(WIDTHS[match[1]] for opcode in opcodes if (match := GLOBAL_LOAD.match(opcode)))
-    return dict(sorted(found.items()))
-
 
 def tool(name: str, *arguments: str) -> str:
     """Output of a binary tool that comes in the triton wheel."""
@@ -109,11 +52,8 @@ def tool(name: str, *arguments: str) -> str:
     return subprocess.run([str(path), *arguments], check=True, capture_output=True, text=True).stdout
 
 
-def audit_cubin(kernel: Any, multiprocessor: Multiprocessor) -> dict[str, Any]:
-    """Figures of a kernel that triton compiled for an NVIDIA chip.
-
-    The main loop is counted whole, with the parts that a branch skips most of the time, so the count is an upper bound.
-    """
+def disassemble(kernel: Any) -> tuple[Program, dict[str, int]]:
+    """A kernel that triton compiled for an NVIDIA chip: its program, and what it takes of a multiprocessor."""
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
         file.write(kernel.asm["cubin"])
         file.flush()
@@ -123,20 +63,60 @@ def audit_cubin(kernel: Any, multiprocessor: Multiprocessor) -> dict[str, Any]:
     if resources is None:
         raise ValueError(f"cannot read the resource usage of cuobjdump: {usage!r}")
     registers, stack, local = map(int, resources.groups())
-    warps, shared_memory = kernel.metadata.num_warps, kernel.metadata.shared
-    loop = program.main_loop()
-    counts = Counter(class_of(opcode) for opcode in loop)
-    return {
+    return program, {
         "registers": registers,
         "stack_bytes": stack + local,
-        "spill_instructions": sum(bool(SPILL.match(opcode)) for opcode in program.opcodes),
-        "spill_instructions_in_loop": sum(bool(SPILL.match(opcode)) for opcode in loop),
-        "shared_memory_bytes": shared_memory,
-        "warps": warps,
-        "blocks_per_multiprocessor": multiprocessor.resident_blocks(registers, shared_memory, warps),
+        "spill_instructions": sum(each.spills for each in program.instructions),
+        "shared_memory_bytes": kernel.metadata.shared,
+        "warps": kernel.metadata.num_warps,
+    }
+
+
+def resident_blocks(resources: dict[str, int], multiprocessor: Multiprocessor) -> int:
+    return multiprocessor.resident_blocks(resources["registers"], resources["shared_memory_bytes"], resources["warps"])
+
+
+def audit_cubin(kernel: Any, multiprocessor: Multiprocessor) -> dict[str, Any]:
+    """Figures of a kernel that triton compiled for an NVIDIA chip, and of its main loop.
+
+    The main loop is counted whole, with the parts that a branch skips most of the time, so the count is an upper bound.
+    """
+    program, resources = disassemble(kernel)
+    return resources | {
+        "blocks_per_multiprocessor": resident_blocks(resources, multiprocessor),
+        **loop_figures(program),
+    }
+
+
+def audit_whole(kernel: Any, multiprocessor: Multiprocessor) -> dict[str, Any]:
+    """Figures of a kernel that triton compiled for an NVIDIA chip, which need not have a loop."""
+    program, resources = disassemble(kernel)
+    loops = program.loops()
+    return resources | {
+        "blocks_per_multiprocessor": resident_blocks(resources, multiprocessor),
+        "instructions": sum(each.opcode != "NOP" for each in program.instructions),
+        "instructions_without_slow_paths": len(program.usual_path()),
+        "stores_by_bytes_per_thread": store_widths(program.instructions),
+        "loops": len(loops),
+        **(loop_figures(program) if loops else {}),
+    }
+
+
+def loop_figures(program: Program) -> dict[str, Any]:
+    """What the main loop issues and waits for, and what lies outside of it."""
+    in_loop = program.main_loop()
+    loop, once = program.select(in_loop), outside(program, in_loop)
+    waits = trips(loop)
+    counts = Counter(each.kind for each in loop)
+    return {
+        "spill_instructions_in_loop": sum(each.spills for each in loop),
         "loop_instructions": len(loop),
         "loop_by_class": {name: counts[name] for name in CLASSES if counts[name]},
         "loop_loads_by_bytes_per_thread": load_widths(loop),
+        "dependent_trips": len(waits),
+        "bytes_per_thread_by_trip": waits,
+        "instructions_outside_loop": len(once),
+        "barriers_outside_loop": sum(each.opcode.startswith("BAR.SYNC") for each in once),
     }
 
 

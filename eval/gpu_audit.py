@@ -2,7 +2,9 @@
 
 Compiles variants for GPUs that need not be here, disassembles them and counts the main loop. From the instructions a
 warp issues per iteration follows an upper bound on the bandwidth: a multiprocessor issues four instructions per cycle,
-so it takes in ``bytes of K and V / (instructions * warps / 4)`` bytes per cycle at most.
+so it takes in ``bytes of K and V / (instructions * warps / 4)`` bytes per cycle at most. Beside the bound stands what
+latency costs: how often an iteration waits for memory, what is in flight meanwhile (`_memory_trips.py`), and how much
+a program executes before and after its loop.
 
     python eval/gpu_audit.py --json docs/gpu_audit.json
 
@@ -22,14 +24,13 @@ from typing import Any
 
 import torch
 import triton
-from _machine_code import MULTIPROCESSORS, audit_cubin, audit_hsaco, tool
-from _triton_offline import TARGETS, compiling_for
+from _machine_code import MULTIPROCESSORS, audit_cubin, audit_hsaco, audit_whole, tool
+from _memory_trips import bytes_in_flight
+from _offline_launches import append, decode, extend
+from _triton_offline import TARGETS
 from tqdm import tqdm
 
-from hf_int8_paged.kernels import FirstTokens, KvCacheQuant, Scoring, Tokens
-from hf_int8_paged.kernels.triton.decode import launch_decode
 from hf_int8_paged.kernels.triton.tiles import TOKENS
-from hf_int8_paged.kernels.triton.tuning import Chip
 
 HEAD_DIMS, GROUPS, BLOCK_SIZES = (64, 128, 256), (1, 4, 8), (16, 64)
 DTYPES = (torch.float16, torch.bfloat16)
@@ -48,26 +49,7 @@ def audit(
 ) -> dict[str, Any]:
     """Compile the decode kernel as its launcher would on ``chip``, with one first token per sequence as caches have by
     default, and return its figures."""
-    kv_heads, num_blocks = 2, 64
-    slots = (kv_heads, num_blocks, block_size)
-    storage = KvCacheQuant(
-        k=torch.empty(*slots, head_dim, dtype=torch.int8),
-        v=torch.empty(*slots, head_dim, dtype=torch.int8),
-        k_scales=torch.empty(slots, dtype=torch.float16),
-        v_scales=torch.empty(slots, dtype=torch.float16),
-        backend="triton",
-        tile_order="v_transposed",
-        rotation=rotation,
-    )
-    q = torch.empty(2, kv_heads * group, 1, head_dim, dtype=dtype)
-    table, lens = torch.empty(2, num_blocks, dtype=torch.int32), torch.empty(2, dtype=torch.int32)
-    rows = torch.empty(2, kv_heads, 1, head_dim, dtype=dtype)
-    first_tokens = FirstTokens(rows, rows, lens, lens, lens, limit=1)
-    with compiling_for(TARGETS[chip]) as compiled:
-        launch_decode(
-            torch.empty_like(q), q, storage, Tokens.at(table, lens), Scoring(head_dim**-0.5), first_tokens,
-            chip=Chip(chip, 132), integer=integer,
-        )  # fmt: skip
+    compiled = decode(chip, head_dim, group, block_size, dtype, rotation, integer)
     kernel = next(kernel for name, kernel in compiled if name == "decode_kernel")
     variant = {
         "chip": chip,
@@ -85,29 +67,85 @@ def audit(
     wide_loads = figures["loop_loads_by_bytes_per_thread"].get(16, 0) - SCALE_LOADS
     return variant | figures | {
         "bytes_per_iteration": bytes_per_warp * figures["warps"],
+        "bytes_in_flight": bytes_in_flight(
+            bytes_per_warp * figures["warps"], figures["dependent_trips"], figures["blocks_per_multiprocessor"]
+        ),
         "kv_loads_narrower_than_16_bytes": max(0, bytes_per_warp // (16 * 32) - wide_loads),
         "bytes_per_cycle": round(bytes_per_warp * 4 / figures["loop_instructions"], 1),
         "bytes_per_cycle_needed": MULTIPROCESSORS[chip].bytes_per_cycle_needed,
     }  # fmt: skip
 
 
+#: The other launches of a layer: name -> (what compiles it, query rows or new tokens).
+LAUNCHES = {
+    "append, a prompt": (append, 512),
+    "append, one token": (append, 1),
+    "extend": (extend, 128),
+    "decode": (lambda chip, head_dim, _: decode(chip, head_dim, 4), 1),
+}
+
+
+def audit_others(chip: str, head_dim: int) -> list[dict[str, Any]]:
+    """Figures of all kernels but `audit`'s: a row per kernel of a launch, with a group of 4 and blocks of 16.
+
+    ``instructions_per_tile`` of append is what a warp issues for 16 rows of 128 elements, of K or V, without the slow
+    paths of divisions.
+    """
+    rows = []
+    for launch, (compile_for, count) in LAUNCHES.items():
+        for name, kernel in compile_for(chip, head_dim, count):
+            if name == "decode_kernel":
+                continue
+            figures = audit_whole(kernel, MULTIPROCESSORS[chip])
+            if launch == "append, a prompt":
+                tiles = 2 * head_dim / 128 * constant(kernel, "TOKENS") / 16
+                figures["instructions_per_tile"] = round(figures["instructions_without_slow_paths"] / tiles)
+            rows.append({"launch": launch, "kernel": name, "chip": chip, "head_dim": head_dim} | figures)
+    return rows
+
+
+def constant(kernel: Any, name: str) -> Any:
+    """The value of a kernel's constexpr parameter."""
+    return kernel.src.constants[(kernel.src.fn.arg_names.index(name),)]
+
+
 def table(rows: list[dict[str, Any]]) -> str:
     """Markdown table of the NVIDIA variants, and one of the AMD ones."""
     lines = [
-        "| chip | head_dim | group | block | q | rotation | registers | spills | loop | bytes/cycle | need | blocks |",
-        "|---|---|---|---|---|---|---|---|---|---|---|---|",
+        "| chip | head_dim | group | block | q | rotation | registers | spills | loop | bytes/cycle | need | blocks "
+        "| trips | in flight | outside the loop | barriers there |",
+        "|---|---|---|---|---|---|---|---|---|---|---|---|---|---|---|---|",
     ]
     for r in (r for r in rows if "registers" in r):
         lines.append(
             f"| {r['chip']} | {r['head_dim']} | {r['group']} | {r['block_size']} | {r['dtype']} | {r['rotation']} "
             f"| {r['registers']} | {r['spill_instructions']} | {r['loop_instructions']} | {r['bytes_per_cycle']} "
-            f"| {r['bytes_per_cycle_needed']} | {r['blocks_per_multiprocessor']} |"
+            f"| {r['bytes_per_cycle_needed']} | {r['blocks_per_multiprocessor']} | {r['dependent_trips']} "
+            f"| {r['bytes_in_flight']} | {r['instructions_outside_loop']} | {r['barriers_outside_loop']} |"
         )
     lines += ["", "| chip | head_dim | group | rotation | VGPRs | spills | stack |", "|---|---|---|---|---|---|---|"]
     for r in (r for r in rows if "vector_registers" in r):
         lines.append(
             f"| {r['chip']} | {r['head_dim']} | {r['group']} | {r['rotation']} | {r['vector_registers']} "
             f"| {r['spills']} | {r['stack_bytes']} |"
+        )
+    return "\n".join(lines)
+
+
+def table_of_others(rows: list[dict[str, Any]]) -> str:
+    """Markdown table of the rows of `audit_others`."""
+    lines = [
+        "| launch | kernel | chip | head_dim | registers | spills | in the loop | instructions | per tile | loops "
+        "| main loop | trips | stores by bytes |",
+        "|---|---|---|---|---|---|---|---|---|---|---|---|---|",
+    ]
+    for r in rows:
+        stores = ", ".join(f"{count} x {width}" for width, count in r["stores_by_bytes_per_thread"].items())
+        lines.append(
+            f"| {r['launch']} | {r['kernel']} | {r['chip']} | {r['head_dim']} | {r['registers']} "
+            f"| {r['spill_instructions']} | {r.get('spill_instructions_in_loop', '')} "
+            f"| {r['instructions_without_slow_paths']} | {r.get('instructions_per_tile', '')} | {r['loops']} "
+            f"| {r.get('loop_instructions', '')} | {r.get('dependent_trips', '')} | {stores} |"
         )
     return "\n".join(lines)
 
@@ -139,11 +177,12 @@ def versions() -> dict[str, str]:
     return found
 
 
-def write_json(path: Path, rows: list[dict[str, Any]]) -> None:
-    """A line per variant: few bytes, and differences that can be read."""
-    head = {"command": shlex.join(["python", *sys.argv]), "versions": versions()}
-    lines = ",\n".join(json.dumps(row) for row in rows)
-    path.write_text(json.dumps(head, indent=1)[:-2] + f',\n "variants": [\n{lines}\n]}}\n', encoding="utf-8")
+def write_json(path: Path, **lists: list[dict[str, Any]]) -> None:
+    """A line per variant of each list: few bytes, and differences that can be read."""
+    text = json.dumps({"command": shlex.join(["python", *sys.argv]), "versions": versions()}, indent=1)[:-2]
+    for name, rows in lists.items():
+        text += f',\n "{name}": [\n' + ",\n".join(json.dumps(row) for row in rows) + "\n]"
+    path.write_text(text + "}\n", encoding="utf-8")
 
 
 def main() -> None:
@@ -159,8 +198,11 @@ def main() -> None:
     variants += product(*sizes, arguments.block_sizes[:1], DTYPES[:1], [None])
     rows = [audit(*variant) for variant in tqdm(variants, desc="compiling", unit="kernel")]
     print(table(rows))
+    nvidia = product([chip for chip in arguments.chips if chip in MULTIPROCESSORS], arguments.head_dims)
+    others = [row for chip, head_dim in tqdm([*nvidia], unit="chip") for row in audit_others(chip, head_dim)]
+    print("", table_of_others(others), sep="\n")
     if arguments.json:
-        write_json(arguments.json, rows)
+        write_json(arguments.json, variants=rows, kernels=others)
 
 
 if __name__ == "__main__":

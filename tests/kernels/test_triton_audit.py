@@ -1,4 +1,4 @@
-"""The static audit's parser, and what the decode kernel's machine code must reach (docs/gpu.md)."""
+"""What the kernels' machine code must reach (docs/gpu.md)."""
 
 from __future__ import annotations
 
@@ -9,9 +9,6 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import torch
-import triton
-import triton.language as tl
 
 ROOT = Path(__file__).parents[2]
 sys.path.append(str(ROOT / "eval"))
@@ -19,76 +16,6 @@ sys.path.append(str(ROOT / "eval"))
 pytestmark = pytest.mark.skipif(
     os.environ.get("TRITON_INTERPRET") == "1", reason="interpreted kernels have no machine code"
 )
-
-SASS = """
-.text.copy:
-        /*0000*/                   LDC R1, c[0x0][0x28] ;
-        /*0010*/              @!P0 BRA `(.L_x_2) ;
-.L_x_0:
-        /*0020*/                   LDG.E R5, desc[UR4][R2.64] ;
-        /*0030*/              @P1  BRA `(.L_x_0) ;
-.L_x_1:
-        /*0040*/                   LDG.E.128 R8, desc[UR4][R2.64] ;
-        /*0050*/                   LDG.E.128.CONSTANT R12, desc[UR4][R2.64+0x10] ;
-        /*0060*/                   LDG.E.U8 R16, desc[UR4][R2.64+0x20] ;
-        /*0070*/                   IMMA.16832.S8.S8.SAT R8, R24.ROW, R40.COL, RZ ;
-        /*0080*/                   I2FP.F32.S32 R9, R8 ;
-        /*0090*/                   HADD2.F32 R9, -RZ, R8.H0_H0 ;
-        /*00a0*/                   FFMA R9, R9, R9, R9 ;
-        /*00b0*/                   IMAD.WIDE R2, R3, 0x4, R2 ;
-        /*00c0*/                   STL [R1], R2 ;
-        /*00d0*/             @!UP0 BRA `(.L_x_1) ;
-        /*00e0*/                   BAR.SYNC.DEFER_BLOCKING 0x0 ;
-.L_x_2:
-        /*00f0*/                   EXIT ;
-"""
-
-
-def test_the_main_loop_is_the_one_with_matrix_products() -> None:
-    from _machine_code import Program, class_of, load_widths
-
-    loop = Program.parse(SASS).main_loop()
-    assert len(loop) == 10
-    assert load_widths(loop) == {1: 1, 16: 2}
-    assert [class_of(opcode) for opcode in loop] == [
-        "memory", "memory", "memory", "tensor core", "conversion",
-        "conversion", "float", "integer", "memory", "control",
-    ]  # fmt: skip
-
-
-def test_resident_blocks_by_registers_and_by_shared_memory() -> None:
-    from _machine_code import MULTIPROCESSORS
-
-    h100 = MULTIPROCESSORS["sm_90"]
-    assert h100.resident_blocks(168, 4096, warps=4) == 3  # 168 * 32 = 5376 = 21 * 256; 16384 / 5376 = 3.05
-    assert h100.resident_blocks(169, 4096, warps=4) == 2
-    assert h100.resident_blocks(32, 100 * 1024, warps=4) == 2
-    assert h100.resident_blocks(16, 0, warps=1) == 32
-
-
-@triton.jit
-def copy_kernel(out_ptr, in_ptr, count, SIZE: tl.constexpr):
-    at = tl.program_id(0) * count * SIZE + tl.arange(0, SIZE)
-    for i in tl.range(0, count, loop_unroll_factor=1):
-        tl.store(out_ptr + at + i * SIZE, tl.load(in_ptr + at + i * SIZE))
-
-
-def test_a_copy_loop_counted_by_hand() -> None:
-    """128 threads that copy 4,096 bytes per iteration: two loads and two stores of 16 bytes each, and no spill."""
-    from _machine_code import MULTIPROCESSORS, audit_cubin
-    from _triton_offline import TARGETS, compiling_for
-
-    memory = torch.empty(2, 1 << 16, dtype=torch.int8)
-    with compiling_for(TARGETS["sm_90"]) as compiled:
-        copy_kernel[(4,)](memory[0], memory[1], 4, SIZE=4096, num_warps=4, num_stages=1, enable_fp_fusion=False)
-    figures = audit_cubin(compiled[0][1], MULTIPROCESSORS["sm_90"])
-    loads = figures["loop_loads_by_bytes_per_thread"]
-    assert set(loads) == {16}
-    iterations = loads[16] // 2  # ptxas may unroll
-    assert loads[16] == 2 * iterations
-    assert figures["loop_by_class"]["memory"] == 4 * iterations
-    assert "tensor core" not in figures["loop_by_class"]
-    assert figures["stack_bytes"] == figures["spill_instructions"] == 0
 
 
 @pytest.fixture(scope="module")
@@ -155,26 +82,29 @@ def test_gfx942_has_no_spill(head_dim: int) -> None:
 @pytest.mark.parametrize("head_dim", [64, 128, 256])
 @pytest.mark.parametrize("chip", ["sm_80", "sm_90"])
 def test_extend_reads_no_single_bytes_and_does_not_spill_in_its_loop(chip: str, head_dim: int) -> None:
-    from _machine_code import MULTIPROCESSORS, audit_cubin
-    from _triton_offline import TARGETS, compiling_for
+    from _machine_code import MULTIPROCESSORS, audit_whole
+    from _offline_launches import extend
 
-    from hf_int8_paged.kernels import FirstTokens, KvCacheQuant, Scoring, Tokens
-    from hf_int8_paged.kernels.triton.extend import launch_extend
-
-    slots = (2, 64, 16)
-    k, v = (torch.empty(*slots, head_dim, dtype=torch.int8) for _ in range(2))
-    scales = torch.empty(2, *slots, dtype=torch.float16)
-    center = torch.zeros(2, head_dim)
-    storage = KvCacheQuant(k, v, scales[0], scales[1], "triton", "v_transposed", "hadamard", center)
-    q, new = (torch.empty(2, heads, 100, head_dim, dtype=torch.float16) for heads in (8, 2))
-    table, lens = torch.empty(2, 64, dtype=torch.int32), torch.empty(2, dtype=torch.int32)
-    with compiling_for(TARGETS[chip]) as compiled:
-        rows = new[:, :, :1].contiguous()
-        held = FirstTokens(rows, rows, lens, lens, lens, limit=1)
-        launch_extend(torch.empty_like(q), q, storage, Tokens.at(table, lens), Scoring(0.1), (new, new), held)
-    figures = audit_cubin(compiled[0][1], MULTIPROCESSORS[chip])
+    ((_, kernel),) = extend(chip, head_dim, 100)
+    figures = audit_whole(kernel, MULTIPROCESSORS[chip])
     assert 1 not in figures["loop_loads_by_bytes_per_thread"]
     assert figures["spill_instructions_in_loop"] == 0
+    assert set(figures["stores_by_bytes_per_thread"]) == {16}
+
+
+def test_the_audit_has_a_row_for_every_other_kernel_of_a_layer() -> None:
+    from gpu_audit import audit_others
+
+    rows = audit_others("sm_90", 64)
+    assert {(row["launch"], row["kernel"]) for row in rows} >= {
+        ("append, a prompt", "append_kernel"),
+        ("append, one token", "append_kernel"),
+        ("extend", "extend_kernel"),
+        ("decode", "reduce_kernel"),
+    }
+    prompt = next(row for row in rows if row["launch"] == "append, a prompt")
+    assert 0 < prompt["instructions_per_tile"] <= prompt["instructions_without_slow_paths"] <= prompt["instructions"]
+    assert sum(prompt["stores_by_bytes_per_thread"].values()) >= 4, "K, V and their scales"
 
 
 def test_launchers_do_little_beside_the_launch() -> None:
