@@ -35,7 +35,7 @@ def in_another_python(arguments: list[str], **environment: str) -> subprocess.Co
 @pytest.mark.skipif(INTERPRETED, reason="this process interprets the kernels itself")
 def test_interpreted_kernels() -> None:
     """The shared grid for the Triton backend, and what only Triton can get wrong, under TRITON_INTERPRET=1."""
-    grid = ["test_append.py", "test_conditioning.py", "test_decode.py", "test_gather_copy.py"]
+    grid = ["test_append.py", "test_append_edges.py", "test_conditioning.py", "test_decode.py", "test_gather_copy.py"]
     paths = [f"tests/kernels/{file}" for file in (*grid, "interpreted_triton.py", "triton_extend.py")]
     paths.append("tests/cache/triton_long_chunks.py")
     run = in_another_python(["-m", "pytest", "-q", "-k", "triton", *paths], TRITON_INTERPRET="1")
