@@ -110,6 +110,8 @@ def loop_figures(program: Program) -> dict[str, Any]:
     counts = Counter(each.kind for each in loop)
     return {
         "spill_instructions_in_loop": sum(each.spills for each in loop),
+        "barriers_in_loop": sum(each.opcode.startswith("BAR.SYNC") for each in loop),
+        "shared_memory_stores_in_loop": sum(each.opcode.startswith("STS") for each in loop),
         "loop_instructions": len(loop),
         "loop_by_class": {name: counts[name] for name in CLASSES if counts[name]},
         "loop_loads_by_bytes_per_thread": load_widths(loop),
