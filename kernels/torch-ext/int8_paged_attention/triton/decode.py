@@ -15,9 +15,10 @@ from ..conditioning import hadamard_block
 from ..first_tokens import FirstTokens
 from ..layouts import check_attend
 from ..storage import KvCacheQuant
-from .join import launch_join
+from .join import Programs, launch_join
 from .layouts import NOTE, Rows, first_layout, in_32_bits, layer_of, tokens_of
-from .split import CHUNK, STREAMS, decode_kernel
+from .schedule import CHUNK, STREAMS
+from .split import decode_kernel
 from .tiles import PART
 from .tuning import Chip, Config, config_for
 
@@ -37,6 +38,7 @@ def decode_constants(
         V_DIM=kind.v_dim,
         DIMS=max(PART.value, triton.next_power_of_2(kind.head_dim)),
         V_PART=max(16, min(PART.value, triton.next_power_of_2(kind.v_dim))),
+        V_FIRST=max(kind.head_dim, kind.v_dim) <= 128 and not chip.name.startswith("gfx"),
         ROTATED=hadamard_block(kind.head_dim) if kind.rotated else 1,
         BLOCK_SIZE=kind.block_size,
         ROWS=rows,
@@ -70,7 +72,7 @@ def launch_decode(
         integer: multiply int8 with int8; False multiplies in float16, for chips whose matrix unit knows no int8.
         config: instead of the chip's own.
     """
-    layout, kind, head_strides = storage.notes.get(NOTE) or layer_of(storage)
+    layout, kind, _ = storage.notes.get(NOTE) or layer_of(storage)
     held = tokens.notes.get(NOTE) or tokens_of(tokens)
     key_mask, sink_logits = check_attend(layout, held, out, q, scoring, first_layout(first_tokens))
     scale, softcap, _, _, key_mask_start = scoring
@@ -86,12 +88,15 @@ def launch_decode(
     if first_tokens is not None:
         blocks_start = first_tokens.stop if kv_start is None else torch.maximum(first_tokens.stop, kv_start)
     row_tiles, wanted, constants = decode_constants(kind, num_q_heads // kv_heads, q_len, integer, chip, config)
-    chunks = -(-table_width * block_size // CHUNK)
-    splits = max(1, min(chunks, -(-wanted // (batch * kv_heads * row_tiles))))
-    sums = torch.empty(batch * num_q_heads * q_len * splits * (v_dim + 2), dtype=torch.float32, device=q.device)
+    units = batch * kv_heads * row_tiles
+    programs = min(wanted, units * (-(-table_width * block_size // CHUNK.value)))
+    setup = int(2 * units > programs)
+    cut = Programs(programs, setup, constants["ROWS"], 1 if batch == 1 else max(32, triton.next_power_of_2(batch)))
+    rows_kept = min(num_q_heads // kv_heads * q_len, cut.rows)
+    sums = torch.empty((programs + units - 1) * rows_kept * (v_dim + 2), dtype=torch.float32, device=q.device)
     # Without softcap and sink logits the keys' centre moves all scores of a row alike, and softmax does not see it.
     absolute = softcap is not None or sink_logits is not None
-    decode_kernel[(splits, kv_heads * row_tiles, batch)](
+    decode_kernel[(programs,)](
         sums,
         q,
         storage.k,
@@ -105,23 +110,26 @@ def launch_decode(
         key_mask,
         float(scale),
         float(softcap or 0.0),
+        batch,
+        kv_heads,
         q_len,
+        setup,
         num_blocks,
         table_width,
         key_mask_start,
         0 if key_mask is None else key_mask.shape[1],
         window or 0,
         *q.stride(),
-        *head_strides,
         held.table_stride,
         0 if key_mask is None else key_mask.stride()[0],
+        SEQUENCES=cut.sequences,
         HAS_WINDOW=window is not None,
         HAS_SOFTCAP=softcap is not None,
         **constants,
     )
     if first_tokens is not None or sink_logits is not None:
         scoring = Scoring(scale, softcap, sink_logits, key_mask, key_mask_start)
-    launch_join(out, sums, q, storage, tokens, scoring, first_tokens, splits)
+    launch_join(out, sums, q, storage, tokens, scoring, first_tokens, blocks_start, cut)
 
 
 def time_decode(

@@ -1,9 +1,9 @@
-"""The second launch of decode attention: it joins the splits of the context, and first tokens in full precision."""
+"""The second launch of decode attention: it joins what the programs left, and first tokens in full precision."""
 
 from __future__ import annotations
 
 import functools
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import triton
@@ -16,19 +16,25 @@ from ..first_tokens import FirstTokens
 from ..storage import KvCacheQuant
 from .layouts import first_pointers
 from .primitives import LOG2_E, exponent_shift, first_positions, hadamard, tanh
+from .schedule import positions_of_sequences, share_of
 
 
 @triton.jit(
-    do_not_specialize=("num_splits", "key_mask_start", "key_mask_width", "key_mask_stride", "window"),
+    do_not_specialize=("batch", "programs", "setup", "key_mask_start", "key_mask_width", "key_mask_stride", "window"),
     do_not_specialize_on_alignment=("key_mask_ptr",),
 )
 def reduce_kernel(
     out_ptr,  # [batch, q_heads, q_len, V_DIM]
     partial_ptr,  # as the decode kernel leaves it
     sink_logits_ptr,  # [q_heads]
+    context_lens_ptr,  # [batch]
+    blocks_start_ptr,  # [batch], where each sequence's part in the blocks begins
+    batch,
     num_q_heads,
     q_len,
-    num_splits,
+    programs,
+    setup,
+    window,
     out_batch_stride,
     out_head_stride,
     out_row_stride,
@@ -39,7 +45,6 @@ def reduce_kernel(
     first_tokens_first_ptr,
     first_tokens_stop_ptr,
     key_center_ptr,  # [kv_heads, HEAD_DIM], where scores are only compared and those of the blocks lack its part
-    context_lens_ptr,  # [batch]
     kv_start_ptr,
     key_mask_ptr,
     scale,
@@ -47,7 +52,6 @@ def reduce_kernel(
     key_mask_start,
     key_mask_width,
     key_mask_stride,
-    window,
     q_batch_stride,
     q_head_stride,
     q_row_stride,
@@ -55,7 +59,9 @@ def reduce_kernel(
     V_DIM: tl.constexpr,
     DIMS: tl.constexpr,  # V_DIM, rounded up to a power of two
     ROTATED: tl.constexpr,
-    SPLIT_TILE: tl.constexpr,
+    SLOT_TILE: tl.constexpr,
+    SEQUENCES: tl.constexpr,
+    ROWS: tl.constexpr,
     GROUP: tl.constexpr,
     HEAD_DIM: tl.constexpr,
     K_DIMS: tl.constexpr,
@@ -64,21 +70,39 @@ def reduce_kernel(
     HAS_WINDOW: tl.constexpr,
     HAS_SOFTCAP: tl.constexpr,
 ):
-    """Join the splits of one query row, apply its sink, rotate back, add the first tokens, divide."""
+    """Join what is there of one query row, apply its sink, rotate back, add the first tokens, divide."""
     row = tl.program_id(0).to(tl.int64)
-    head = row // q_len % num_q_heads
-    stats_ptr = partial_ptr + tl.num_programs(0).to(tl.int64) * num_splits * V_DIM
+    head, sequence, i = row // q_len % num_q_heads, row // (q_len * num_q_heads), row % q_len
+    # The slots of the row's unit (`schedule`).
+    row_tiles = (GROUP * q_len + ROWS - 1) // ROWS
+    units = num_q_heads // GROUP * row_tiles
+    row_of_head = head % GROUP * q_len + i
+    unit = head // GROUP * row_tiles + row_of_head // ROWS
+    positions = positions_of_sequences(
+        context_lens_ptr, blocks_start_ptr, batch, q_len, window, setup, HAS_WINDOW, SEQUENCES
+    )
+    sequences = tl.arange(0, SEQUENCES)
+    mine = tl.sum(tl.where(sequences == sequence, positions, 0), axis=0)
+    before = tl.sum(tl.where(sequences < sequence, positions, 0), axis=0)
+    share = tl.maximum(share_of(tl.sum(positions, axis=0) * units, programs), 1)
+    chunk = before * units + unit * mine + setup
+    first_program = chunk // share
+    num_slots = tl.where(mine > setup, (chunk + mine - setup - 1) // share - first_program + 1, 0)
+    rows_kept = tl.minimum(GROUP * q_len, ROWS)
+    slot = first_program + sequence * units + unit
+
+    stats_ptr = partial_ptr + (programs + batch * units - 1).to(tl.int64) * rows_kept * V_DIM
     dims = tl.arange(0, DIMS)
-    splits = tl.arange(0, SPLIT_TILE)
+    slots = tl.arange(0, SLOT_TILE)
     top = float("-inf")
     total = 0.0
     if sink_logits_ptr is not None:
         top = tl.load(sink_logits_ptr + head).to(tl.float32) * LOG2_E
         total = 1.0
     acc = tl.zeros((DIMS,), tl.float32)
-    for first in range(0, num_splits, SPLIT_TILE):
-        valid = first + splits < num_splits
-        at = row * num_splits + first + splits
+    for first in range(0, num_slots, SLOT_TILE):
+        valid = first + slots < num_slots
+        at = (slot + first + slots) * rows_kept + row_of_head % ROWS
         tops = tl.load(stats_ptr + at * 2, mask=valid, other=float("-inf"))
         totals = tl.load(stats_ptr + at * 2 + 1, mask=valid, other=0.0)
         mask = valid[:, None] & (dims < V_DIM)[None, :]
@@ -93,7 +117,6 @@ def reduce_kernel(
     if ROTATED > 1:
         acc = tl.reshape(hadamard(tl.reshape(acc, (1, DIMS)), 1, DIMS, ROTATED), (DIMS,))
     if first_tokens_k_ptr is not None:
-        sequence, i = row // (q_len * num_q_heads), row % q_len
         position = tl.load(context_lens_ptr + sequence) - q_len + i
         tokens, seen = first_positions(
             sequence,
@@ -135,8 +158,7 @@ def reduce_kernel(
         total = total * decay + tl.sum(weights, axis=0)
         acc = acc * decay + tl.sum(v * weights[:, None], axis=0)
     out = acc / tl.where(total == 0.0, 1.0, total)
-    out_row_ptr = out_ptr + row // (q_len * num_q_heads) * out_batch_stride + head * out_head_stride
-    out_row_ptr += row % q_len * out_row_stride
+    out_row_ptr = out_ptr + sequence * out_batch_stride + head * out_head_stride + i * out_row_stride
     tl.store(out_row_ptr + dims, out.to(out_ptr.dtype.element_ty), mask=dims < V_DIM)
 
 
@@ -149,7 +171,7 @@ def join_constants(
         V_DIM=v_dim,
         DIMS=triton.next_power_of_2(v_dim),
         ROTATED=hadamard_block(v_dim) if rotated else 1,
-        SPLIT_TILE=16,
+        SLOT_TILE=16,
         GROUP=group,
         HEAD_DIM=head_dim,
         K_DIMS=triton.next_power_of_2(head_dim),
@@ -162,6 +184,22 @@ def join_constants(
     )
 
 
+class Programs(NamedTuple):
+    """How the first launch has cut its work (`schedule`).
+
+    Attributes:
+        programs: how many there are.
+        setup: positions that the beginning of a unit counts.
+        rows: query rows of a unit.
+        sequences: 1, or a power of two that is at least the batch.
+    """
+
+    programs: int
+    setup: int
+    rows: int
+    sequences: int
+
+
 def launch_join(
     out: torch.Tensor,
     partial: torch.Tensor,
@@ -170,39 +208,47 @@ def launch_join(
     tokens: Tokens,
     scoring: Scoring,
     first_tokens: FirstTokens | None,
-    num_splits: int,
+    blocks_start: torch.Tensor | None,
+    cut: Programs,
 ) -> None:
-    """Write ``out`` ``[batch, num_q_heads, q_len, v_head_dim]`` from the sums that the splits have left in ``partial``.
+    """Write ``out`` ``[batch, num_q_heads, q_len, v_head_dim]`` from the sums that the programs have left in ``partial``.
 
-    The other arguments are those of `reference.attend`, as `launch_decode` has checked them, and the number of splits.
+    The other arguments are those of `reference.attend`, as `launch_decode` has checked them, where each sequence's part in
+    the blocks begins, and how the work was cut.
     """
     batch, num_q_heads, q_len, v_dim = out.shape
     rotated = storage.rotation is not None
+    group, window = num_q_heads // storage.k.shape[0], tokens.window
+    if window is not None:
+        window = clamp_window(window, tokens.block_table.shape[1] * storage.block_size)
     if first_tokens is None:
-        for_first_tokens: tuple = (None,) * 10 + (0.0, 0.0) + (0,) * 8
-        constants = join_constants(1, 1, v_dim, rotated, 1, False, False)
+        for_first_tokens: tuple = (None,) * 9 + (0.0, 0.0) + (0,) * 7
+        constants = join_constants(group, 1, v_dim, rotated, 1, window is not None, False)
     else:
         scale, softcap, sink_logits, key_mask, key_mask_start = scoring
-        window = tokens.window
         center = storage.key_center if softcap is None and sink_logits is None else None
         mask = (0, 0) if key_mask is None else (key_mask.shape[1], key_mask.stride(0))
-        if window is not None:
-            window = clamp_window(window, tokens.block_table.shape[1] * storage.block_size)
         for_first_tokens = (
-            q, *first_pointers(first_tokens), center, tokens.context_lens, tokens.kv_start, key_mask, float(scale),
-            float(softcap or 0.0), key_mask_start, *mask, window or 0, *q.stride(),
+            q, *first_pointers(first_tokens), center, tokens.kv_start, key_mask, float(scale),
+            float(softcap or 0.0), key_mask_start, *mask, *q.stride(),
         )  # fmt: skip
-        group, head_dim = num_q_heads // storage.k.shape[0], q.shape[3]
         special = (window is not None, softcap is not None)
-        constants = join_constants(group, head_dim, v_dim, rotated, first_tokens.k.shape[2], *special)
+        constants = join_constants(group, q.shape[3], v_dim, rotated, first_tokens.k.shape[2], *special)
     reduce_kernel[(batch * num_q_heads * q_len,)](
         out,
         partial,
         scoring[2],
+        tokens.context_lens,
+        blocks_start,
+        batch,
         num_q_heads,
         q_len,
-        num_splits,
+        cut.programs,
+        cut.setup,
+        window or 0,
         *out.stride()[:3],
         *for_first_tokens,
+        ROWS=cut.rows,
+        SEQUENCES=cut.sequences,
         **constants,
     )

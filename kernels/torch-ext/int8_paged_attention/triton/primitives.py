@@ -56,11 +56,12 @@ def hadamard(x, ROWS: tl.constexpr, DIMS: tl.constexpr, BLOCK: tl.constexpr):
 
 
 @triton.jit
-def block_ids(table_row_ptr, logical, covered, num_blocks):
-    """Physical blocks of logical ones, int64, and which of them exist. A hole's id is no block's and reads as 0."""
+def block_ids(table_row_ptr, logical, covered, num_blocks, first_block=0):
+    """Physical blocks of logical ones, int64, counted from ``-first_block``, and which of them exist. A hole's id is no
+    block's and reads as block 0."""
     ids = tl.load(table_row_ptr + logical, mask=covered, other=-1)
     there = (ids >= 0) & (ids < num_blocks)
-    return tl.where(there, ids, 0).to(tl.uint32).to(tl.int64), there
+    return (tl.where(there, ids, 0) + first_block).to(tl.uint32).to(tl.int64), there
 
 
 @triton.jit

@@ -22,7 +22,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from .primitives import round_half_even
+from .primitives import block_ids
 
 #: Tokens that one warp reads per iteration: four groups of 16, the runs of V that a thread loads at once.
 TOKENS = tl.constexpr(64)
@@ -44,42 +44,6 @@ def int8_term(steps, is_high):
 def float16_term(x, is_high):
     high = x.to(tl.float16)
     return tl.where(is_high, high, (x - high.to(tl.float32)).to(tl.float16))
-
-
-@triton.jit
-def split_query(q, ROWS: tl.constexpr, THIRD_TERM: tl.constexpr, INTEGER: tl.constexpr):
-    """Float32 ``[2 * ROWS, dim]``, the same rows twice -> two operands of that shape and the rows' units.
-
-    The first operand holds the high over the low terms of q, the second zeros over what is left of q, in 1/256 of
-    the low terms' step. A fault in a row makes its unit NaN, and with it every score.
-    """
-    largest = tl.max(tl.abs(q), axis=1)
-    is_high = tl.arange(0, 2 * ROWS)[:, None] < ROWS
-    if INTEGER:
-        in_steps = q * tl.where(largest > TINY, STEPS / largest, 0.0)[:, None]
-        steps = round_half_even(in_steps)
-        terms = int8_term(steps.to(tl.int32), is_high)
-        rest = tl.minimum(round_half_even((in_steps - steps) * 256.0), 127.0)
-        rest = tl.where(is_high, 0.0, rest).to(tl.int8)
-        unit = largest / STEPS
-        if THIRD_TERM:
-            unit *= 1.0 / 256.0
-    else:
-        terms = float16_term(q * tl.where(largest > TINY, 1.0 / largest, 0.0)[:, None], is_high)
-        rest = terms
-        unit = largest
-    return terms, rest, unit + tl.sum(q * 0.0, axis=1)
-
-
-@triton.jit
-def query_part(terms, part: tl.constexpr, STREAMS: tl.constexpr, ROWS: tl.constexpr, DIMS: tl.constexpr):
-    """Elements ``PART * part`` and on of ``[2 * ROWS, DIMS]`` for every stream, in the order of `load_key_part`."""
-    parts: tl.constexpr = DIMS // PART
-    ordered = tl.permute(tl.reshape(terms, (2 * ROWS, parts, 4, 2, 2, 4)), (0, 1, 3, 4, 2, 5))
-    ordered = tl.reshape(ordered, (2 * ROWS, parts, PART))
-    chosen = tl.arange(0, parts)[None, :, None] == part
-    mine = tl.sum(tl.where(chosen, ordered, tl.zeros_like(ordered)), axis=1).to(terms.dtype)
-    return tl.broadcast_to(mine[None], (STREAMS, 2 * ROWS, PART))
 
 
 @triton.jit
@@ -224,3 +188,38 @@ def weighted_values(terms, v, STREAMS: tl.constexpr, ROWS: tl.constexpr, V_PART:
     else:
         sums = join_terms(tl.dot(terms, v.to(tl.float16)), STREAMS, ROWS, V_PART, 1)
     return sums
+
+
+@triton.jit
+def load_groups(
+    table_row_ptr,
+    k_scales_ptr,
+    v_scales_ptr,
+    stream_start,
+    table_width,
+    num_blocks,
+    first_block,
+    STREAMS: tl.constexpr,
+    ROWS: tl.constexpr,
+    BLOCK_SIZE: tl.constexpr,
+):
+    """Of each stream's four groups of 16 tokens: block, first slot in it, whether it exists; and the scales of both."""
+    groups_per_block: tl.constexpr = BLOCK_SIZE // 16
+    groups = stream_start[:, None] // 16 + tl.arange(0, 4)[None, :]
+    ids, there = block_ids(
+        table_row_ptr, groups // groups_per_block, groups < table_width * groups_per_block, num_blocks, first_block
+    )
+    slots = groups % groups_per_block * 16
+    k_scales = load_scales(k_scales_ptr, ids * BLOCK_SIZE + slots, there, STREAMS, ROWS)
+    v_scales = load_scales(v_scales_ptr, ids * BLOCK_SIZE + slots, there, STREAMS, ROWS)
+    return ids, slots, there, k_scales, v_scales
+
+
+@triton.jit
+def sum_of_streams(x, ROWS: tl.constexpr, COLUMNS: tl.constexpr):
+    """``[4, ROWS, COLUMNS]`` -> ``[ROWS, COLUMNS]``. Splits bring the streams into one thread, through shared memory
+    once, where a reduction over warps goes there four times."""
+    x = tl.permute(tl.reshape(x, (2, 2, ROWS, COLUMNS)), (2, 3, 0, 1))
+    a, b = tl.split(x)
+    a, b = tl.split(a + b)
+    return a + b
