@@ -103,8 +103,9 @@ bench-gpu: $(DEV)  ## Time kernels and a model on a GPU; writes eval/results/*_g
 	$(BIN)/python eval/latency.py --device cuda --json eval/results/latency_kernel_gpu.json
 	$(BIN)/python eval/latency_model.py --device cuda --dtype float16 --compiled --json eval/results/latency_model_gpu.json
 
-gpu-audit: $(DEV)  ## Count what GPUs' machine code allows, without a GPU; writes docs/gpu_audit.json
+gpu-audit: $(DEV)  ## Count what GPUs' machine code allows, without a GPU; writes docs/gpu_audit.json, docs/gpu_predictions.*
 	OMP_NUM_THREADS=1 $(BIN)/python eval/gpu_audit.py --json docs/gpu_audit.json
+	OMP_NUM_THREADS=1 $(BIN)/python eval/gpu_predictions.py --json docs/gpu_predictions.json --picture docs/gpu_predictions.png
 
 gpu-audit-versions: $(addprefix $(OVERLAYS)/triton-,$(TRITON))  ## The same of decode attention under other releases of triton
 	$(BIN)/python eval/gpu_audit_versions.py --overlays $^ $(AUDIT_OPTIONS)

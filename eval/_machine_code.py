@@ -58,7 +58,7 @@ def disassemble(kernel: Any) -> tuple[Program, dict[str, int]]:
         file.write(kernel.asm["cubin"])
         file.flush()
         usage = tool("cuobjdump", "-res-usage", file.name)
-        program = Program.parse(tool("nvdisasm", "-c", file.name))
+        program = Program.parse(tool("nvdisasm", "-c", "-hex", file.name))
     resources = re.search(r"REG:(\d+) STACK:(\d+) SHARED:\d+ LOCAL:(\d+)", usage)
     if resources is None:
         raise ValueError(f"cannot read the resource usage of cuobjdump: {usage!r}")
