@@ -13,6 +13,9 @@ PARALLEL := OMP_NUM_THREADS=1 $(PYTEST) -n $(WORKERS) --dist loadfile
 # `make test-versions`: the oldest and the newest supported release, laid over the environment without what they ask for.
 TRANSFORMERS ?= 5.18.0 5.24.0
 OVERLAYS := $(abspath $(VENV))/overlays
+# `make gpu-audit-versions`: releases of triton, laid over it in the same way; the environment's own comes last.
+TRITON ?= 3.6.0 3.7.0 3.7.1 3.8.0
+AUDIT_OPTIONS ?= --json docs/gpu_versions.json
 # Those of the cache's tests that are about the cache alone; releases of transformers differ in what the others touch.
 UNVERSIONED := block_policy block_table beam_reorder interrupted native_backend overhead read_only_views shared_pool_threads \
 	states_checked two_readers wide_batches
@@ -49,10 +52,10 @@ export RUN_NOTEBOOKS
 
 .DEFAULT_GOAL := help
 .PHONY: help demo info test test-all test-interpreted test-versions test-matrix test-sanitize test-neon test-upstream test-gpu drill bench bench-gpu bench-peers \
-	gpu-audit cpu-audit lint types format notebooks coverage cache-api clean
+	gpu-audit gpu-audit-versions cpu-audit lint types format notebooks coverage cache-api clean
 
 help:  ## Show this list
-	@sed -n 's/^\([a-z-]*\):.*## /\1|/p' $(MAKEFILE_LIST) | while IFS='|' read -r name text; do printf '  make %-13s %s\n' "$$name" "$$text"; done
+	@sed -n 's/^\([a-z-]*\):.*## /\1|/p' $(MAKEFILE_LIST) | while IFS='|' read -r name text; do printf '  make %-18s %s\n' "$$name" "$$text"; done
 
 demo: $(DEMO)  ## Compare DynamicCache with PagedInt8Cache on a real model
 	@$(BIN)/hf-int8-paged demo
@@ -101,8 +104,12 @@ bench-gpu: $(DEV)  ## Time kernels and a model on a GPU; writes eval/results/*_g
 	$(BIN)/python eval/latency.py --device cuda --json eval/results/latency_kernel_gpu.json
 	$(BIN)/python eval/latency_model.py --device cuda --dtype float16 --compiled --json eval/results/latency_model_gpu.json
 
-gpu-audit: $(DEV)  ## Count what GPUs' machine code allows, without a GPU; writes docs/gpu_audit.json
+gpu-audit: $(DEV)  ## Count what GPUs' machine code allows, without a GPU; writes docs/gpu_audit.json, docs/gpu_predictions.*
 	OMP_NUM_THREADS=1 $(BIN)/python eval/gpu_audit.py --json docs/gpu_audit.json
+	OMP_NUM_THREADS=1 $(BIN)/python eval/gpu_predictions.py --json docs/gpu_predictions.json --picture docs/gpu_predictions.png
+
+gpu-audit-versions: $(addprefix $(OVERLAYS)/triton-,$(TRITON))  ## The same of decode attention under other releases of triton
+	$(BIN)/python eval/gpu_audit_versions.py --overlays $^ $(AUDIT_OPTIONS)
 
 cpu-audit: $(DEV)  ## Count the instructions of the CPU kernels' inner loops; writes docs/cpu_audit.json
 	$(BIN)/python eval/cpu_audit.py --json docs/cpu_audit.json
@@ -140,10 +147,13 @@ $(BIN)/python:
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 10) and "Python 3.10 or newer is needed, and $(PYTHON) is " + sys.version.split()[0] + "; name another one: make PYTHON=python3.12")'
 	$(PYTHON) -m venv $(VENV)
 
-$(OVERLAYS)/transformers-%: $(DEV)
-	rm -rf $@
-	$(PIP) install -q --no-deps --target $@ transformers==$*
-	@touch $@
+define OVERLAY
+$(OVERLAYS)/$(1)-%: $$(DEV)
+	rm -rf $$@
+	$$(PIP) install -q --no-deps --target $$@ $(1)==$$*
+	@touch $$@
+endef
+$(foreach package,transformers triton,$(eval $(call OVERLAY,$(package))))
 
 # torch first and under the constraints: resolved with the rest, its newest release and all it brings might be fetched.
 $(VENV)/.installed-%: $(SOURCES) | $(BIN)/python

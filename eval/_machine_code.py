@@ -58,7 +58,7 @@ def disassemble(kernel: Any) -> tuple[Program, dict[str, int]]:
         file.write(kernel.asm["cubin"])
         file.flush()
         usage = tool("cuobjdump", "-res-usage", file.name)
-        program = Program.parse(tool("nvdisasm", "-c", file.name))
+        program = Program.parse(tool("nvdisasm", "-c", "-hex", file.name))
     resources = re.search(r"REG:(\d+) STACK:(\d+) SHARED:\d+ LOCAL:(\d+)", usage)
     if resources is None:
         raise ValueError(f"cannot read the resource usage of cuobjdump: {usage!r}")
@@ -110,6 +110,8 @@ def loop_figures(program: Program) -> dict[str, Any]:
     counts = Counter(each.kind for each in loop)
     return {
         "spill_instructions_in_loop": sum(each.spills for each in loop),
+        "barriers_in_loop": sum(each.opcode.startswith("BAR.SYNC") for each in loop),
+        "shared_memory_stores_in_loop": sum(each.opcode.startswith("STS") for each in loop),
         "loop_instructions": len(loop),
         "loop_by_class": {name: counts[name] for name in CLASSES if counts[name]},
         "loop_loads_by_bytes_per_thread": load_widths(loop),

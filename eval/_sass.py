@@ -1,4 +1,4 @@
-"""NVIDIA machine code as ``nvdisasm -c`` prints it: instructions, the registers they touch, and loops."""
+"""NVIDIA machine code as ``nvdisasm -c -hex`` prints it: instructions, the registers they touch, and loops."""
 
 from __future__ import annotations
 
@@ -32,6 +32,7 @@ MATRIX_REGISTERS = {
 }
 
 INSTRUCTION = re.compile(r"\s*/\*[0-9a-f]{4,}\*/\s+(?:(@!?U?P\w+)\s+)?([^\s;]+)\s*(.*?)\s*;")
+UPPER_HALF = re.compile(r"\s*/\* 0x([0-9a-f]{16}) \*/\s*$")
 LABEL = re.compile(r"\s*(\.L_x_\d+):")
 BRANCH_TARGET = re.compile(r"`\((\.L_x_\d+)\)")
 REGISTER = re.compile(r"(?<![A-Za-z])R(\d+)(\S*)")
@@ -109,10 +110,12 @@ class Program:
 
     instructions: list[Instruction] = field(default_factory=list)
     branches: list[tuple[int, int]] = field(default_factory=list)  # from, to
+    #: Of each instruction, the upper 23 of its 128 bits, which schedule it (`_warp_simulator.py`); empty without -hex.
+    controls: list[int] = field(default_factory=list)
 
     @staticmethod
     def parse(sass: str) -> Program:
-        """Parse the output of ``nvdisasm -c``."""
+        """Parse the output of ``nvdisasm -c``, with or without ``-hex``."""
         program, labels, branches = Program(), {}, []
         for line in sass.splitlines():
             if label := LABEL.match(line):
@@ -122,6 +125,8 @@ class Program:
                 if target := BRANCH_TARGET.search(operands):
                     branches.append((len(program.instructions), target[1]))
                 program.instructions.append(Instruction(opcode, operands, predicate or ""))
+            elif upper := UPPER_HALF.match(line):
+                program.controls.append(int(upper[1], 16) >> 41)
         program.branches = [(at, labels[target]) for at, target in branches if target in labels]
         return program
 

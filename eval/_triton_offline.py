@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import Any
+from typing import Any, NamedTuple
 
 from triton.backends.compiler import GPUTarget
 from triton.runtime import driver
@@ -35,12 +35,20 @@ class _OfflineDriver:
         return 0
 
 
+class Launch(NamedTuple):
+    """With what a kernel would have been launched."""
+
+    grid: tuple[int, ...]
+    arguments: dict[str, Any]  # by the kernel's parameters
+
+
 @contextmanager
-def compiling_for(target: GPUTarget) -> Iterator[list[tuple[str, Any]]]:
+def compiling_for(target: GPUTarget, launches: list[Launch] | None = None) -> Iterator[list[tuple[str, Any]]]:
     """Inside, launching a Triton kernel compiles it for ``target`` and runs nothing.
 
     Tensor arguments may live on the CPU: only their dtypes, strides and alignment count, and the launchers' own code
-    chooses the constants. Yields a list that collects (kernel's name, compiled kernel) of every launch.
+    chooses the constants. Yields a list that collects (kernel's name, compiled kernel) of every launch;
+    ``launches`` collects the rest of it.
     """
     compiled: list[tuple[str, Any]] = []
     run = JITFunction.run
@@ -48,6 +56,8 @@ def compiling_for(target: GPUTarget) -> Iterator[list[tuple[str, Any]]]:
     def compile_only(self: JITFunction, *args: Any, **kwargs: Any) -> Any:
         kernel = run(self, *args, **{**kwargs, "warmup": True})
         compiled.append((self.__name__, kernel))
+        if launches is not None:
+            launches.append(Launch(tuple(kwargs["grid"]), dict(zip(self.arg_names, args)) | kwargs))
         return kernel
 
     previous = driver._active

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import warnings
 from types import SimpleNamespace
 from typing import Any
 
@@ -125,3 +126,18 @@ def test_the_chip_is_that_of_the_device_not_of_the_current_one(
         major=9, minor=4, multi_processor_count=304, gcnArchName="gfx942:sramecc+:xnack-"
     )
     assert triton_device.chip_of(torch.device("cuda", 1)).name == "gfx942"
+
+
+def test_a_triton_that_moves_k_and_v_through_shared_memory_is_warned_of_once_per_gpu(
+    machine: Machine, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(triton_device.triton, "__version__", "3.6.0")
+    with pytest.warns(UserWarning, match=r"triton 3\.6\.0 decode attention .* torch 2\.12 and newer"):
+        assert triton_device.chip_of(torch.device("cuda", 0)).name == "sm_80"
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        triton_device.chip_of(torch.device("cuda", 0))
+        for kept in ("3.7.0", "3.10.1", "4.0.0"):
+            triton_device.chip_of.cache_clear()
+            monkeypatch.setattr(triton_device.triton, "__version__", kept)
+            triton_device.chip_of(torch.device("cuda", 0))

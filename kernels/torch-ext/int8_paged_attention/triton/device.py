@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import warnings
 from collections.abc import Callable
 from typing import Any
 
@@ -13,11 +14,14 @@ from .tuning import Chip
 
 #: Triton decides when a kernel is defined whether it will be interpreted.
 INTERPRETED = triton.knobs.runtime.interpret
+#: The first release that leaves the decode kernel's order of operands alone; before it K and V pass through shared
+#: memory (docs/gpu_versions.json).
+LAYOUTS_KEPT = (3, 7)
 
 
 @functools.cache
 def chip_of(device: torch.device) -> Chip:
-    """The chip behind a device; the interpreter has one multiprocessor."""
+    """The chip behind a device; the interpreter has one multiprocessor. Warns, once, of a Triton that is slow on it."""
     if INTERPRETED:
         return Chip("interpreter", 1)
     properties = torch.get_device_module(device).get_device_properties(device)
@@ -26,7 +30,16 @@ def chip_of(device: torch.device) -> Chip:
         return Chip(properties.name, processors)
     # AMD's names end in options of the chip, "gfx942:sramecc+:xnack-".
     name = getattr(properties, "gcnArchName", "") if torch.version.hip else ""
-    return Chip(name.split(":")[0] or f"sm_{properties.major}{properties.minor}", processors)
+    if name:
+        return Chip(name.split(":")[0], processors)
+    if tuple(int(part) for part in triton.__version__.split(".")[:2]) < LAYOUTS_KEPT:
+        warnings.warn(
+            f"under triton {triton.__version__} decode attention passes K and V through shared memory, with a barrier "
+            "at every step: its results are the same, but it is slower than it need be. torch 2.12 and newer bring "
+            f"triton {'.'.join(map(str, LAYOUTS_KEPT))} or newer",
+            stacklevel=2,
+        )
+    return Chip(f"sm_{properties.major}{properties.minor}", processors)
 
 
 @functools.cache
