@@ -1,4 +1,4 @@
-"""Which instructions the programs of decode attention execute: its two kernels' phases, and who has how many chunks."""
+"""Which instructions the programs of decode attention execute: its two kernels' phases."""
 
 from __future__ import annotations
 
@@ -59,27 +59,3 @@ def phases(program: Program, loop_bytes: float | None, assumed: Assumptions) -> 
 
 def _step(instruction: Instruction, bits: int, bytes_per_byte: float, assumed: Assumptions) -> Step:
     return step(instruction, bits, instruction.bytes_per_thread * bytes_per_byte, assumed)
-
-
-def segments(chunks: Sequence[int], units: int, programs: int, setup: int) -> list[list[int]]:
-    """How many chunks each program reads of each unit that it serves, divided as by the kernel (`triton/schedule.py`).
-
-    Args:
-        chunks: of each sequence.
-        units: of a sequence: KV heads times tiles of query rows.
-        programs: how many there are.
-        setup: positions that the beginning of a unit counts.
-    """
-    lengths = [count + setup for count in chunks for _ in range(units)]
-    share = -(-sum(lengths) // programs)
-    work = []
-    for program in range(programs):
-        mine, start = [], 0
-        for length in lengths:
-            first = max(program * share - start - setup, 0)
-            last = min((program + 1) * share - start - setup, length - setup)
-            if first < last:
-                mine.append(last - first)
-            start += length
-        work.append(mine)
-    return work

@@ -12,7 +12,7 @@ pytest.importorskip("triton", reason="triton is not installed")
 ROOT = Path(__file__).parents[2]
 sys.path.append(str(ROOT / "eval"))
 
-from _decode_trace import phases, segments  # noqa: E402
+from _decode_trace import phases  # noqa: E402
 from _sass import Instruction, Program  # noqa: E402
 from _warp_simulator import NONE, Assumptions, Control, Step, simulate, step  # noqa: E402
 
@@ -103,25 +103,6 @@ def test_kinds_of_instructions() -> None:
     assert step(Instruction("BAR.SYNC.DEFER_BLOCKING", "0x0"), bits, 0, ASSUMED).barrier
     assert step(Instruction("IMMA.16832.S8.S8.SAT", "R0, R4.ROW, R8.COL, RZ"), bits, 0, ASSUMED)[4:] == (0, 8)
     assert step(Instruction("MUFU.EX2", "R0, R1"), bits, 0, ASSUMED)[4:] == (1, 8)
-
-
-@pytest.mark.parametrize(
-    ("chunks", "units", "programs", "setup", "expected"),
-    [
-        ([4], 2, 4, 0, [[2], [2], [2], [2]]),
-        ([4], 2, 3, 0, [[3], [1, 2], [2]]),
-        # Positions: unit 0 from 0 to 5, unit 1 from 5 to 10, the first of each counts for its beginning.
-        ([4], 2, 4, 1, [[2], [2], [3], [1]]),
-        ([1, 0, 3], 1, 2, 0, [[1, 1], [2]]),
-        ([1, 0, 3], 1, 6, 0, [[1], [1], [1], [1], [], []]),
-    ],
-)
-def test_chunks_of_each_program(
-    chunks: list[int], units: int, programs: int, setup: int, expected: list[list[int]]
-) -> None:
-    work = segments(chunks, units, programs, setup)
-    assert work == expected
-    assert sum(map(sum, work)) == units * sum(chunks)
 
 
 def test_a_kernel_is_cut_around_its_main_loop() -> None:
