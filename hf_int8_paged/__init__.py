@@ -5,10 +5,11 @@ Importing the package registers the attention implementation ``"int8_paged"`` wi
 """
 
 from .cache import PagedInt8Cache
+from .persistence.saved import CacheFileError
 from .pool import CacheFullError, PagedInt8Pool
 from .seam.attention import register as _register
+from .version import __version__
 
-__all__ = ["CacheFullError", "PagedInt8Cache", "PagedInt8Pool"]
-__version__ = "0.1.0"
+__all__ = ["CacheFileError", "CacheFullError", "PagedInt8Cache", "PagedInt8Pool", "__version__"]
 
 _register()

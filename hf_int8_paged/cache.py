@@ -16,6 +16,7 @@ from .layer import PagedInt8Layer
 from .layer_types import growing_layers, is_layer_data, layers_of_data, preallocated_layers
 from .one_thread import undo_interrupted
 from .options import PoolOptions, check_cache_options, check_device, decoder_config
+from .persistence.saved import SavedCaches
 from .pool import PagedInt8Pool
 from .seam.read_only import ReadOnly
 from .sequences.growing import GrowingSequences
@@ -40,7 +41,7 @@ class _Marked(type):
         super().__setattr__(name, value)
 
 
-class PagedInt8Cache(CacheOperations, metaclass=_Marked):
+class PagedInt8Cache(SavedCaches, CacheOperations, metaclass=_Marked):
     """A KV cache of int8 blocks with one float16 scale per token and KV head.
 
     Pass it to ``model.generate(cache=...)`` or to a model's forward; transformers before 5.24 calls the argument
@@ -137,6 +138,7 @@ class PagedInt8Cache(CacheOperations, metaclass=_Marked):
         data = list(config) if is_layer_data(config) else None  # type: ignore[arg-type]
         text_config = decoder_config(config) if data is None else None
         self._not_flattened = NotFlattened()
+        self._config = text_config
         if options.max_batch_size is None:
             self.pool = PagedInt8Pool(*own) if pool is None else pool
             self._sequences = GrowingSequences(self.pool, options.max_cache_len, options.sink_tokens)

@@ -121,7 +121,7 @@ def check_device(device: Any, backend: str | None, block_size: int, format: str 
     that is ``None``, any device of this machine."""
     accelerator = torch.accelerator.current_accelerator(check_available=True)
     if device is not None:
-        resolve_backend(backend, _device(device, accelerator), block_size, format=format)
+        resolve_backend(backend, checked_device(device), block_size, format=format)
     elif backend is not None:
         devices = [torch.device("cpu")] + ([accelerator] if accelerator is not None else [])
         if all(why_unavailable(backend, d, block_size, format=format) is not None for d in devices):
@@ -155,7 +155,14 @@ def decoder_config(config: Any) -> PreTrainedConfig:
     )
 
 
-def _device(device: Any, accelerator: torch.device | None) -> torch.device:
+def checked_device(device: Any) -> torch.device:
+    """The device, which this machine has.
+
+    Raises:
+        TypeError: this is no device.
+        ValueError: this machine lacks it.
+    """
+    accelerator = torch.accelerator.current_accelerator(check_available=True)
     kinds = ["cpu"] + ([accelerator.type] if accelerator is not None else [])
     have = f"this machine has {' and '.join(kinds)}"
     try:

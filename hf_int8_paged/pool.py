@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import dataclasses
 from collections.abc import Callable, Mapping
-from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -12,51 +10,24 @@ import torch
 from .block_allocator import RUN_LENGTH, BlockAllocator
 from .kernels import (
     KvCacheQuant,
-    Segment,
     alloc_paged_int8_layer,
     copy_blocks,
     grow_paged_int8_layer,
-    mean_key,
-    read_blocks,
-    write_blocks,
 )
 from .layer_checks import LayerShape
 from .options import PoolOptions
 from .pool_access import PoolAccess
+from .pool_centring import PoolCentring
 
 #: A pool that has to grow grows by at least this fraction, so that growth stays rare.
 GROWTH = 0.25
-#: Fewer tokens say too little about the mean of a layer's keys.
-MIN_CENTER_TOKENS = 16
 
 
 class CacheFullError(RuntimeError):
     """The cache's limit is reached. Raised before anything is written: the cache stays valid at its old length."""
 
 
-def enough_for_mean(keys: torch.Tensor, tokens: torch.Tensor | None = None) -> bool:
-    """Whether keys ``[batch, num_kv_heads, tokens, head_dim]`` are enough for a mean that says something. ``tokens`` is
-    False for padding, bool ``[batch, tokens]`` on the host."""
-    return (keys.shape[2] if tokens is None else int(tokens.sum(dim=1).max())) >= MIN_CENTER_TOKENS
-
-
-class Centring(NamedTuple):
-    """How a layer's keys were stored before a step centred them, so that this can be undone.
-
-    Attributes:
-        group: the layer's group.
-        center: float32 ``[num_kv_heads, head_dim]``, the centre before; None if the pool has none.
-        blocks: int64 ids of the blocks that the step stores once more; None if there are none.
-        stored: what they held.
-    """
-
-    group: str
-    center: torch.Tensor | None
-    blocks: torch.Tensor | None = None
-    stored: Segment | None = None
-
-
-class PagedInt8Pool:
+class PagedInt8Pool(PoolCentring):
     """Paged int8 storage of a model's layers.
 
     Layers of one *group* (all full-attention layers, or all layers of one sliding window) use the same
@@ -149,78 +120,6 @@ class PagedInt8Pool:
             f"{theirs[3]}, but keys with {mine[0]} heads of widths {mine[1]} and {mine[2]} came on {mine[3]}; "
             "use one pool per model"
         )
-
-    def center(
-        self,
-        layer: int,
-        key_states: torch.Tensor,
-        only_user: Callable[[], bool],
-        tokens: torch.Tensor | None = None,
-    ) -> bool:
-        """Centre a layer's keys on the mean of these, unless they have been centred before or are too few.
-
-        What is stored keeps the centre it was stored with, so nothing happens while another cache has tokens.
-
-        Args:
-            layer: index of the layer.
-            key_states: ``[batch, num_kv_heads, tokens, head_dim]``.
-            only_user: whether no block of the layer holds a token of another cache; asked while nobody can allocate.
-            tokens: bool ``[batch, tokens]`` on the host, False for padding, which does not count; ``None`` without.
-
-        Returns:
-            Whether the centre is now another.
-        """
-        if not self.lacks_center(layer) or not enough_for_mean(key_states, tokens):
-            return False
-        mean = mean_key(key_states, None if tokens is None else tokens.to(key_states.device))
-        with self.access.exclusive():
-            if not only_user() or not self.lacks_center(layer):
-                return False
-            with torch.inference_mode(False):  # kernels read it outside inference mode too
-                self._centers[layer] = torch.empty_like(mean).copy_(mean)
-                self.storages[layer] = dataclasses.replace(self.storages[layer], key_center=self._centers[layer])
-        return True
-
-    def before_centring(self, layer: int, group: str, blocks: torch.Tensor | None = None) -> Centring:
-        """What `undo_centring` needs.
-
-        Args:
-            layer: index of the layer.
-            group: its group.
-            blocks: int64 ids of blocks that will be stored once more.
-        """
-        storage = self.storages[layer]
-        if blocks is None:
-            return Centring(group, storage.key_center)
-        return Centring(group, storage.key_center, blocks, read_blocks(storage, blocks))
-
-    @torch.inference_mode(False)
-    def undo_centring(self, layer: int, before: Centring, only_user: Callable[[], bool]) -> bool:
-        """Give a layer the centre back that it had, and its blocks what they held.
-
-        Args:
-            layer: index of the layer.
-            before: what `before_centring` returned.
-            only_user: whether no block of the layer holds a token of another cache; asked while nobody can allocate.
-
-        Returns:
-            False if blocks had to be restored and cannot, as another cache has stored tokens with the new centre.
-        """
-        with self.access.exclusive():
-            storage = self.storages[layer]
-            if storage.key_center is before.center:
-                return True
-            if not only_user():
-                return before.blocks is None
-            if before.blocks is not None and before.stored is not None:
-                write_blocks(storage, before.blocks, before.stored)
-            self.storages[layer] = dataclasses.replace(storage, key_center=before.center)
-        return True
-
-    def lacks_center(self, layer: int) -> bool:
-        """Whether a layer's keys are to be centred and are not yet."""
-        center = self.storages[layer].key_center
-        return center is not None and self._centers.get(layer) is not center
 
     def ensure_free(self, needed: Mapping[str, int]) -> None:
         """Make sure that each group has the given number of free blocks; grow where it has not. Call it inside

@@ -13,7 +13,8 @@ import torch
 
 from ..kernels import MAX_DECODE_ROWS, mean_key
 from ..layer_checks import check_states
-from ..pool import MIN_CENTER_TOKENS, CacheFullError
+from ..pool import CacheFullError
+from ..pool_centring import MIN_CENTER_TOKENS
 from ..seam.views import stands_for
 
 if TYPE_CHECKING:

@@ -12,8 +12,9 @@ from ..block_allocator import HOLE
 from ..kernels import MAX_DECODE_ROWS
 from ..layer_checks import check_none_left_out
 from ..one_thread import OneThread
-from ..pool import MIN_CENTER_TOKENS, CacheFullError, PagedInt8Pool
+from ..pool import CacheFullError, PagedInt8Pool
 from ..pool_access import Books
+from ..pool_centring import MIN_CENTER_TOKENS
 from ..seam.padding import Padding
 from .block_table import BlockTable
 from .first_tokens import FirstTokenPlaces

@@ -11,7 +11,7 @@ import torch
 
 from ..kernels import Backend, FirstTokens, KvCacheQuant, Scoring, Tokens, load_backend
 from ..layer_checks import LayerShape, dense_dtypes, interrupted, shape_of
-from ..pool import MIN_CENTER_TOKENS
+from ..pool_centring import MIN_CENTER_TOKENS
 from ..seam.views import PagedView
 from .first_tokens import LayerFirstTokens
 from .group import Group, ViewsOf
@@ -116,9 +116,15 @@ class GrowingRoom:
         made_for, first_tokens = self._first_tokens.made
         return first_tokens if made_for is places else self._first_tokens.at(places)
 
-    def forget_first_tokens(self) -> None:
-        """Read the first tokens from the blocks from now on, as all others."""
-        self._first_tokens = None
+    @property
+    def kept_rows(self) -> tuple[torch.Tensor, torch.Tensor] | None:
+        """Keys and values of the tokens in full precision, ``[rows, num_kv_heads, count, dim]``. With None those are
+        read from the blocks, as all others."""
+        return None if self._first_tokens is None else self._first_tokens.rows
+
+    @kept_rows.setter
+    def kept_rows(self, rows: tuple[torch.Tensor, torch.Tensor] | None) -> None:
+        self._first_tokens = None if rows is None else LayerFirstTokens.of_rows(*rows)
 
     def overwrites(self, stop: int) -> bool:
         return False

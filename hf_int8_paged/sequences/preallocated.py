@@ -207,6 +207,11 @@ class PreallocatedSequences:
             room.select(kept)
         self.batch_size = len(kept)
 
+    def take_over(self, length: int, batch_size: int | None) -> None:
+        """Be what other sequences were, whose tokens all layers hold already."""
+        self._length = self.step_start = length
+        self.batch_size = batch_size
+
     def _set_length(self, length: int) -> None:
         for room in self.rooms:
             room.truncate(length)

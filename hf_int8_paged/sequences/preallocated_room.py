@@ -13,7 +13,7 @@ import torch
 
 from ..kernels import Backend, FirstTokens, KvCacheQuant, Scoring, Tokens, load_backend, mean_key
 from ..layer_checks import LayerShape, check_first_states, shape_of
-from ..pool import enough_for_mean
+from ..pool_centring import enough_for_mean
 from ..seam.views import PagedView
 from .memory import PreallocatedMemory
 
