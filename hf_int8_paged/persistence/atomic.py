@@ -32,11 +32,9 @@ def replacing(path: Path) -> Iterator[BinaryIO]:
     Raises:
         OSError: the folder does not exist or cannot be written to, or the disk is full. ``path`` is as it was.
     """
-    _delete_abandoned(path)
-    number, name = tempfile.mkstemp(prefix=f".{path.name}.", suffix=SUFFIX, dir=path.parent)
+    number, name = _part_file(path)
     try:
         with open(number, "wb") as file:
-            _lock(file.fileno())
             _give_usual_permissions(file.fileno())
             yield file
             file.flush()
@@ -49,23 +47,24 @@ def replacing(path: Path) -> Iterator[BinaryIO]:
     _sync_folder(path.parent)
 
 
-def _lock(descriptor: int) -> bool:
-    """Show that this process is writing; the system forgets it when the process ends. False if another one is."""
+def _part_file(path: Path) -> tuple[int, str]:
+    """Descriptor and name of a new file beside ``path``, locked for as long as this process has it open. Those that
+    nobody has locked, as their process was killed, are deleted first."""
     if fcntl is None:
-        return True
+        return tempfile.mkstemp(prefix=f".{path.name}.", suffix=SUFFIX, dir=path.parent)
+    folder = os.open(path.parent, os.O_RDONLY)
     try:
-        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except OSError:
-        return False
-    return True
-
-
-def _delete_abandoned(path: Path) -> None:
-    for left in path.parent.glob(f".{_escaped(path.name)}.*{SUFFIX}") if fcntl is not None else ():
-        with contextlib.suppress(OSError), open(left, "rb") as file:
-            # Between its creation and its lock a file looks abandoned, but it is empty then.
-            if os.fstat(file.fileno()).st_size and _lock(file.fileno()):
+        fcntl.flock(folder, fcntl.LOCK_EX)  # between its creation and its lock a file would look abandoned
+        for left in path.parent.glob(f".{_escaped(path.name)}.*{SUFFIX}"):
+            with contextlib.suppress(OSError), open(left, "rb") as file:
+                fcntl.flock(file.fileno(), fcntl.LOCK_EX | fcntl.LOCK_NB)
                 left.unlink()
+        number, name = tempfile.mkstemp(prefix=f".{path.name}.", suffix=SUFFIX, dir=path.parent)
+        with contextlib.suppress(OSError):  # a file system without locks
+            fcntl.flock(number, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        return number, name
+    finally:
+        os.close(folder)
 
 
 def _escaped(name: str) -> str:
