@@ -87,7 +87,9 @@ test-upstream: $(DEV)  ## Compare every way to generate, over 16 architectures, 
 test-gpu: $(DEV)  ## Run the kernels' tests on a GPU, with fresh inputs
 	HF_INT8_PAGED_TEST_SEED=$$(date +%s) HF_HUB_OFFLINE=1 $(PYTEST) -m gpu tests/gpu tests/kernels $(TRITON_TESTS)
 
-drill: $(DEV)  ## Throw an exception at every line of the package that an operation passes (an hour)
+drill: $(DEV)  ## Throw an exception at every line that an operation passes, refuse memory everywhere, damage files (over an hour)
+	OMP_NUM_THREADS=1 HF_HUB_OFFLINE=1 $(BIN)/python -m tests.drill.files --json eval/results/file_drill.json
+	OMP_NUM_THREADS=1 HF_HUB_OFFLINE=1 $(BIN)/python -m tests.drill.refusals --workers $(WORKERS)
 	OMP_NUM_THREADS=1 HF_HUB_OFFLINE=1 $(BIN)/python -m tests.drill.drill --workers $(WORKERS)
 
 bench: $(DEV)  ## Time kernels, a model, chunks, growth and bookkeeping on this CPU (half an hour); writes eval/results/*.json

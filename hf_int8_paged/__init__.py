@@ -5,8 +5,9 @@ Importing the package registers the attention implementation ``"int8_paged"`` wi
 """
 
 from .cache import PagedInt8Cache
+from .full import CacheFullError
 from .persistence.saved import CacheFileError
-from .pool import CacheFullError, PagedInt8Pool
+from .pool import PagedInt8Pool
 from .seam.attention import register as _register
 from .version import __version__
 

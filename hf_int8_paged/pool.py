@@ -7,7 +7,7 @@ from collections.abc import Callable, Mapping
 import numpy as np
 import torch
 
-from .block_allocator import RUN_LENGTH, BlockAllocator
+from .block_allocator import BlockAllocator
 from .kernels import (
     KvCacheQuant,
     alloc_paged_int8_layer,
@@ -17,17 +17,11 @@ from .kernels import (
 from .layer_checks import LayerShape
 from .options import PoolOptions
 from .pool_access import PoolAccess
+from .pool_budget import PoolBudget
 from .pool_centring import PoolCentring
 
-#: A pool that has to grow grows by at least this fraction, so that growth stays rare.
-GROWTH = 0.25
 
-
-class CacheFullError(RuntimeError):
-    """The cache's limit is reached. Raised before anything is written: the cache stays valid at its old length."""
-
-
-class PagedInt8Pool(PoolCentring):
+class PagedInt8Pool(PoolBudget, PoolCentring):
     """Paged int8 storage of a model's layers.
 
     Layers of one *group* (all full-attention layers, or all layers of one sliding window) use the same
@@ -43,6 +37,8 @@ class PagedInt8Pool(PoolCentring):
         rotation: ``"hadamard"`` rotates rows before quantization, ``None`` does not.
         center_keys: whether the mean of a layer's first tokens is subtracted from its keys before quantization.
         format: name of the storage format (`kernels.Format`).
+        max_bytes: most bytes that are allocated for blocks, and for first tokens in full precision of all caches
+            (a hard limit): a number, or a text such as ``"8GiB"``; ``None`` sets no limit.
 
     Raises:
         TypeError, ValueError: an option is of the wrong kind or out of range.
@@ -56,9 +52,11 @@ class PagedInt8Pool(PoolCentring):
         rotation: str | None = "hadamard",
         center_keys: bool = True,
         format: str = "int8",
+        max_bytes: int | str | None = None,
     ):
-        options = PoolOptions(block_size, backend, max_tokens, rotation, center_keys, format).checked()
-        self.block_size, self.backend, self.max_tokens, self.rotation, self.center_keys, self.format = options
+        options = PoolOptions(block_size, backend, max_tokens, rotation, center_keys, format, max_bytes).checked()
+        self.block_size, self.backend, self.max_tokens, self.rotation, self.center_keys, self.format = options[:6]
+        PoolBudget.__init__(self, options.max_bytes)  # type: ignore[arg-type]
         self.allocators: dict[str, BlockAllocator] = {}
         self.access = PoolAccess(self.allocators)
         #: The centre of each layer whose keys have been centred, as long as its storage has this very one.
@@ -67,10 +65,11 @@ class PagedInt8Pool(PoolCentring):
         self.storages: dict[int, KvCacheQuant] = {}
         self._members: dict[str, list[int]] = {}
 
-    def add_group(self, group: str) -> BlockAllocator:
-        """The allocator of ``group``, made if need be."""
+    def add_group(self, group: str, window: int | None) -> BlockAllocator:
+        """The allocator of ``group``, the layers with this window, made if need be."""
         with self.access.exclusive():
             self._members.setdefault(group, [])
+            self.windows[group] = window
             return self.allocators.setdefault(group, BlockAllocator(settle=self.access.settle))
 
     @torch.inference_mode(False)  # blocks may be written to outside it later, which inference tensors refuse
@@ -91,6 +90,7 @@ class PagedInt8Pool(PoolCentring):
 
         Raises:
             ValueError: another cache of this pool uses the layer with other heads or widths, or on another device.
+            CacheFullError: the layer does not fit into ``max_bytes``.
         """
         with self.access.exclusive():
             held = self.storages.get(layer)
@@ -100,8 +100,10 @@ class PagedInt8Pool(PoolCentring):
             if mine == theirs and layer in self._members[group]:
                 return
             if theirs is None or mine == theirs or only_user():
+                blocks = self.allocators[group].num_blocks
+                self.check_layer_fits(layer, blocks, mine)
                 self.storages[layer] = alloc_paged_int8_layer(
-                    self.allocators[group].num_blocks,
+                    blocks,
                     self.block_size,
                     mine.num_kv_heads,
                     mine.head_dim,
@@ -121,31 +123,18 @@ class PagedInt8Pool(PoolCentring):
             "use one pool per model"
         )
 
-    def ensure_free(self, needed: Mapping[str, int]) -> None:
+    def ensure_free(self, needed: Mapping[str, int], first_tokens: int = 0) -> None:
         """Make sure that each group has the given number of free blocks; grow where it has not. Call it inside
         ``access.exclusive()``.
 
+        Args:
+            needed: blocks, by group.
+            first_tokens: bytes of tokens in full precision that the step will keep besides.
+
         Raises:
-            CacheFullError: a group would exceed ``max_tokens``. No group has grown then.
+            CacheFullError: a group would exceed ``max_tokens``, or all together ``max_bytes``. No group has grown then.
         """
-        targets = {}
-        for group, count in needed.items():
-            allocator = self.allocators[group]
-            if count <= allocator.num_free:
-                continue
-            least = allocator.num_used + count
-            target = least
-            if allocator.num_blocks:
-                target = max(least, allocator.num_blocks + max(int(allocator.num_blocks * GROWTH), RUN_LENGTH))
-            if self.max_tokens is not None:
-                most = self.max_tokens // self.block_size
-                if least > most:
-                    raise CacheFullError(
-                        f"the cache needs {least} blocks of {self.block_size} tokens, but max_tokens={self.max_tokens} "
-                        f"allows {most}; free sequences, shorten the prompt or raise max_tokens"
-                    )
-                target = min(target, most)
-            targets[group] = target
+        targets = self.growth_targets(needed, first_tokens)
         if not targets:
             return
         # Blocks may be written to outside inference mode later, which inference tensors refuse.

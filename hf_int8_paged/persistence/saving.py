@@ -18,6 +18,7 @@ from ..hybrid import PagedInt8HybridLayer
 from ..kernels import KvCacheQuant, in_segments, tiles_to_rows
 from ..layer import PagedInt8Layer
 from ..layer_checks import check_none_left_out
+from ..sequences.group import group_name
 from ..sequences.growing import GrowingSequences
 from ..sequences.preallocated import PreallocatedSequences
 from ..sequences.preallocated_room import PreallocatedRoom
@@ -100,7 +101,7 @@ def _preallocated(
     groups = {}
     for room in sequences.rooms:
         count = batch * used_blocks(room, length)
-        groups[_group_of(room.window)] = GroupHeader(room.window, count, -(-length // options.block_size))
+        groups[group_name(room.window)] = GroupHeader(room.window, count, -(-length // options.block_size))
     return Header(
         PREALLOCATED,
         model,
@@ -124,10 +125,6 @@ def _preallocated(
     )
 
 
-def _group_of(window: int | None) -> str:
-    return "full_attention" if window is None else f"sliding_attention_{window}"
-
-
 def used_blocks(room: PreallocatedRoom, length: int) -> int:
     """Blocks of each sequence that hold tokens in a preallocated layer; of a ring they are the first ones or all."""
     return 0 if room.memory is None else min(room.memory.blocks, -(-length // room.sequences.options.block_size))
@@ -147,7 +144,7 @@ def _layer(index: int, layer: Any, sequences: Any, header: Header, tensors: dict
     if not isinstance(layer, PagedInt8Layer):
         return LayerHeader(type(layer).__name__, state=state)
     room: Any = layer.room
-    group = _group_of(layer.window)
+    group = group_name(layer.window)
     if room.shape is None:
         return LayerHeader(type(layer).__name__, group, state=state)
     storage, length = room.storage, header.length

@@ -11,9 +11,9 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
+from ..full import CacheFullError
 from ..kernels import MAX_DECODE_ROWS, mean_key
 from ..layer_checks import check_states
-from ..pool import CacheFullError
 from ..pool_centring import MIN_CENTER_TOKENS
 from ..seam.views import stands_for
 

@@ -70,7 +70,11 @@ class GrowingRoom:
         sequences, state = self.sequences, self.sequences.books.state
         batch, new_tokens = keys.shape[0], keys.shape[2]
         if start == state.length:
-            return sequences.advance(batch, new_tokens, same_prompts(keys) if start == 0 else None)
+            if start:
+                return sequences.advance(batch, new_tokens)
+            count, dtype = min(sequences.sink_tokens, new_tokens), torch.promote_types(keys.dtype, values.dtype)
+            first_bytes = sequences.pool.first_tokens_bytes(batch * count, dtype)
+            return sequences.advance(batch, new_tokens, same_prompts(keys), first_bytes)
         if start != state.step_start or start + new_tokens != state.length or batch != state.batch_size:
             raise interrupted(self.index, start, keys, state)
         if state.same_as is not None and not all(is_same(states, state.same_as) for states in (keys, values)):
@@ -107,7 +111,13 @@ class GrowingRoom:
     def keep_first_tokens(self, keys: torch.Tensor, values: torch.Tensor, tokens: torch.Tensor | None) -> None:
         places = self.sequences.books.state.first_tokens
         if places is not None:
-            self._first_tokens = LayerFirstTokens(places, keys, values, self.sequences.sink_tokens)
+            self._keep(LayerFirstTokens(places, keys, values, self.sequences.sink_tokens))
+
+    def _keep(self, first_tokens: LayerFirstTokens | None) -> None:
+        self._first_tokens = None  # those of earlier sequences do not count any more
+        if first_tokens is not None:
+            self.sequences.pool.hold(first_tokens)
+        self._first_tokens = first_tokens
 
     def first_tokens(self, first_visible: int) -> FirstTokens | None:
         places = self.sequences.books.state.first_tokens
@@ -124,7 +134,7 @@ class GrowingRoom:
 
     @kept_rows.setter
     def kept_rows(self, rows: tuple[torch.Tensor, torch.Tensor] | None) -> None:
-        self._first_tokens = None if rows is None else LayerFirstTokens.of_rows(*rows)
+        self._keep(None if rows is None else LayerFirstTokens.of_rows(*rows))
 
     def overwrites(self, stop: int) -> bool:
         return False

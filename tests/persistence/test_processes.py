@@ -25,7 +25,7 @@ def in_a_fork(work: Callable[[], bool]) -> bool:
     if not pid:
         code = 1
         try:
-            # The threads of torch's pool do not follow, and without this it waits for them for ever, whatever the cache.
+            # The threads of torch's pool do not follow: without this it waits for them, with any cache.
             torch.set_num_threads(1)
             code = 0 if work() else 2
         finally:
@@ -65,7 +65,7 @@ def test_a_lock_that_another_thread_holds_at_the_fork_stops_nobody() -> None:
     thread.start()
     held.wait()
     try:
-        assert in_a_fork(lambda: step(model, cache, 2, 1).isfinite().all().item() and not cache.reset())
+        assert in_a_fork(lambda: bool(step(model, cache, 2, 1).isfinite().all()))
     finally:
         release.set()
         thread.join()
