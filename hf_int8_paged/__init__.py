@@ -7,10 +7,11 @@ Importing the package registers the attention implementation ``"int8_paged"`` wi
 from .cache import PagedInt8Cache
 from .full import CacheFullError
 from .persistence.saved import CacheFileError
+from .planning import plan
 from .pool import PagedInt8Pool
 from .seam.attention import register as _register
 from .version import __version__
 
-__all__ = ["CacheFileError", "CacheFullError", "PagedInt8Cache", "PagedInt8Pool", "__version__"]
+__all__ = ["CacheFileError", "CacheFullError", "PagedInt8Cache", "PagedInt8Pool", "__version__", "plan"]
 
 _register()

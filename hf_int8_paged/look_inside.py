@@ -1,10 +1,13 @@
-"""What a cache says of itself: bytes."""
+"""What a cache says of itself: bytes, a description, a picture, one line."""
 
 from __future__ import annotations
 
 from typing import Any
 
+from .block_picture import picture_of
+from .description import Description, description_of
 from .layer import PagedInt8Layer
+from .sequences.growing import GrowingSequences
 
 
 class LookInside:
@@ -12,6 +15,19 @@ class LookInside:
 
     layers: list
     _sequences: Any
+
+    def describe(self) -> Description:
+        """Sequences, blocks and bytes now, as a record; ``print`` and notebooks show it as a table."""
+        return description_of(self)
+
+    def plot(self, axes: Any = None) -> Any:
+        """Draw the pool's blocks with matplotlib: whose each one is, and how many share it; see `picture_of`."""
+        return picture_of(self, axes)
+
+    def __repr__(self) -> str:
+        length, batch = self._sequences.length, self._sequences.batch_size or 0
+        kind = "" if isinstance(self._sequences, GrowingSequences) else ", preallocated"
+        return f"PagedInt8Cache({len(self.layers)} layers, {batch} sequences of {length} tokens{kind})"
 
     @property
     def nbytes_allocated(self) -> int:

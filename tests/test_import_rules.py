@@ -42,6 +42,8 @@ ORDER = (
     "geometry",
     "batch_rows",
     "cache_operations",
+    "description",
+    "block_picture",
     "look_inside",
     "persistence",
     "absent_names",
