@@ -9,9 +9,10 @@ from .full import CacheFullError
 from .persistence.saved import CacheFileError
 from .planning import plan
 from .pool import PagedInt8Pool
+from .prompt_store import PromptStore
 from .seam.attention import register as _register
 from .version import __version__
 
-__all__ = ["CacheFileError", "CacheFullError", "PagedInt8Cache", "PagedInt8Pool", "__version__", "plan"]
+__all__ = ["CacheFileError", "CacheFullError", "PagedInt8Cache", "PagedInt8Pool", "PromptStore", "__version__", "plan"]
 
 _register()

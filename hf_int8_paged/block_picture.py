@@ -35,9 +35,7 @@ def picture_of(cache: Any, axes: Any = None) -> Any:
 
     sequences = cache._sequences
     if not isinstance(sequences, GrowingSequences):
-        raise ValueError(
-            "a preallocated cache shares no blocks: sequence i has the i-th part; describe() counts them"
-        )
+        raise ValueError("a preallocated cache shares no blocks: sequence i has the i-th part; describe() counts them")
     groups = list(sequences.groups.values())
     if axes is None:
         rows = [max(-(-group.table.allocator.num_blocks // _WIDTH), 1) for group in groups]

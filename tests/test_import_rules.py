@@ -49,6 +49,7 @@ ORDER = (
     "absent_names",
     "generate_limits",
     "cache",
+    "prompt_store",
 )
 #: Within folders.
 SEAM = ("read_only", "views", "padding", "masks", "once", "dense_attention", "mask_function", "operators", "attention")

@@ -32,6 +32,8 @@ class SavedCaches:
 
     #: Of the decoder; None of a cache that was made of keys and values.
     _config: PreTrainedConfig | None
+    #: Of the model that a prompt store has handed the cache out for.
+    _prompt_key: str | None = None
 
     @whole
     def save(self, path: str | os.PathLike) -> None:
@@ -61,6 +63,7 @@ class SavedCaches:
         pool: PagedInt8Pool | None = None,
         *,
         backend: str | None = None,
+        max_bytes: int | str | None = None,
         device: torch.device | str | None = None,
     ) -> Self:
         """A cache with the tokens of a file, which goes on as the saved one would have.
@@ -74,6 +77,7 @@ class SavedCaches:
             pool: take blocks from this pool, whose options must be those of the file. Its limits count, the file's
                 ``max_tokens`` does not.
             backend: of the kernels, if no pool is given; ``None`` takes the best one.
+            max_bytes: limit of the new cache, if no pool is given.
             device: for all layers; ``None`` puts each where it was.
 
         Raises:
@@ -109,7 +113,7 @@ class SavedCaches:
                 raise file.error("device", f"{error}; load it with device=...") from error
 
         try:
-            cache = cls(config, pool=pool, backend=backend, **options)  # type: ignore[call-arg]
+            cache = cls(config, pool=pool, backend=backend, max_bytes=max_bytes, **options)  # type: ignore[call-arg]
         except (NotImplementedError, ValueError) as error:
             raise file.error("options", str(error)) from error
         fill(cache, header, file, place)

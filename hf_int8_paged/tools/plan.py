@@ -71,7 +71,9 @@ def picture(plan: Plan, model: str, path: Path) -> None:
         axes.plot(memory, tokens, color=color, linewidth=2, label=name)
         if fits:
             axes.plot([plan.memory / 2**30], [fits], "o", color=color)
-            beside: dict[str, Any] = {"xytext": (-8, 6), "ha": "right"} if name == "int8" else {"xytext": (8, -14), "ha": "left"}
+            beside: dict[str, Any] = (
+                {"xytext": (-8, 6), "ha": "right"} if name == "int8" else {"xytext": (8, -14), "ha": "left"}
+            )
             at = plan.memory / 2**30, fits
             axes.annotate(f"{fits:,}", at, textcoords="offset points", color=color, **beside)
     axes.axvline(plan.memory / 2**30, color="#444444", linewidth=1, linestyle="--")
