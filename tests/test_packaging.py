@@ -57,6 +57,17 @@ def test_no_relative_link_is_left_on_a_registrys_page(distribution: Any) -> None
     assert not re.search(r"\]\((?!https?://|#)", page)
 
 
+def test_every_folder_of_the_package_is_installed(distribution: Any) -> None:
+    kernels = ROOT / "kernels" / "torch-ext" / "int8_paged_attention"
+    roots = {ROOT / "hf_int8_paged": "hf_int8_paged", kernels: "hf_int8_paged.kernels"}
+    folders = {
+        ".".join((name, *path.parent.relative_to(root).parts))
+        for root, name in roots.items()
+        for path in root.rglob("__init__.py")
+    }
+    assert set(distribution.packages) == folders
+
+
 @pytest.mark.parametrize(
     ("repository", "page"),
     [

@@ -1,4 +1,4 @@
-"""The command ``hf-int8-paged``, also ``python -m hf_int8_paged``: ``demo`` and ``info``."""
+"""The command ``hf-int8-paged``, also ``python -m hf_int8_paged``: ``demo``, ``info`` and ``plan``."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ import argparse
 import json
 import sys
 from collections.abc import Sequence
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 from .. import __version__
@@ -26,7 +27,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="hf-int8-paged", description="A paged INT8 KV cache for transformers.")
     parser.add_argument("--version", action="version", version=f"%(prog)s {__version__}")
-    commands = parser.add_subparsers(required=True, metavar="demo|info")
+    commands = parser.add_subparsers(required=True, metavar="demo|info|plan")
 
     demo = commands.add_parser("demo", help="generate with DynamicCache and with PagedInt8Cache, and compare")
     demo.add_argument("--model", help="a causal language model: name on the hub or folder (SmolLM2-135M-Instruct)")
@@ -42,6 +43,15 @@ def _parser() -> argparse.ArgumentParser:
     info = commands.add_parser("info", help="versions, backends, and what is missing")
     info.add_argument("--json", action="store_true", help="print it as JSON")
     info.set_defaults(run=_info)
+
+    plan = commands.add_parser("plan", help="the longest context that fits into some memory, in 16 bit and in int8")
+    plan.add_argument("model", help="name on the hub, or a folder or file with the config; no weights are read")
+    plan.add_argument("--memory", required=True, help="for weights and cache, such as 24GiB")
+    plan.add_argument("--batch", type=_positive, default=1, metavar="N", help="sequences (1)")
+    plan.add_argument("--weights", help="bytes of the weights, such as 16GiB; default none")
+    plan.add_argument("--json", action="store_true", help="print it as JSON")
+    plan.add_argument("--picture", type=Path, metavar="FILE", help="draw the context over the memory")
+    plan.set_defaults(run=_plan)
     return parser
 
 
@@ -56,6 +66,24 @@ def _info(options: argparse.Namespace) -> int:
 
     info = collect()
     print(json.dumps(info, indent=2) if options.json else as_text(info))
+    return 0
+
+
+def _plan(options: argparse.Namespace) -> int:
+    from .plan import as_dict, picture, planned, print_plan
+
+    try:
+        plan = planned(options.model, options.memory, options.batch, options.weights)
+        if options.json:
+            print(json.dumps(as_dict(plan), indent=2))
+        else:
+            print_plan(plan, options.model)
+        if options.picture is not None:
+            picture(plan, options.model, options.picture)
+    except ImportError as error:
+        return _error(f"{error}; install what the command needs: pip install 'hf-int8-paged[demo,examples]'")
+    except (OSError, ValueError, TypeError) as error:
+        return _error(str(error).split("\n")[0])
     return 0
 
 
