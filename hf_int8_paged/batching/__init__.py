@@ -7,11 +7,12 @@ themselves.
 from .cache import PagedInt8AttentionCache
 from .centers import key_centers
 from .entry import generate_batch, int8_batching
-from .manager import PagedInt8BatchingManager
+from .manager import PagedInt8BatchingManager, RequestTooLongError
 
 __all__ = [
     "PagedInt8AttentionCache",
     "PagedInt8BatchingManager",
+    "RequestTooLongError",
     "generate_batch",
     "int8_batching",
     "key_centers",

@@ -1,7 +1,8 @@
 """Key centres for continuous batching: one per model and layer, fixed before the first request.
 
 A centre must be the same for all requests, as they share blocks, and must not depend on who came first, as equal
-prefixes are to be equal. So it is the mean of the keys of a calibration text that the model reads once.
+prefixes are to be equal. So it is the mean of the keys of a calibration text that the model reads once. Tokens drawn
+from the vocabulary serve as well as a real text (`eval/batching_centers.py`).
 """
 
 from __future__ import annotations

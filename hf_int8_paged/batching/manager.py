@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
@@ -17,6 +17,11 @@ from .attention import NAME
 from .cache import Int8Options, PagedInt8AttentionCache
 from .centers import key_centers
 from .engine import seeing
+from .router import Router
+
+
+class RequestTooLongError(ValueError):
+    """A request that can never be served: it has more tokens than it may, or than all blocks hold."""
 
 
 class PagedInt8BatchingManager(ContinuousBatchingManager):
@@ -35,6 +40,7 @@ class PagedInt8BatchingManager(ContinuousBatchingManager):
         rotation: ``"hadamard"`` or None, as in `PagedInt8Cache`.
         sink_tokens: first tokens of each request in full precision, 0 or 1.
         backend: ``"reference"``, ``"cpu"`` or ``"triton"``; None takes the best one for the model's device.
+        max_request_tokens: most tokens of a request, new ones included; None: as many as all blocks hold.
 
     Raises:
         ValueError: an option is out of range, or one of the engine's that int8 blocks cannot honour.
@@ -52,6 +58,7 @@ class PagedInt8BatchingManager(ContinuousBatchingManager):
         rotation: str | None = "hadamard",
         sink_tokens: int = 1,
         backend: str | None = None,
+        max_request_tokens: int | None = None,
     ):
         if rotation not in ("hadamard", None):
             raise ValueError(f'rotation must be "hadamard" or None, got {rotation!r}')
@@ -64,6 +71,8 @@ class PagedInt8BatchingManager(ContinuousBatchingManager):
         self._options = Int8Options(held, rotation, sink_tokens, backend)
         generation_config = model.generation_config if generation_config is None else generation_config
         super().__init__(model, generation_config, config, workload_hints)  # type: ignore[arg-type]
+        self.output_router: Router = Router()
+        self._max_request_tokens = max_request_tokens
 
     def switch_to_cb_friendly_attn(self, model: Any, auto_switch_to_flash: bool = True) -> None:
         """Switch the model to the attention function for int8 blocks, and remember what it had."""
@@ -76,11 +85,27 @@ class PagedInt8BatchingManager(ContinuousBatchingManager):
         """Add a request to the queue; see `ContinuousBatchingManager.add_request`.
 
         Raises:
-            ValueError: no tokens, or more than the blocks can hold of one request, with those that it asks for. Such a
-                request would stop the engine, and all others with it.
+            RequestTooLongError: more tokens than the blocks can hold of one request, with those that it asks for. Such
+                a request would stop the engine, and all others with it.
+            ValueError: no tokens.
         """
-        self.check_length(len(input_ids), kwargs.get("max_new_tokens", args[1] if len(args) > 1 else None))
+        try:
+            self.check_length(len(input_ids), kwargs.get("max_new_tokens", args[1] if len(args) > 1 else None))
+        except ValueError:
+            self.output_router.forget(kwargs.get("request_id", args[0] if args else None))
+            raise
         return super().add_request(input_ids, *args, **kwargs)
+
+    def register_result_handler(self, request_id: str, callback: Callable) -> None:
+        """Call ``callback`` on this thread's event loop with every result of a request; also with the newest of those
+        that came before."""
+        register = functools.partial(super().register_result_handler, request_id, callback)
+        self.output_router.hand_over(request_id, register)
+
+    def cancel_request(self, request_id: str) -> None:
+        """Cancel a request by its id; nobody hears of it any more."""
+        self.output_router.forget(request_id)
+        super().cancel_request(request_id)
 
     def add_requests(
         self, inputs: list[list[int]], max_new_tokens: int | None = None, *args: Any, **kwargs: Any
@@ -91,7 +116,7 @@ class PagedInt8BatchingManager(ContinuousBatchingManager):
         return super().add_requests(inputs, max_new_tokens, *args, **kwargs)
 
     def check_length(self, prompt: int, max_new_tokens: int | None) -> None:
-        """Raise ``ValueError`` if a request of so many tokens can never be served.
+        """Raise `RequestTooLongError` if a request of so many tokens can never be served.
 
         Args:
             prompt: tokens of the prompt.
@@ -102,15 +127,17 @@ class PagedInt8BatchingManager(ContinuousBatchingManager):
         new = self.generation_config.max_new_tokens if max_new_tokens is None else max_new_tokens
         most = self.max_request_tokens
         if most is not None and prompt + (new or 1) > most:
-            raise ValueError(
-                f"the prompt has {prompt} tokens and may get {new or 1} new ones, but all blocks together hold {most}; "
-                "shorten it, ask for fewer, or give num_blocks or max_memory_percent a larger value"
+            limited = "a request may have" if most == self._max_request_tokens else "all blocks together hold"
+            raise RequestTooLongError(
+                f"the prompt has {prompt} tokens and may get {new or 1} new ones, but {limited} {most}; "
+                + (f"ask for at most {most - prompt} new ones" if most > prompt else "shorten it")
             )
 
     @property
     def max_request_tokens(self) -> int | None:
-        """Most tokens that one request can have; None until the blocks are allocated."""
-        return None if self.batch_processor is None else self.cache.max_request_tokens
+        """Most tokens that one request can have; None until the blocks are allocated, if nothing else limits it."""
+        limits = [self._max_request_tokens, None if self.batch_processor is None else self.cache.max_request_tokens]
+        return min((limit for limit in limits if limit is not None), default=None)
 
     @property
     def cache(self) -> PagedInt8AttentionCache:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 from collections.abc import Collection
 from typing import Any, NamedTuple
 
@@ -10,25 +9,11 @@ import torch
 from transformers import PreTrainedModel
 from transformers.generation.continuous_batching.requests import GenerationOutput
 
-from hf_int8_paged import PagedInt8Cache, PagedInt8Pool
+from eval._centred_pool import CentredPool
+from hf_int8_paged import PagedInt8Cache
 from hf_int8_paged.batching import PagedInt8AttentionCache, PagedInt8BatchingManager
 from hf_int8_paged.cache_argument import CACHE_ARGUMENT
 from tests.processes import HANGS
-
-
-class CentredPool(PagedInt8Pool):
-    """A pool whose centres are given, as those of continuous batching are."""
-
-    def __init__(self, centers: dict[int, torch.Tensor], rotation: str | None):
-        super().__init__(rotation=rotation, center_keys=bool(centers))
-        self.given = centers
-
-    def center(self, layer: int, *_: Any, **__: Any) -> bool:
-        if not self.lacks_center(layer):
-            return False
-        self._centers[layer] = self.given[layer].clone()
-        self.storages[layer] = dataclasses.replace(self.storages[layer], key_center=self._centers[layer])
-        return True
 
 
 class Life(NamedTuple):

@@ -19,7 +19,7 @@ from hf_int8_paged.batching.cache import Int8Options
 from .models import batching_model, manager_for, prompts
 
 
-def caches(head_dim: int, **options: Any) -> tuple[PagedAttentionCache, PagedInt8AttentionCache]:
+def caches(head_dim: int, **options: Any) -> tuple[Any, Any]:
     """The engine's cache for bfloat16 and ours, made with the same options."""
     config = LlamaConfig(
         num_hidden_layers=4, num_attention_heads=8, num_key_value_heads=8, head_dim=head_dim, hidden_size=8 * head_dim
@@ -101,9 +101,10 @@ def test_rows_of_first_tokens_are_given_back() -> None:
 def test_a_manager_allocates_what_it_says() -> None:
     model = batching_model("gemma3: most layers windows")
     with manager_for(model, num_blocks=40) as manager:
-        layers = {layer for pages in manager.cache.cache_allocators.values() for layer in pages.storages}
+        allocators: Any = manager.cache.cache_allocators
+        layers = {layer for pages in allocators.values() for layer in pages.storages}
         assert layers == set(range(model.config.num_hidden_layers))
-        storage = manager.cache.cache_allocators["full_attention"].storages[1]
+        storage = allocators["full_attention"].storages[1]
         assert storage.nbytes == manager.cache.num_sectors * manager.cache.bytes_per_sector
         assert isinstance(manager, ContinuousBatchingManager)
 

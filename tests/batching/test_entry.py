@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from typing import Any
 
 import pytest
 from transformers import CompileConfig, ContinuousBatchingConfig, GenerationConfig
@@ -14,13 +15,16 @@ from hf_int8_paged.batching.engine import seeing
 
 from .models import batching_model, manager_for, prompts, random_ids
 
-GREEDY = {"max_new_tokens": 6, "do_sample": False, "eos_token_id": -1}
-SMALL = {"num_blocks": 60, "page_size": 16, "max_batch_tokens": 64}
+
+def options() -> tuple[GenerationConfig, ContinuousBatchingConfig]:
+    """Six greedy tokens, and few blocks."""
+    generation = GenerationConfig(max_new_tokens=6, do_sample=False, eos_token_id=-1)
+    return generation, ContinuousBatchingConfig(num_blocks=60, page_size=16, max_batch_tokens=64)
 
 
 def test_one_call_gives_results_in_the_order_of_the_prompts() -> None:
     model, asked = batching_model("llama: full attention"), prompts(7)
-    results = generate_batch(model, asked, GenerationConfig(**GREEDY), ContinuousBatchingConfig(**SMALL))
+    results = generate_batch(model, asked, *options())
     assert [result.prompt_ids for result in results.values()] == asked
     assert all(len(result.generated_tokens) == 6 and result.error is None for result in results.values())
     assert model.config._attn_implementation == "int8_paged"
@@ -28,12 +32,12 @@ def test_one_call_gives_results_in_the_order_of_the_prompts() -> None:
 
 
 def test_within_the_context_the_models_own_methods_take_int8_blocks() -> None:
-    model, asked = batching_model("llama: full attention"), prompts(5)
-    alone = generate_batch(model, asked, GenerationConfig(**GREEDY), ContinuousBatchingConfig(**SMALL))
+    model: Any = batching_model("llama: full attention")
+    asked = prompts(5)
+    alone = generate_batch(model, asked, *options())
     with int8_batching(model) as same:
-        assert same is model
-        options = (GenerationConfig(**GREEDY), ContinuousBatchingConfig(**SMALL))
-        results = model.generate_batch(asked, *options, persistent_manager=True)
+        assert id(same) == id(model)
+        results = model.generate_batch(asked, *options(), persistent_manager=True)
         assert [x.generated_tokens for x in results.values()] == [x.generated_tokens for x in alone.values()]
         kept = model._cached_continuous_batching_manager
         assert isinstance(kept, PagedInt8BatchingManager)
@@ -41,7 +45,7 @@ def test_within_the_context_the_models_own_methods_take_int8_blocks() -> None:
         found = kept.cache.search_prefix_match("another", longest)
         kept.cache.free_blocks("another")
         assert found == (len(longest) - 1) // 16 * 16, "blocks of the first call serve the second"
-        assert len(model.generate_batch(asked, *options, persistent_manager=True)) == len(asked)
+        assert len(model.generate_batch(asked, *options(), persistent_manager=True)) == len(asked)
         assert model._cached_continuous_batching_manager is kept
         with pytest.raises(ValueError, match="within int8_batching already"), int8_batching(model):
             pass
@@ -52,12 +56,12 @@ def test_within_the_context_the_models_own_methods_take_int8_blocks() -> None:
 
 def test_nothing_of_transformers_is_changed() -> None:
     before = dict(vars(continuous_api)), dict(vars(continuous_api.ContinuousBatchingManager))
-    model = batching_model("llama: full attention")
+    model: Any = batching_model("llama: full attention")
     other = copy.deepcopy(model)
     with int8_batching(model):
         generate = other.init_continuous_batching
         assert generate.__func__ is type(other).init_continuous_batching
-        model.generate_batch(prompts(2), GenerationConfig(**GREEDY), ContinuousBatchingConfig(**SMALL))
+        model.generate_batch(prompts(2), *options())
     assert before == (dict(vars(continuous_api)), dict(vars(continuous_api.ContinuousBatchingManager)))
 
 
@@ -66,6 +70,7 @@ def test_streaming_gives_every_token_as_it_comes() -> None:
     with manager_for(model) as manager:
         manager.start()
         name = manager.add_request(prompts(1)[0], streaming=True)
+        assert name is not None
         lengths = [len(result.generated_tokens) for result in manager.request_id_iter(name)]
         manager.stop(keep_for_next_session=True)
     assert lengths == list(range(1, 11))
@@ -132,7 +137,8 @@ def test_a_centre_is_worked_out_once_and_can_be_given() -> None:
     own = key_centers(model, random_ids(40, seed=3))
     assert not own[0].equal(drawn[0])
     with manager_for(model, centers=own) as manager:
-        storage = manager.cache.cache_allocators["full_attention"].storages[0]
+        pages: Any = manager.cache.cache_allocators["full_attention"]
+        storage = pages.storages[0]
         assert storage.key_center.equal(own[0])
     with pytest.raises(ValueError, match="at least 16 tokens, got 3"):
         key_centers(model, [1, 2, 3])
