@@ -153,7 +153,9 @@ class PagedInt8BatchingManager(ContinuousBatchingManager):
         self.warmed_up = True
 
     def start(self) -> None:
-        """Start the engine's thread. The blocks are allocated before, so that what does not fit is refused here."""
+        """Start the engine's thread. The blocks are allocated before, so that what does not fit is refused here; and
+        the model is switched again, if `stop` has put its attention back."""
+        self.switch_to_cb_friendly_attn(self.model)
         if self.batch_processor is None:
             self.batch_processor = self._create_batch_processor()
         super().start()

@@ -1,4 +1,4 @@
-"""`eval/throughput.py` and `eval/batching_centers.py` on a tiny model: what is served, at which budget, what is drawn."""
+"""`eval/throughput.py` and `eval/batching_centers.py` on a tiny model: what is served, and at which budget."""
 
 from __future__ import annotations
 
