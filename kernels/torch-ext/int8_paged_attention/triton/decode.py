@@ -16,6 +16,7 @@ from ..first_tokens import FirstTokens
 from ..layouts import check_attend
 from ..storage import KvCacheQuant
 from .join import launch_join
+from .launch import launch
 from .layouts import NOTE, Rows, first_layout, in_32_bits, layer_of, tokens_of
 from .split import CHUNK, STREAMS, decode_kernel
 from .tiles import PART
@@ -91,7 +92,7 @@ def launch_decode(
     sums = torch.empty(batch * num_q_heads * q_len * splits * (v_dim + 2), dtype=torch.float32, device=q.device)
     # Without softcap and sink logits the keys' centre moves all scores of a row alike, and softmax does not see it.
     absolute = softcap is not None or sink_logits is not None
-    decode_kernel[(splits, kv_heads * row_tiles, batch)](
+    arguments = (
         sums,
         q,
         storage.k,
@@ -115,10 +116,9 @@ def launch_decode(
         *head_strides,
         held.table_stride,
         0 if key_mask is None else key_mask.stride()[0],
-        HAS_WINDOW=window is not None,
-        HAS_SOFTCAP=softcap is not None,
-        **constants,
     )
+    special = dict(HAS_WINDOW=window is not None, HAS_SOFTCAP=softcap is not None)
+    launch(decode_kernel, (splits, kv_heads * row_tiles, batch), arguments, **special, **constants)
     if first_tokens is not None or sink_logits is not None:
         scoring = Scoring(scale, softcap, sink_logits, key_mask, key_mask_start)
     launch_join(out, sums, q, storage, tokens, scoring, first_tokens, splits)

@@ -14,6 +14,7 @@ from ..checks import clamp_window
 from ..conditioning import hadamard_block
 from ..first_tokens import FirstTokens
 from ..storage import KvCacheQuant
+from .launch import launch
 from .layouts import first_pointers
 from .primitives import LOG2_E, exponent_shift, first_positions, hadamard, tanh
 
@@ -195,7 +196,7 @@ def launch_join(
         group, head_dim = num_q_heads // storage.k.shape[0], q.shape[3]
         special = (window is not None, softcap is not None)
         constants = join_constants(group, head_dim, v_dim, rotated, first_tokens.k.shape[2], *special)
-    reduce_kernel[(batch * num_q_heads * q_len,)](
+    arguments = (
         out,
         partial,
         scoring[2],
@@ -204,5 +205,5 @@ def launch_join(
         num_splits,
         *out.stride()[:3],
         *for_first_tokens,
-        **constants,
     )
+    launch(reduce_kernel, (batch * num_q_heads * q_len,), arguments, **constants)
