@@ -16,6 +16,7 @@ from ..first_tokens import FirstTokens
 from ..layouts import check_attend
 from ..storage import KvCacheQuant
 from .join import Programs, launch_join
+from .launch import launch
 from .layouts import NOTE, Rows, first_layout, in_32_bits, layer_of, tokens_of
 from .schedule import CHUNK, STREAMS
 from .split import decode_kernel
@@ -95,7 +96,7 @@ def launch_decode(
     sums = torch.empty((programs + units - 1) * rows_kept * (v_dim + 2), dtype=torch.float32, device=q.device)
     # Without softcap and sink logits the keys' centre moves all scores of a row alike, and softmax does not see it.
     absolute = softcap is not None or sink_logits is not None
-    decode_kernel[(programs,)](
+    arguments = (
         sums,
         q,
         storage.k,
@@ -120,11 +121,9 @@ def launch_decode(
         *q.stride(),
         held.table_stride,
         0 if key_mask is None else key_mask.stride()[0],
-        SEQUENCES=cut.sequences,
-        HAS_WINDOW=window is not None,
-        HAS_SOFTCAP=softcap is not None,
-        **constants,
     )
+    special = dict(SEQUENCES=cut.sequences, HAS_WINDOW=window is not None, HAS_SOFTCAP=softcap is not None)
+    launch(decode_kernel, (programs,), arguments, **special, **constants)
     if first_tokens is not None or sink_logits is not None:
         scoring = Scoring(scale, softcap, sink_logits, key_mask, key_mask_start)
     launch_join(out, sums, q, storage, tokens, scoring, first_tokens, blocks_start, cut)

@@ -14,6 +14,7 @@ from ..checks import clamp_window
 from ..conditioning import hadamard_block
 from ..first_tokens import FirstTokens
 from ..storage import KvCacheQuant
+from .launch import launch
 from .layouts import first_pointers
 from .primitives import LOG2_E, exponent_shift, first_positions, hadamard, tanh
 from .schedule import chunks_between, cut_evenly, visible_tokens
@@ -231,7 +232,7 @@ def launch_join(
         )  # fmt: skip
         special = (window is not None, softcap is not None)
         constants = join_constants(group, q.shape[3], v_dim, rotated, first_tokens.k.shape[2], *special)
-    reduce_kernel[(batch * num_q_heads * q_len,)](
+    arguments = (
         out,
         partial,
         scoring[2],
@@ -244,7 +245,6 @@ def launch_join(
         window or 0,
         *out.stride()[:3],
         *for_first_tokens,
-        ROWS=cut.rows,
-        SEQUENCES=cut.sequences,
-        **constants,
     )
+    sizes = dict(ROWS=cut.rows, SEQUENCES=cut.sequences)
+    launch(reduce_kernel, (batch * num_q_heads * q_len,), arguments, **sizes, **constants)
