@@ -128,7 +128,8 @@ def audit_hsaco(kernel: Any) -> dict[str, Any]:
     return {
         "vector_registers": int(found["vgpr_count"]),
         "scalar_registers": int(found["sgpr_count"]),
-        "spills": int(found["vgpr_spill_count"]) + int(found["sgpr_spill_count"]),
+        "spills": int(found["vgpr_spill_count"]),
+        "scalars_kept_in_vector_registers": int(found["sgpr_spill_count"]),
         "stack_bytes": int(found["private_segment_fixed_size"]),
         "shared_memory_bytes": kernel.metadata.shared,
         "warps": kernel.metadata.num_warps,

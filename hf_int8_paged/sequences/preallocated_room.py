@@ -145,8 +145,10 @@ class PreallocatedRoom:
         tokens = self._of_sequences[0]
         if not self.sequences.known or (stop == self.counted and not fresh):
             return tokens
-        lens = torch.full_like(tokens.context_lens, stop)
-        return replace(tokens, context_lens=lens, context_lens_before=lens - rows)
+        lens, table = torch.full_like(tokens.context_lens, stop), tokens.block_table
+        if fresh:  # a long chunk, whose kernels are told how much past there is by the table's width
+            table = table[:, : -(-stop // self.storage.block_size)]
+        return replace(tokens, block_table=table, context_lens=lens, context_lens_before=lens - rows)
 
     newest_from_blocks = True  # and so is, in later steps, all that is seen of a chunk
 

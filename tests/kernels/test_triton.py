@@ -35,8 +35,9 @@ def in_another_python(arguments: list[str], **environment: str) -> subprocess.Co
 @pytest.mark.skipif(INTERPRETED, reason="this process interprets the kernels itself")
 def test_interpreted_kernels() -> None:
     """The shared grid for the Triton backend, and what only Triton can get wrong, under TRITON_INTERPRET=1."""
-    grid = ["test_append.py", "test_conditioning.py", "test_decode.py", "test_gather_copy.py"]
-    paths = [f"tests/kernels/{file}" for file in (*grid, "interpreted_triton.py", "triton_extend.py")]
+    grid = ["test_append.py", "test_append_edges.py", "test_conditioning.py", "test_decode.py", "test_gather_copy.py"]
+    grid += ["interpreted_triton.py", "triton_extend.py", "triton_long_chunks.py", "triton_schedule.py"]
+    paths = [f"tests/kernels/{file}" for file in grid]
     paths.append("tests/cache/triton_long_chunks.py")
     run = in_another_python(["-m", "pytest", "-q", "-k", "triton", *paths], TRITON_INTERPRET="1")
     assert run.returncode == 0
@@ -184,3 +185,29 @@ def test_launches_read_nothing_from_the_device(variant: str, monkeypatch: pytest
         triton_backend.attend(out, q, storage, tokens, scoring, (new[0], new[1]), held)
     assert [name for name, _ in launches] == ["append_kernel", "decode_kernel", "reduce_kernel", "extend_kernel"]
     assert all(type(size) is int for _, grid in launches for size in grid)
+
+
+@pytest.mark.skipif(INTERPRETED, reason="the interpreter has no launches")
+def test_a_long_chunk_reads_nothing_from_the_device(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its past is dequantized in slices whose number depends on the block table's width."""
+    from torch._subclasses.fake_tensor import FakeTensorMode
+    from triton.runtime.jit import JITFunction
+
+    from hf_int8_paged.kernels.triton import backend as triton_backend
+    from hf_int8_paged.kernels.triton import long_chunks
+
+    launches: list[tuple[str, Any]] = []
+    monkeypatch.setattr(JITFunction, "run", lambda self, *args, grid, **_: launches.append((self.__name__, grid)))
+    monkeypatch.setattr(long_chunks, "flash_attention_serves", lambda device: True)
+    batch, heads, chunk, dim = 2, 2, 257, 128
+    with FakeTensorMode(allow_non_fake_inputs=False), torch.device("cuda"):
+        storage = layer(dim, dim, 16, "hadamard")
+        table, lens = torch.zeros(batch, 100, dtype=torch.int32), torch.zeros(batch, dtype=torch.int32)
+        tokens, scoring = records(table, lens, {"kv_start": lens})
+        q, new = (torch.empty(batch, count, chunk, dim, dtype=torch.bfloat16) for count in (8, heads))
+        rows = torch.empty(batch, heads, 1, dim, dtype=torch.bfloat16)
+        held = FirstTokens(rows, rows, lens, lens, lens, limit=1)
+        monkeypatch.setattr(long_chunks, "SCRATCH_BYTES", 2 * 2 * batch * heads * dim * 640)
+        triton_backend.attend(torch.empty_like(q), q, storage, tokens, scoring, (new, new), held)
+    slices = 3 * [("dequantize_kernel", (640 // 16, heads, batch))]  # 1,600 positions, 640 at a time
+    assert launches == [*slices, ("extend_kernel", (-(-4 * chunk // 64), heads, batch))]

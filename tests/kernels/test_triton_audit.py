@@ -35,37 +35,45 @@ def test_the_readme_shows_the_committed_audit(committed: dict[str, Any]) -> None
 
 #: What tells variants apart.
 KIND = ("chip", "head_dim", "group", "block_size", "dtype", "rotation", "integer")
-#: chip, head_dim, group, rotation, least bytes per cycle and multiprocessor, whether three blocks must be resident
-TABLE = [
-    *((chip, 128, group, "hadamard", 50, True) for chip in ("sm_80", "sm_90") for group in (1, 4, 8)),
-    *((chip, 128, 4, None, 50, True) for chip in ("sm_80", "sm_90")),
-    *((chip, head_dim, 4, "hadamard", 35, False) for chip in ("sm_80", "sm_90", "sm_100") for head_dim in (64, 256)),
-    ("sm_100", 128, 4, "hadamard", 35, False),
+#: chip, head_dim, group, rotation
+ROTATED: list[tuple] = [
+    (c, d, g, "hadamard") for c in ("sm_80", "sm_90", "sm_100") for d in (64, 128, 256) for g in (1, 4, 8)
 ]
+UNROTATED: list[tuple] = [(chip, 128, 4, None) for chip in ("sm_80", "sm_90", "sm_100")]
+#: By head_dim: least bytes per cycle and multiprocessor, resident programs, most trips of an iteration, most
+#: instructions and barriers outside of the loop. At 256 there are no registers to ask for V early.
+LIMITS = {64: (45, 3, 3, 900, 20), 128: (50, 2, 3, 900, 20), 256: (100, 2, 9, 1500, 20)}
+#: At head_dim 256 as many trips as before V was asked for first: sm_80 7, 9 and 8 elsewhere.
+TRIPS_OF_256 = {"sm_80": 7, "sm_90": 9, "sm_100": 8}
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(("chip", "head_dim", "group", "rotation", "least", "three_blocks"), TABLE)
-def test_decode_keeps_its_headroom(
-    chip: str,
-    head_dim: int,
-    group: int,
-    rotation: str | None,
-    least: float,
-    three_blocks: bool,
-    committed: dict[str, Any],
+@pytest.mark.parametrize(("chip", "head_dim", "group", "rotation"), ROTATED + UNROTATED)
+def test_decode_hides_latency_and_keeps_its_headroom(
+    chip: str, head_dim: int, group: int, rotation: str | None, committed: dict[str, Any]
 ) -> None:
     from gpu_audit import audit, versions
+
+    from hf_int8_paged.kernels.triton.tuning import CONFIGS, Config
 
     figures: dict[str, Any] = audit(chip, head_dim, group, rotation=rotation)
     if versions() == committed["versions"]:
         assert json.loads(json.dumps(figures)) in committed["variants"], "the kernel has changed: run make gpu-audit"
-    assert figures["bytes_per_cycle"] >= least
+    bytes_per_cycle, programs, trips, instructions, barriers = LIMITS[head_dim]
+    assert figures["bytes_per_cycle"] >= bytes_per_cycle
     assert figures["kv_loads_narrower_than_16_bytes"] == 0
     assert figures["spill_instructions_in_loop"] == 0
-    if three_blocks:
+    assert figures["loop_by_class"].get("barrier", 0) == 0
+    assert figures["instructions_outside_loop"] <= instructions
+    assert figures["barriers_outside_loop"] <= barriers
+    # All programs begin at once, and share the work on that ground.
+    config = CONFIGS.get((chip, head_dim, rotation is None), Config())
+    assert figures["blocks_per_multiprocessor"] >= config.programs_per_processor == programs
+    if rotation is None:
+        return  # a third term: K is read twice as slowly, and nothing is asked of its trips
+    assert figures["dependent_trips"] <= (TRIPS_OF_256[chip] if head_dim == 256 else trips)
+    if head_dim < 256:
         assert figures["spill_instructions"] == figures["stack_bytes"] == 0
-        assert figures["blocks_per_multiprocessor"] >= 3
 
 
 @pytest.mark.slow
@@ -76,6 +84,8 @@ def test_gfx942_has_no_spill(head_dim: int) -> None:
     figures = audit("gfx942", head_dim, 4)
     assert figures["spills"] == figures["stack_bytes"] == 0
     assert figures["vector_registers"] <= 256
+    # A scalar that finds no scalar register waits in a lane of a vector register, outside of memory.
+    assert figures["scalars_kept_in_vector_registers"] <= 100
 
 
 @pytest.mark.slow
@@ -114,8 +124,8 @@ def test_launchers_do_little_beside_the_launch() -> None:
 
     with triton_layer_launching_nothing() as (layer, launched):
         layer()
-        assert len(launched) == 3, "append, the splits of the context, and their joining"
-        assert operators(layer).tensors_made == 1, "what the splits leave to be joined"
+        assert len(launched) == 3, "append, the reading of the blocks, and the join"
+        assert operators(layer).tensors_made == 1, "what is left to be joined"
         calls, bytecodes = python_work(layer)
     # 1.4 times the 30 calls and 1,164 bytecodes of Python 3.11: other versions compile to other bytecodes. Before every
     # tensor was checked on its way to a kernel it was 22 and 754.

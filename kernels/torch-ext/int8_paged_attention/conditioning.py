@@ -37,7 +37,7 @@ def hadamard(x: torch.Tensor) -> torch.Tensor:
     y = x
     while distance < n:
         pairs = y.reshape(*x.shape[:-1], x.shape[-1] // (2 * distance), 2, distance)
-        a, b = pairs[..., 0, :], pairs[..., 1, :]
+        a, b = pairs.unbind(-2)
         y = torch.stack((a + b, a - b), dim=-2).reshape(x.shape)
         distance *= 2
     return y * torch.tensor(1 / math.sqrt(n), dtype=x.dtype, device=x.device)

@@ -14,7 +14,7 @@ from ..conditioning import hadamard_block
 from ..layouts import check_append
 from ..storage import KvCacheQuant
 from .layouts import NOTE, Rows, in_32_bits, layer_of, tokens_of
-from .primitives import hadamard, quantize_rows
+from .rows import RUN, conditioned, elements, load_rows
 
 
 @triton.jit(do_not_specialize=("new_tokens", "num_blocks", "table_width", "table_stride"))
@@ -46,55 +46,54 @@ def append_kernel(
     table_stride,
     HEAD_DIM: tl.constexpr,
     V_DIM: tl.constexpr,
-    K_DIMS: tl.constexpr,  # HEAD_DIM, rounded up to a power of two
-    V_DIMS: tl.constexpr,
+    K_RUNS: tl.constexpr,  # runs of a row of K, rounded up to a power of two
+    V_RUNS: tl.constexpr,
     K_ROTATED: tl.constexpr,  # size of the Hadamard blocks, 1 without rotation
     V_ROTATED: tl.constexpr,
     BLOCK_SIZE: tl.constexpr,
     TOKENS: tl.constexpr,
 ):
-    """One program quantizes TOKENS rows of K and the same rows of V of one head."""
-    tokens = tl.program_id(0) * TOKENS + tl.arange(0, TOKENS)
+    """One program takes one token, or those of a group of 16 positions, which lie together in a block.
+
+    It quantizes their rows of K and V of one head.
+    """
     head = tl.program_id(1).to(tl.int64)
     sequence = tl.program_id(2).to(tl.int64)
-    positions = tl.load(context_lens_before_ptr + sequence) + tokens
-    logical = positions // BLOCK_SIZE
-    covered = (tokens < new_tokens) & (positions >= 0) & (logical < table_width)
-    blocks = tl.load(block_table_ptr + sequence * table_stride + logical, mask=covered, other=-1)
-    kept = (blocks >= 0) & (blocks < num_blocks)
-    blocks = blocks.to(tl.int64)
-    slots = positions % BLOCK_SIZE
-    tokens = tokens.to(tl.int64)
+    length = tl.load(context_lens_before_ptr + sequence)
+    first = (length // TOKENS + tl.program_id(0)) * TOKENS
+    logical = first // BLOCK_SIZE
+    covered = (first >= 0) & (first < length + new_tokens) & (logical < table_width)
+    block = tl.load(block_table_ptr + sequence * table_stride + logical, mask=covered, other=-1)
+    if (block >= 0) & (block < num_blocks):
+        slots = tl.arange(0, TOKENS)
+        tokens = first - length + slots
+        # Those before the first new one are negative, and large as unsigned numbers.
+        new = tokens.to(tl.uint32, bitcast=True) < new_tokens.to(tl.uint32)
+        place = block.to(tl.int64) * BLOCK_SIZE + first % BLOCK_SIZE
 
-    dims = tl.arange(0, K_DIMS)
-    mask = kept[:, None] & (dims < HEAD_DIM)[None, :]
-    new_ptr = k_new_ptr + sequence * k_new_batch_stride + head * k_new_head_stride
-    rows = tl.load(
-        new_ptr + tokens[:, None] * k_new_token_stride + dims[None, :] * k_new_dim_stride, mask=mask, other=0.0
-    )
-    rows = rows.to(tl.float32)
-    if key_center_ptr is not None:
-        rows -= tl.load(key_center_ptr + head * HEAD_DIM + dims, mask=dims < HEAD_DIM, other=0.0)[None, :]
-    if K_ROTATED > 1:
-        rows = hadamard(rows, TOKENS, K_DIMS, K_ROTATED)
-    quantized, scales = quantize_rows(rows)
-    tiles_ptr = k_ptr + head * k_head_stride + (blocks * BLOCK_SIZE + slots)[:, None] * HEAD_DIM
-    tl.store(tiles_ptr + dims[None, :], quantized.to(tl.int8), mask=mask)
-    tl.store(k_scales_ptr + head * k_scale_head_stride + blocks * BLOCK_SIZE + slots, scales, mask=kept)
+        k_new_ptr += sequence * k_new_batch_stride + head * k_new_head_stride
+        rows = load_rows(k_new_ptr, tokens, new, k_new_token_stride, k_new_dim_stride, HEAD_DIM, K_RUNS)
+        dims = elements(K_RUNS)
+        if key_center_ptr is not None:
+            rows -= tl.load(key_center_ptr + head * HEAD_DIM + dims, mask=dims < HEAD_DIM, other=0.0)
+        values, scales = conditioned(rows, TOKENS, K_RUNS, K_ROTATED)
+        tile_ptrs = k_ptr + head * k_head_stride + place * HEAD_DIM + slots[:, None, None] * HEAD_DIM + dims
+        tl.store(tile_ptrs, values, mask=new[:, None, None] & (dims < HEAD_DIM))
+        tl.store(k_scales_ptr + head * k_scale_head_stride + place + slots, scales, mask=new)
 
-    dims = tl.arange(0, V_DIMS)
-    mask = kept[:, None] & (dims < V_DIM)[None, :]
-    new_ptr = v_new_ptr + sequence * v_new_batch_stride + head * v_new_head_stride
-    rows = tl.load(
-        new_ptr + tokens[:, None] * v_new_token_stride + dims[None, :] * v_new_dim_stride, mask=mask, other=0.0
-    )
-    rows = rows.to(tl.float32)
-    if V_ROTATED > 1:
-        rows = hadamard(rows, TOKENS, V_DIMS, V_ROTATED)
-    quantized, scales = quantize_rows(rows)
-    tiles_ptr = v_ptr + head * v_head_stride + (blocks * (BLOCK_SIZE * V_DIM) + slots)[:, None]
-    tl.store(tiles_ptr + dims[None, :] * BLOCK_SIZE, quantized.to(tl.int8), mask=mask)
-    tl.store(v_scales_ptr + head * v_scale_head_stride + blocks * BLOCK_SIZE + slots, scales, mask=kept)
+        v_new_ptr += sequence * v_new_batch_stride + head * v_new_head_stride
+        rows = load_rows(v_new_ptr, tokens, new, v_new_token_stride, v_new_dim_stride, V_DIM, V_RUNS)
+        dims = elements(V_RUNS)
+        values, scales = conditioned(rows, TOKENS, V_RUNS, V_ROTATED)
+        tile_ptr = v_ptr + head * v_head_stride + block.to(tl.int64) * (BLOCK_SIZE * V_DIM) + first % BLOCK_SIZE
+        tile_ptrs = tile_ptr + dims * BLOCK_SIZE + slots[:, None, None]
+        # A thread stores 16 tokens of an element at once, or where not all of them are new each by itself.
+        whole = (first >= length) & (first + TOKENS <= length + new_tokens)
+        mask = tl.broadcast_to(dims < tl.where(whole, V_DIM, 0), values.shape)
+        tl.store(tile_ptrs, values, mask=tl.max_constancy(mask, (TOKENS, 1, 1)))
+        if TOKENS > 1 and not whole:
+            tl.store(tile_ptrs, values, mask=new[:, None, None] & (dims < V_DIM))
+        tl.store(v_scales_ptr + head * v_scale_head_stride + place + slots, scales, mask=new)
 
 
 @functools.lru_cache(maxsize=1024)
@@ -103,8 +102,8 @@ def append_constants(kind: Rows, rows: int) -> dict[str, Any]:
     return dict(
         HEAD_DIM=kind.head_dim,
         V_DIM=kind.v_dim,
-        K_DIMS=triton.next_power_of_2(kind.head_dim),
-        V_DIMS=triton.next_power_of_2(kind.v_dim),
+        K_RUNS=triton.next_power_of_2(-(-kind.head_dim // RUN.value)),
+        V_RUNS=triton.next_power_of_2(-(-kind.v_dim // RUN.value)),
         K_ROTATED=hadamard_block(kind.head_dim) if kind.rotated else 1,
         V_ROTATED=hadamard_block(kind.v_dim) if kind.rotated else 1,
         BLOCK_SIZE=kind.block_size,
@@ -122,7 +121,9 @@ def launch_append(k_new: torch.Tensor, v_new: torch.Tensor, storage: KvCacheQuan
     k_new, v_new = in_32_bits(k_new), in_32_bits(v_new)
     batch, heads, new_tokens, _ = k_new.shape
     rows = 16 if new_tokens > 1 else 1
-    append_kernel[(-(-new_tokens // rows), heads, batch)](
+    # Sequences may begin inside a group: this many groups hold their tokens wherever they begin.
+    groups = (new_tokens - 2) // rows + 2 if rows > 1 else 1
+    append_kernel[(groups, heads, batch)](
         storage.k,
         storage.v,
         storage.k_scales,

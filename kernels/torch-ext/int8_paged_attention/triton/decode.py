@@ -90,8 +90,7 @@ def launch_decode(
     row_tiles, wanted, constants = decode_constants(kind, num_q_heads // kv_heads, q_len, integer, chip, config)
     units = batch * kv_heads * row_tiles
     programs = min(wanted, units * (-(-table_width * block_size // CHUNK.value)))
-    setup = int(2 * units > programs)
-    cut = Programs(programs, setup, constants["ROWS"], 1 if batch == 1 else max(32, triton.next_power_of_2(batch)))
+    cut = Programs(programs, constants["ROWS"], 1 if batch == 1 else max(32, triton.next_power_of_2(batch)))
     rows_kept = min(num_q_heads // kv_heads * q_len, cut.rows)
     sums = torch.empty((programs + units - 1) * rows_kept * (v_dim + 2), dtype=torch.float32, device=q.device)
     # Without softcap and sink logits the keys' centre moves all scores of a row alike, and softmax does not see it.
@@ -113,7 +112,6 @@ def launch_decode(
         batch,
         kv_heads,
         q_len,
-        setup,
         num_blocks,
         table_width,
         key_mask_start,

@@ -1,5 +1,5 @@
 """Attention with fresh keys and values in Triton: a chunk of new rows over a past in int8 blocks, one launch
-(`extend_kernel`)."""
+(`extend_kernel`); the past of a long chunk is read before (`long_chunks`)."""
 
 from __future__ import annotations
 
@@ -14,6 +14,7 @@ from ..layouts import check_append, check_options, check_queries
 from ..storage import KvCacheQuant
 from .extend_kernel import extend_kernel
 from .layouts import NOTE, first_layout, first_pointers, in_32_bits, layer_of, tokens_of
+from .long_chunks import attend_past, serves
 
 
 def launch_extend(
@@ -25,7 +26,7 @@ def launch_extend(
     fresh: tuple[torch.Tensor, torch.Tensor],
     first_tokens: FirstTokens | None = None,
 ) -> None:
-    """`reference.attend` with ``fresh`` keys and values, which have q's dtype, on a GPU: one launch."""
+    """`reference.attend` with ``fresh`` keys and values, which have q's dtype, on a GPU."""
     layout, kind, head_strides = storage.notes.get(NOTE) or layer_of(storage)
     held = tokens.notes.get(NOTE) or tokens_of(tokens)
     check_queries(layout, out, q)
@@ -44,6 +45,9 @@ def launch_extend(
     q, k_new, v_new = in_32_bits(q), in_32_bits(k_new), in_32_bits(v_new)
     group = num_q_heads // layout.num_kv_heads
     rows, columns = (32, 64) if max(kind.head_dim, kind.v_dim) > 128 or q.dtype == torch.float32 else (64, 64)
+    past = (None, None)
+    if serves(q, storage, tokens, scoring):
+        past = attend_past(q, storage, tokens, scoring, first_tokens)
     extend_kernel[(-(-group * chunk // rows), layout.num_kv_heads, batch)](
         out,
         q,
@@ -59,6 +63,7 @@ def launch_extend(
         tokens.kv_start,
         key_mask,
         sink_logits,
+        *past,
         *first_pointers(first_tokens),
         float(scoring.scale),
         float(softcap or 0.0),

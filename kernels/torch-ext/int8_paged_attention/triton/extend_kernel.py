@@ -1,8 +1,9 @@
 """The kernel of extend attention: a chunk of new rows over a past in int8 blocks, as in chunked prefill.
 
-The past is read from its blocks, tile by tile, and dequantized in registers; the chunk's own keys and values are taken
-in full precision. The past comes first, in the conditioned domain; then the sums are rotated back once, and the chunk
-follows in the model's own domain, and after it the first tokens in full precision.
+The past is read from its blocks, tile by tile, and dequantized in registers, unless it has been read already
+(`long_chunks`); the chunk's own keys and values are taken in full precision. The past comes first, in the conditioned
+domain; then the sums are rotated back once, and the chunk follows in the model's own domain, and after it the first
+tokens in full precision.
 """
 
 from __future__ import annotations
@@ -54,6 +55,8 @@ def extend_kernel(
     kv_start_ptr,
     key_mask_ptr,
     sink_logits_ptr,
+    past_means_ptr,  # [batch, chunk, GROUP, kv_heads, V_DIM] what `long_chunks` has made of the past, or None
+    past_logs_ptr,  # [batch, chunk, GROUP, kv_heads]
     first_tokens_k_ptr,  # [rows, kv_heads, FIRST_TOKENS, HEAD_DIM] or None
     first_tokens_v_ptr,  # [rows, kv_heads, FIRST_TOKENS, V_DIM]
     first_tokens_row_ptr,  # [batch]
@@ -142,46 +145,53 @@ def extend_kernel(
     highest = tl.full((ROWS,), float("-inf"), tl.float32)
     total = tl.zeros((ROWS,), tl.float32)
     acc = tl.zeros((ROWS, V_DIMS), tl.float32)
-    table_row_ptr = block_table_ptr + sequence * table_stride
-    for start in range(first_seen // TOKENS * TOKENS, past, TOKENS):
-        tokens = start + tl.arange(0, TOKENS)
-        logical = tokens // BLOCK_SIZE
-        # The same for all 16 tokens of a group, as the loads of V are told.
-        covered = (tokens // 16 * 16 < past) & (logical < table_width)
-        ids, there = block_ids(table_row_ptr, logical, covered, num_blocks)
-        there &= (tokens >= first) & (tokens < past)
-        if key_mask_ptr is not None:
-            there &= in_mask(key_mask_ptr + sequence * key_mask_stride, tokens, key_mask_width)
-        slots = ids * BLOCK_SIZE + tokens % BLOCK_SIZE
-        k_ptrs = k_ptr + head * k_head_stride + slots[None, :] * HEAD_DIM + dims[:, None]
-        k = tl.load(k_ptrs, mask=(dims < HEAD_DIM)[:, None], other=0)  # [DIMS, TOKENS]
-        k_scales = tl.load(k_scales_ptr + head * k_scale_head_stride + slots, mask=there, other=0.0).to(tl.float32)
-        v_scales = tl.load(v_scales_ptr + head * v_scale_head_stride + slots, mask=there, other=0.0).to(tl.float32)
-        # A faulty value row is seen by the queries whose score it spoils, and by no others.
-        k_scales += v_scales * 0.0
-        scores = tl.dot(q, k.to(past_dtype), input_precision="ieee") * q_unit[:, None] * k_scales[None, :]
-        scores = to_base_2(scores + bias[:, None], softcap, HAS_SOFTCAP)
-        visible = tl.broadcast_to(there[None, :], (ROWS, TOKENS))
-        if HAS_WINDOW:
-            visible &= tokens[None, :] > (position - window)[:, None]
-        scores = tl.where(visible, scores, float("-inf"))
-        new_highest = tl.maximum(highest, tl.max(scores, axis=1))
-        shift = exponent_shift(new_highest)
-        decay = tl.exp2(highest - shift)
-        highest = new_highest
-        weights = tl.exp2(scores - shift[:, None])
-        total = total * decay + tl.sum(weights, axis=1)
-        # Scales of V may be too large or too small for float16, their ratios to the tile's largest are not.
-        weights = tl.where(visible, weights * v_scales[None, :], 0.0)
-        largest = tl.max(weights, axis=1)
-        weights *= tl.where(largest > 1e-30, 1.0 / largest, 0.0)[:, None]
-        # Blocks hold 16 tokens or a multiple. A mask over tokens would make loads of single bytes of them: what is not
-        # there is read from block 0, with weight 0.
-        v_slots = tl.max_contiguous(tl.multiple_of(ids * (BLOCK_SIZE * V_DIM) + tokens % BLOCK_SIZE, 16), 16)
-        v_ptrs = v_ptr + head * v_head_stride + v_slots[:, None] + v_dims[None, :] * BLOCK_SIZE
-        v = tl.load(v_ptrs, mask=(v_dims < V_DIM)[None, :], other=0)  # [TOKENS, V_DIMS]
-        sums = tl.dot(weights.to(past_dtype), v.to(past_dtype), input_precision="ieee")
-        acc = acc * decay[:, None] + sums * largest[:, None]
+    if past_means_ptr is not None:
+        at = ((sequence * chunk + row) * GROUP + rows % GROUP) * tl.num_programs(1) + head
+        highest = (tl.load(past_logs_ptr + at, mask=row_exists, other=0.0) + bias) * LOG2_E
+        total = tl.where(highest == float("-inf"), 0.0, 1.0)
+        acc_mask = row_exists[:, None] & (v_dims < V_DIM)[None, :]
+        acc = tl.load(past_means_ptr + at[:, None] * V_DIM + v_dims[None, :], mask=acc_mask, other=0.0)
+    else:
+        table_row_ptr = block_table_ptr + sequence * table_stride
+        for start in range(first_seen // TOKENS * TOKENS, past, TOKENS):
+            tokens = start + tl.arange(0, TOKENS)
+            logical = tokens // BLOCK_SIZE
+            # The same for all 16 tokens of a group, as the loads of V are told.
+            covered = (tokens // 16 * 16 < past) & (logical < table_width)
+            ids, there = block_ids(table_row_ptr, logical, covered, num_blocks)
+            there &= (tokens >= first) & (tokens < past)
+            if key_mask_ptr is not None:
+                there &= in_mask(key_mask_ptr + sequence * key_mask_stride, tokens, key_mask_width)
+            slots = ids * BLOCK_SIZE + tokens % BLOCK_SIZE
+            k_ptrs = k_ptr + head * k_head_stride + slots[None, :] * HEAD_DIM + dims[:, None]
+            k = tl.load(k_ptrs, mask=(dims < HEAD_DIM)[:, None], other=0)  # [DIMS, TOKENS]
+            k_scales = tl.load(k_scales_ptr + head * k_scale_head_stride + slots, mask=there, other=0.0).to(tl.float32)
+            v_scales = tl.load(v_scales_ptr + head * v_scale_head_stride + slots, mask=there, other=0.0).to(tl.float32)
+            # A faulty value row is seen by the queries whose score it spoils, and by no others.
+            k_scales += v_scales * 0.0
+            scores = tl.dot(q, k.to(past_dtype), input_precision="ieee") * q_unit[:, None] * k_scales[None, :]
+            scores = to_base_2(scores + bias[:, None], softcap, HAS_SOFTCAP)
+            visible = tl.broadcast_to(there[None, :], (ROWS, TOKENS))
+            if HAS_WINDOW:
+                visible &= tokens[None, :] > (position - window)[:, None]
+            scores = tl.where(visible, scores, float("-inf"))
+            new_highest = tl.maximum(highest, tl.max(scores, axis=1))
+            shift = exponent_shift(new_highest)
+            decay = tl.exp2(highest - shift)
+            highest = new_highest
+            weights = tl.exp2(scores - shift[:, None])
+            total = total * decay + tl.sum(weights, axis=1)
+            # Scales of V may be too large or too small for float16, their ratios to the tile's largest are not.
+            weights = tl.where(visible, weights * v_scales[None, :], 0.0)
+            largest = tl.max(weights, axis=1)
+            weights *= tl.where(largest > 1e-30, 1.0 / largest, 0.0)[:, None]
+            # Blocks hold 16 tokens or a multiple. A mask over tokens would make loads of single bytes of them: what is
+            # not there is read from block 0, with weight 0.
+            v_slots = tl.max_contiguous(tl.multiple_of(ids * (BLOCK_SIZE * V_DIM) + tokens % BLOCK_SIZE, 16), 16)
+            v_ptrs = v_ptr + head * v_head_stride + v_slots[:, None] + v_dims[None, :] * BLOCK_SIZE
+            v = tl.load(v_ptrs, mask=(v_dims < V_DIM)[None, :], other=0)  # [TOKENS, V_DIMS]
+            sums = tl.dot(weights.to(past_dtype), v.to(past_dtype), input_precision="ieee")
+            acc = acc * decay[:, None] + sums * largest[:, None]
     if V_ROTATED > 1:
         acc = hadamard(acc, ROWS, V_DIMS, V_ROTATED)
 

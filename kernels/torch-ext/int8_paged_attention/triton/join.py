@@ -16,11 +16,11 @@ from ..first_tokens import FirstTokens
 from ..storage import KvCacheQuant
 from .layouts import first_pointers
 from .primitives import LOG2_E, exponent_shift, first_positions, hadamard, tanh
-from .schedule import positions_of_sequences, share_of
+from .schedule import chunks_between, cut_evenly, visible_tokens
 
 
 @triton.jit(
-    do_not_specialize=("batch", "programs", "setup", "key_mask_start", "key_mask_width", "key_mask_stride", "window"),
+    do_not_specialize=("batch", "programs", "key_mask_start", "key_mask_width", "key_mask_stride", "window"),
     do_not_specialize_on_alignment=("key_mask_ptr",),
 )
 def reduce_kernel(
@@ -33,7 +33,6 @@ def reduce_kernel(
     num_q_heads,
     q_len,
     programs,
-    setup,
     window,
     out_batch_stride,
     out_head_stride,
@@ -78,16 +77,16 @@ def reduce_kernel(
     units = num_q_heads // GROUP * row_tiles
     row_of_head = head % GROUP * q_len + i
     unit = head // GROUP * row_tiles + row_of_head // ROWS
-    positions = positions_of_sequences(
-        context_lens_ptr, blocks_start_ptr, batch, q_len, window, setup, HAS_WINDOW, SEQUENCES
+    positions, share, lead = cut_evenly(
+        context_lens_ptr, blocks_start_ptr, batch, units, programs, q_len, window, HAS_WINDOW, SEQUENCES
     )
     sequences = tl.arange(0, SEQUENCES)
     mine = tl.sum(tl.where(sequences == sequence, positions, 0), axis=0)
-    before = tl.sum(tl.where(sequences < sequence, positions, 0), axis=0)
-    share = tl.maximum(share_of(tl.sum(positions, axis=0) * units, programs), 1)
-    chunk = before * units + unit * mine + setup
-    first_program = chunk // share
-    num_slots = tl.where(mine > setup, (chunk + mine - setup - 1) // share - first_program + 1, 0)
+    first_chunk = tl.sum(tl.where(sequences < sequence, positions, 0), axis=0) * units + unit * mine + lead
+    length, first, _ = visible_tokens(context_lens_ptr, blocks_start_ptr, sequence, True, q_len, window, HAS_WINDOW)
+    chunks = chunks_between(first, length)
+    first_program = first_chunk // tl.maximum(share, 1)
+    num_slots = tl.where(chunks > 0, (first_chunk + chunks - 1) // tl.maximum(share, 1) - first_program + 1, 0)
     rows_kept = tl.minimum(GROUP * q_len, ROWS)
     slot = first_program + sequence * units + unit
 
@@ -100,9 +99,9 @@ def reduce_kernel(
         top = tl.load(sink_logits_ptr + head).to(tl.float32) * LOG2_E
         total = 1.0
     acc = tl.zeros((DIMS,), tl.float32)
-    for first in range(0, num_slots, SLOT_TILE):
-        valid = first + slots < num_slots
-        at = (slot + first + slots) * rows_kept + row_of_head % ROWS
+    for begin in range(0, num_slots, SLOT_TILE):
+        valid = begin + slots < num_slots
+        at = (slot + begin + slots) * rows_kept + row_of_head % ROWS
         tops = tl.load(stats_ptr + at * 2, mask=valid, other=float("-inf"))
         totals = tl.load(stats_ptr + at * 2 + 1, mask=valid, other=0.0)
         mask = valid[:, None] & (dims < V_DIM)[None, :]
@@ -117,7 +116,7 @@ def reduce_kernel(
     if ROTATED > 1:
         acc = tl.reshape(hadamard(tl.reshape(acc, (1, DIMS)), 1, DIMS, ROTATED), (DIMS,))
     if first_tokens_k_ptr is not None:
-        position = tl.load(context_lens_ptr + sequence) - q_len + i
+        position = length - q_len + i
         tokens, seen = first_positions(
             sequence,
             first_tokens_first_ptr,
@@ -189,13 +188,11 @@ class Programs(NamedTuple):
 
     Attributes:
         programs: how many there are.
-        setup: positions that the beginning of a unit counts.
         rows: query rows of a unit.
         sequences: 1, or a power of two that is at least the batch.
     """
 
     programs: int
-    setup: int
     rows: int
     sequences: int
 
@@ -211,10 +208,10 @@ def launch_join(
     blocks_start: torch.Tensor | None,
     cut: Programs,
 ) -> None:
-    """Write ``out`` ``[batch, num_q_heads, q_len, v_head_dim]`` from the sums that the programs have left in ``partial``.
+    """Write ``out`` ``[batch, num_q_heads, q_len, v_head_dim]`` from the sums that the programs left in ``partial``.
 
-    The other arguments are those of `reference.attend`, as `launch_decode` has checked them, where each sequence's part in
-    the blocks begins, and how the work was cut.
+    The other arguments are those of `reference.attend`, as `launch_decode` has checked them, where each sequence's part
+    in the blocks begins, and how the work was cut.
     """
     batch, num_q_heads, q_len, v_dim = out.shape
     rotated = storage.rotation is not None
@@ -244,7 +241,6 @@ def launch_join(
         num_q_heads,
         q_len,
         cut.programs,
-        cut.setup,
         window or 0,
         *out.stride()[:3],
         *for_first_tokens,

@@ -1,7 +1,5 @@
 """A query tile on its way to the matrix unit: loaded, rotated, split into int8 terms, in the order of `tiles`."""
 
-# ruff: noqa: RUF005 (Triton compiles no starred tuple displays)
-
 from __future__ import annotations
 
 import triton
@@ -9,6 +7,7 @@ import triton.language as tl
 
 from .primitives import butterflies, round_half_even
 from .tiles import PART, STEPS, TINY, float16_term, int8_term
+
 
 @triton.jit
 def butterflies_between_threads(x, ROWS: tl.constexpr, DIMS: tl.constexpr, DISTANCE: tl.constexpr):
@@ -22,7 +21,7 @@ def butterflies_between_threads(x, ROWS: tl.constexpr, DIMS: tl.constexpr, DISTA
 
 @triton.jit
 def rotate_query(q, ROWS: tl.constexpr, DIMS: tl.constexpr, BLOCK: tl.constexpr, IN_THREAD: tl.constexpr):
-    """`primitives.hadamard` of float32 ``[ROWS, DIMS]``, of which a thread holds IN_THREAD neighbours, without a barrier."""
+    """`primitives.hadamard` of float32 ``[ROWS, DIMS]`` without a barrier; a thread holds IN_THREAD neighbours."""
     for step in tl.static_range(8):
         if (1 << step) < BLOCK:
             if (1 << step) < IN_THREAD:
@@ -78,18 +77,17 @@ def query_part(terms, STREAMS: tl.constexpr, ROWS: tl.constexpr):
 def query_parts(terms, STREAMS: tl.constexpr, ROWS: tl.constexpr, DIMS: tl.constexpr):
     """PART columns each of ``[2 * ROWS, DIMS]``, as many as there are, 1 to 4."""
     if DIMS == PART:
-        parts = (query_part(terms, STREAMS, ROWS),)
+        return (query_part(terms, STREAMS, ROWS),)
     else:
         first, second = halves(terms, 2 * ROWS, DIMS)
         if DIMS == 2 * PART:
-            parts = (query_part(first, STREAMS, ROWS), query_part(second, STREAMS, ROWS))
+            return query_part(first, STREAMS, ROWS), query_part(second, STREAMS, ROWS)
         else:
             a, b = halves(first, 2 * ROWS, DIMS // 2)
             c, d = halves(second, 2 * ROWS, DIMS // 2)
-            parts = (
+            return (
                 query_part(a, STREAMS, ROWS),
                 query_part(b, STREAMS, ROWS),
                 query_part(c, STREAMS, ROWS),
                 query_part(d, STREAMS, ROWS),
             )
-    return parts

@@ -9,7 +9,7 @@ import triton.language as tl
 
 from .primitives import LOG2_E, block_ids, exponent_shift, tanh
 from .query import query_parts, rotate_query, split_query
-from .schedule import CHUNK, chunks_between, positions_of_sequences, share_of, visible_tokens
+from .schedule import CHUNK, chunks_between, cut_evenly, positions_of, visible_tokens
 from .tiles import (
     PART,
     TOKENS,
@@ -28,7 +28,6 @@ from .tiles import (
     do_not_specialize=(
         "batch",
         "kv_heads",
-        "setup",
         "num_blocks",
         "table_width",
         "table_stride",
@@ -40,8 +39,8 @@ from .tiles import (
     do_not_specialize_on_alignment=("key_mask_ptr",),
 )
 def decode_kernel(
-    partial_ptr,  # float32: sums of values, not yet divided, [slots, rows, V_DIM], and after them [slots, rows, 2]: base-2
-    # maximum and denominator; slots as `schedule` tells, rows those of a unit
+    partial_ptr,  # float32: sums of values, not yet divided, [slots, rows, V_DIM], and after them [slots, rows, 2]:
+    # base-2 maximum and denominator; slots as `schedule` tells, rows those of a unit
     q_ptr,  # [batch, q_heads, q_len, HEAD_DIM]
     k_ptr,  # [kv_heads, num_blocks, BLOCK_SIZE, HEAD_DIM]
     v_ptr,  # [kv_heads, num_blocks, V_DIM, BLOCK_SIZE]
@@ -57,7 +56,6 @@ def decode_kernel(
     batch,
     kv_heads,
     q_len,
-    setup,  # positions that the beginning of a unit counts
     num_blocks,
     table_width,
     key_mask_start,
@@ -92,15 +90,12 @@ def decode_kernel(
     program, programs = tl.program_id(0), tl.num_programs(0)
     row_tiles = (GROUP * q_len + ROWS - 1) // ROWS
     units = kv_heads * row_tiles
-    rows_kept = tl.minimum(GROUP * q_len, ROWS)
-    slots = (programs + batch * units - 1).to(tl.int64)
 
     # This program's positions, and the sequence and unit that the first of them belongs to.
-    positions = positions_of_sequences(
-        context_lens_ptr, kv_start_ptr, batch, q_len, window, setup, HAS_WINDOW, SEQUENCES
+    positions, share, lead = cut_evenly(
+        context_lens_ptr, kv_start_ptr, batch, units, programs, q_len, window, HAS_WINDOW, SEQUENCES
     )
     ends = tl.cumsum(positions, axis=0) * units
-    share = share_of(tl.max(ends, axis=0), programs)
     position = program * share
     stop = tl.minimum(position + share, tl.max(ends, axis=0))
     sequence = tl.sum((ends <= position).to(tl.int32), axis=0)
@@ -123,8 +118,8 @@ def decode_kernel(
         oldest = length - q_len
         begin = first // 16 * 16
         chunks = chunks_between(first, length)
-        chunk = tl.maximum(position - unit_start - setup, 0)
-        chunk_end = tl.minimum(stop - unit_start - setup, chunks)
+        chunk = tl.maximum(position - unit_start - lead, 0)
+        chunk_end = tl.minimum(stop - unit_start - lead, chunks)
         if chunk < chunk_end:
             head, row_tile = (unit // row_tiles).to(tl.int64), unit % row_tiles
             rows = row_tile * ROWS + rows_of_unit
@@ -158,11 +153,11 @@ def decode_kernel(
             for chunk_index in range(chunk, chunk_end):
                 start = begin + chunk_index * CHUNK
                 stream_start = start + stream * TOKENS
+                ids, group_slots, there, k_scales, v_scales = load_groups(
+                    table_row_ptr, k_scales_ptr, v_scales_ptr, stream_start, table_width, num_blocks,
+                    first_block, STREAMS, ROWS, BLOCK_SIZE,
+                )  # fmt: skip
                 if V_FIRST:
-                    ids, group_slots, there, k_scales, v_scales = load_groups(
-                        table_row_ptr, k_scales_ptr, v_scales_ptr, stream_start, table_width, num_blocks,
-                        first_block, STREAMS, ROWS, BLOCK_SIZE,
-                    )  # fmt: skip
                     v_base = v_ptr + ids * (BLOCK_SIZE * V_DIM) + group_slots
                     values = ()
                     for j in tl.static_range(v_parts):
@@ -174,17 +169,10 @@ def decode_kernel(
                 )  # fmt: skip
                 # A hole's K and V are read from block 0, as masks would cost a register move per four bytes: their
                 # weight is 0.
-                k_base = (
-                    k_ptr + (k_ids * BLOCK_SIZE + groups % groups_per_block * 16 + (c % 2)[None, :]) * HEAD_DIM
-                )
+                k_base = k_ptr + (k_ids * BLOCK_SIZE + groups % groups_per_block * 16 + (c % 2)[None, :]) * HEAD_DIM
                 scores = key_scores(
                     q_parts, rest_parts, k_base, STREAMS, ROWS, HEAD_DIM, parts, third_term, INTEGER
                 )  # [STREAMS, ROWS, TOKENS]
-                if not V_FIRST:
-                    ids, group_slots, there, k_scales, v_scales = load_groups(
-                        table_row_ptr, k_scales_ptr, v_scales_ptr, stream_start, table_width, num_blocks,
-                        first_block, STREAMS, ROWS, BLOCK_SIZE,
-                    )  # fmt: skip
                 # A faulty value row is seen by the queries whose score it spoils, and by no others.
                 scores *= (k_scales + v_scales * 0.0) * unit_of_scores[None, :, None]
                 if key_center_ptr is not None:
@@ -201,14 +189,8 @@ def decode_kernel(
                     v_scales = tl.where(exists[:, None, :], v_scales, 0.0)
                 scores = tl.where(exists[:, None, :], scores, float("-inf"))
                 if (start < first_by_all) | (oldest < start + CHUNK - 1):
-                    ends_at, starts_at = length, first
-                    if not V_FIRST:
-                        # Loaded again, as registers are short.
-                        ends_at, starts_at, _seen_by_all = visible_tokens(
-                            context_lens_ptr, kv_start_ptr, sequence, True, q_len, window, HAS_WINDOW
-                        )
-                    row_positions = ends_at - q_len + rows % q_len
-                    visible = (tokens >= starts_at)[:, None, :] & (tokens[:, None, :] <= row_positions[None, :, None])
+                    row_positions = oldest + rows % q_len
+                    visible = (tokens >= first)[:, None, :] & (tokens[:, None, :] <= row_positions[None, :, None])
                     if HAS_WINDOW:
                         visible &= tokens[:, None, :] > (row_positions - window)[None, :, None]
                     scores = tl.where(visible, scores, float("-inf"))
@@ -225,10 +207,7 @@ def decode_kernel(
                     v_base = v_ptr + ids * (BLOCK_SIZE * V_DIM) + group_slots
                 new_sums = ()
                 for j in tl.static_range(v_parts):
-                    if V_FIRST:
-                        v = values[j]
-                    else:
-                        v = load_value_part(v_base, j, STREAMS, V_DIM, V_PART, BLOCK_SIZE)
+                    v = values[j] if V_FIRST else load_value_part(v_base, j, STREAMS, V_DIM, V_PART, BLOCK_SIZE)
                     new = weighted_values(p_terms, v, STREAMS, ROWS, V_PART, INTEGER) * p_unit[:, :, None]
                     new_sums = new_sums + (sums[j] * decay[:, :, None] + new,)  # type: ignore[assignment]
                 sums = new_sums
@@ -237,8 +216,9 @@ def decode_kernel(
             top = tl.max(highest, axis=0)
             weight = tl.exp2(highest - exponent_shift(top)[None, :])
             row_exists = rows < GROUP * q_len
-            partial_rows = (program + sequence * units + unit).to(tl.int64) * rows_kept + rows_of_unit
-            stats_ptr = partial_ptr + slots * rows_kept * V_DIM
+            rows_kept = tl.minimum(GROUP * q_len, ROWS).to(tl.int64)
+            partial_rows = (program + sequence * units + unit) * rows_kept + rows_of_unit
+            stats_ptr = partial_ptr + (programs + batch * units - 1) * rows_kept * V_DIM
             tl.store(stats_ptr + partial_rows * 2, top, mask=row_exists)
             tl.store(stats_ptr + partial_rows * 2 + 1, tl.sum(total * weight, axis=0), mask=row_exists)
             for part in tl.static_range(v_parts):
@@ -247,7 +227,7 @@ def decode_kernel(
                 stored = row_exists[:, None] & (v_dims < V_DIM)[None, :]
                 tl.store(partial_ptr + partial_rows[:, None] * V_DIM + v_dims[None, :], joined, mask=stored)
 
-        unit_start += setup + chunks
+        unit_start += positions_of(chunks, share, lead)
         position = unit_start
         unit += 1
         if unit == units:

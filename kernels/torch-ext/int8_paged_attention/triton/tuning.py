@@ -29,19 +29,24 @@ class Config:
 
     Attributes:
         max_registers: per thread; None leaves it to the compiler.
-        programs_per_processor: programs that one multiprocessor should have at hand, to hide the latency of memory.
+        programs_per_processor: programs for each multiprocessor: as many as fit, since all of them begin at once and
+            share the work evenly (`schedule`). Even two have more bytes on their way than memory's latency asks for.
     """
 
     max_registers: int | None = None
-    programs_per_processor: int = 3
+    programs_per_processor: int = 2
 
 
 #: By chip, head_dim (rounded up to `PART`) and third term of the query: where the compiler's own choice of registers
-#: would keep a third program from a multiprocessor or spill inside the loop. Chosen for groups of 4; what groups of 1
-#: and 8 make of it stands in docs/gpu_audit.json.
+#: would keep a third program from a multiprocessor, spill inside the loop, or ask for K and V in more trips to memory.
+#: Chosen for groups of 4; what groups of 1 and 8 make of it stands in docs/gpu_audit.json.
 CONFIGS = {
-    ("sm_90", 256, False): Config(240),
-    ("sm_100", 256, False): Config(248),
+    ("sm_80", 64, False): Config(168, 3),
+    ("sm_80", 256, False): Config(250),
+    ("sm_90", 64, False): Config(168, 3),
+    ("sm_90", 256, False): Config(248),
+    ("sm_100", 64, False): Config(168, 3),
+    ("sm_100", 256, False): Config(251),
 }
 
 

@@ -1,0 +1,61 @@
+"""The programs of decode attention on GPUs finish together, whatever the lengths are: counted on a model of the cut,
+which triton_schedule.py compares with what the kernels compute."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+
+from .schedule_model import chunks_of, least_makespan, makespan, work_of_programs
+
+#: Two programs on each multiprocessor of an A100, an H100 and a B200, and three of an H100.
+PROGRAMS = (216, 264, 296, 396)
+
+
+def one_long(rng: np.random.Generator, batch: int, longest: int) -> np.ndarray:
+    return np.where(np.arange(batch) == rng.integers(batch), longest, 1000)
+
+
+def equal(rng: np.random.Generator, batch: int, longest: int) -> np.ndarray:
+    return np.full(batch, longest)
+
+
+def spread_evenly_by_logarithm(rng: np.random.Generator, batch: int, longest: int) -> np.ndarray:
+    return np.exp(rng.uniform(np.log(1000), np.log(longest + 1), batch)).astype(np.int64)
+
+
+def a_third_empty(rng: np.random.Generator, batch: int, longest: int) -> np.ndarray:
+    lengths = spread_evenly_by_logarithm(rng, batch, longest)
+    lengths[rng.random(batch) < 1 / 3] = 0
+    return lengths
+
+
+@pytest.mark.parametrize(
+    "trace", [one_long, equal, spread_evenly_by_logarithm, a_third_empty], ids=lambda f: f.__name__
+)
+@pytest.mark.parametrize("longest", [1_000, 8_000, 131_072, 1_000_000])
+def test_programs_finish_together(trace, longest: int) -> None:
+    """Within 1.15 of the least time, or one chunk more where that is less than eight chunks."""
+    rng = np.random.default_rng(longest)
+    for batch in (1, 2, 3, 8, 31, 64, 150, 256):
+        for kv_heads in (1, 4, 8):
+            for programs in PROGRAMS:
+                chunks = chunks_of(trace(rng, batch, longest))
+                if not chunks.any():
+                    continue
+                made, least = makespan(chunks, kv_heads, programs), least_makespan(chunks, kv_heads, programs)
+                assert made <= max(1.15 * least, least + 1), (batch, kv_heads, programs, made, least)
+
+
+def test_one_long_sequence_beside_many_short_ones() -> None:
+    """Where each sequence had as many programs as any other, the longest alone took 64 chunks of a program's time."""
+    lengths = np.array([131_072] + [1_000] * 31)
+    assert makespan(chunks_of(lengths), 8, 264) <= 23
+    assert -(-131_072 // 256) // (264 // 32) == 64
+
+
+def test_every_chunk_is_read_once() -> None:
+    rng = np.random.default_rng(0)
+    for programs in (1, 3, 264):
+        chunks = chunks_of(rng.integers(0, 5000, 17))
+        assert work_of_programs(chunks, 6, programs)[:, 0].sum() == 6 * chunks.sum()
