@@ -94,8 +94,8 @@ test-neon: $(DEV)  ## Run the CPU kernels' tests on their build for Arm, emulate
 test-upstream: $(DEV)  ## Compare every way to generate, over 16 architectures, with transformers' own cache
 	HF_HUB_OFFLINE=1 $(PARALLEL) --dist loadgroup tests/upstream/generation_modes.py
 
-test-gpu: $(DEV)  ## Run the kernels' tests on a GPU, with fresh inputs
-	HF_INT8_PAGED_TEST_SEED=$$(date +%s) HF_HUB_OFFLINE=1 $(PYTEST) -m gpu tests/gpu tests/kernels $(TRITON_TESTS)
+test-gpu: $(DEV)  ## On a GPU: numerics with fresh inputs, races, CUDA graphs, a second device, models; five minutes at most
+	$(BIN)/python eval/gpu_day.py tests --json eval/results/gpu_tests.json
 
 drill: $(DEV)  ## Throw an exception at every line that an operation passes, refuse memory everywhere, damage files (over an hour)
 	OMP_NUM_THREADS=1 HF_HUB_OFFLINE=1 $(BIN)/python -m tests.drill.files --json eval/results/file_drill.json
@@ -112,9 +112,8 @@ bench: $(DEV)  ## Time kernels, a model, chunks, growth and bookkeeping on this 
 bench-peers: $(DEV)  ## Time a token beside OpenVINO and llama.cpp, in their own environments; writes eval/results/peers.json
 	$(BIN)/python eval/bench_peers.py --environments $(PEERS) --json eval/results/peers.json $(PEERS_OPTIONS)
 
-bench-gpu: $(DEV)  ## Time kernels and a model on a GPU; writes eval/results/*_gpu.json
-	$(BIN)/python eval/latency.py --device cuda --json eval/results/latency_kernel_gpu.json
-	$(BIN)/python eval/latency_model.py --device cuda --dtype float16 --compiled --json eval/results/latency_model_gpu.json
+bench-gpu: $(DEV)  ## On a GPU: kernels beside rivals and predictions, and a model; writes eval/results/gpu_bench.json in four minutes
+	$(BIN)/python eval/gpu_day.py bench --json eval/results/gpu_bench.json
 
 gpu-audit: $(DEV)  ## Count what GPUs' machine code allows, without a GPU; writes docs/gpu_audit.json, docs/gpu_predictions.*
 	OMP_NUM_THREADS=1 $(BIN)/python eval/gpu_audit.py --json docs/gpu_audit.json

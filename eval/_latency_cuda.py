@@ -13,6 +13,7 @@ from typing import Any
 
 import torch
 from _latency_race import Case, Contestant, int8_calls, race, sdpa_calls, sets_for, warm_up_context
+from torch.nn.attention import SDPBackend, sdpa_kernel
 
 CASES = (
     Case(1, 8, 4, 128, 8192),
@@ -22,6 +23,8 @@ CASES = (
     Case(64, 8, 4, 128, 1024),
     Case(8, 3, 3, 64, 8192),
 )
+#: Of `torch.compile`.
+FLEX_BACKEND = "inductor"
 #: Cycles, about half a millisecond.
 SLEEP = 1_000_000
 
@@ -45,11 +48,21 @@ def flex_calls(case: Case, count: int, q: torch.Tensor, attend: Callable[..., An
     return [partial(attend, q, k, v, enable_gqa=True) for k, v in pairs]
 
 
+def flash_calls(case: Case, count: int, q: torch.Tensor) -> list[Callable[[], Any]]:
+    """FlashAttention as torch has it: the calls of `sdpa_calls`, held to that kernel."""
+
+    def held(call: Callable[[], Any]) -> Any:
+        with sdpa_kernel(SDPBackend.FLASH_ATTENTION):
+            return call()
+
+    return [partial(held, call) for call in sdpa_calls(case, count, q)]
+
+
 def compiled_flex(case: Case, q: torch.Tensor) -> Callable[..., Any] | None:
     """``flex_attention``, compiled; None, and a line that says why, where it does not work."""
     from torch.nn.attention.flex_attention import flex_attention
 
-    attend = torch.compile(flex_attention, dynamic=False)
+    attend = torch.compile(flex_attention, dynamic=False, backend=FLEX_BACKEND)
     try:
         flex_calls(replace(case, context=128), 1, q, attend)[0]()
     except Exception as error:
@@ -72,6 +85,7 @@ def contestants(
         "int8": (int8_calls(case, int8_sets, q=q), int8_bytes, int8_calls(tiny, 1, q=q)[0]),
         "int8_random_order": (random(case, int8_sets), int8_bytes, random(tiny, 1)[0]),
         "sdpa_fp16": (sdpa_calls(case, fp16_sets, q), fp16_bytes, sdpa_calls(tiny, 1, q)[0]),
+        "flash_fp16": (flash_calls(case, fp16_sets, q), fp16_bytes, flash_calls(tiny, 1, q)[0]),
         "copy": (
             [partial(target.copy_, source)],
             2 * source.nbytes,
@@ -85,15 +99,16 @@ def contestants(
     return found
 
 
-def run_case(case: Case, rounds: int, cold_bytes: int, device: torch.device) -> dict[str, Any]:
+def run_case(case: Case, rounds: int, cold_bytes: int, device: torch.device, flex: bool = True) -> dict[str, Any]:
+    """A race of all contestants, among which ``flex_attention`` has to be compiled first."""
     q = torch.randn(case.batch, case.kv_heads * case.group, 1, case.head_dim, device=device).half()
-    found = contestants(case, cold_bytes, q, compiled_flex(case, q))
+    found = contestants(case, cold_bytes, q, compiled_flex(case, q) if flex else None)
     return judged(case, race({name: CudaContestant(*parts) for name, parts in found.items()}, rounds))
 
 
 def judged(case: Case, results: dict[str, dict[str, float]]) -> dict[str, Any]:
     int8, bandwidth = results["int8"], results["copy"]["gb_per_s"]
-    rivals = {name: results[name]["median_ms"] for name in ("sdpa_fp16", "flex_fp16") if name in results}
+    rivals = {name: results[name]["median_ms"] for name in ("sdpa_fp16", "flash_fp16", "flex_fp16") if name in results}
     return {
         "case": vars(case),
         "contestants": results,

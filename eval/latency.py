@@ -113,6 +113,7 @@ def draw(results: list[dict[str, Any]], path: Path, title: str) -> None:
         "sdpa_fp32": "SDPA fp32",
         "sdpa_bf16": "SDPA bf16",
         "sdpa_fp16": "SDPA fp16",
+        "flash_fp16": "FlashAttention fp16",
         "flex_fp16": "flex_attention fp16",
     }
     labels = {name: label for name, label in labels.items() if all(name in r["contestants"] for r in results)}

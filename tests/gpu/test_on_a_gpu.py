@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -90,3 +91,17 @@ def test_a_captured_step_follows_the_lengths_on_the_device(case: Case) -> None:
         out.fill_(torch.nan)
         graph.replay()
         assert torch.equal(out, want)
+
+
+@pytest.mark.skipif(DEVICE.type != "cuda" or torch.cuda.device_count() < 2, reason="there is no second GPU")
+def test_a_second_device_gives_the_bits_of_the_first_while_the_first_is_current(case: Case) -> None:
+    second = torch.device("cuda", 1)
+    want = int8_paged_decode_attention(*case.arguments)
+    q, storage, *others = case.arguments
+    moved = {name: getattr(storage, name) for name in ("k", "v", "k_scales", "v_scales", "key_center")}
+    moved = {name: tensor if tensor is None else tensor.to(second) for name, tensor in moved.items()}
+    others = [each.to(second) if isinstance(each, torch.Tensor) else each for each in others]
+    with torch.cuda.device(0):
+        out = int8_paged_decode_attention(q.to(second), replace(storage, **moved), *others)
+    assert out.device == second
+    assert torch.equal(out.to(want.device), want)

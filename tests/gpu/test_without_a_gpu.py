@@ -17,10 +17,12 @@ ROOT = Path(__file__).parents[2]
     "command",
     [
         ["-m", "pytest", "-m", "gpu", "tests/gpu", "tests/kernels"],
+        ["eval/gpu_day.py", "tests"],
+        ["eval/gpu_day.py", "bench"],
         ["eval/latency.py", "--device", "cuda"],
         ["eval/latency_model.py", "--device", "cuda"],
     ],
-    ids=["test-gpu", "bench-gpu, kernels", "bench-gpu, model"],
+    ids=["pytest", "test-gpu", "bench-gpu", "latency of kernels", "latency of a model"],
 )
 def test_without_a_gpu_they_say_so_and_fail(command: list[str]) -> None:
     environment = {**os.environ, "CUDA_VISIBLE_DEVICES": "", "TRITON_INTERPRET": "0", "HF_HUB_OFFLINE": "1"}
