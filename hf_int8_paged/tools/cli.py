@@ -1,4 +1,4 @@
-"""The command ``hf-int8-paged``, also ``python -m hf_int8_paged``: ``demo``, ``info``, ``plan``, ``serve``, ``chat``."""
+"""The command ``hf-int8-paged``, also ``python -m hf_int8_paged``: demo, info, plan, serve and chat."""
 
 from __future__ import annotations
 

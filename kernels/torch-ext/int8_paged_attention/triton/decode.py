@@ -15,7 +15,7 @@ from ..conditioning import hadamard_block
 from ..first_tokens import FirstTokens
 from ..layouts import check_attend
 from ..storage import KvCacheQuant
-from .join import Programs, launch_join
+from .join import Cut, launch_join
 from .launch import launch
 from .layouts import NOTE, Rows, first_layout, in_32_bits, layer_of, tokens_of
 from .schedule import CHUNK, STREAMS
@@ -91,7 +91,8 @@ def launch_decode(
     row_tiles, wanted, constants = decode_constants(kind, num_q_heads // kv_heads, q_len, integer, chip, config)
     units = batch * kv_heads * row_tiles
     programs = min(wanted, units * (-(-table_width * block_size // CHUNK.value)))
-    cut = Programs(programs, constants["ROWS"], 1 if batch == 1 else max(32, triton.next_power_of_2(batch)))
+    sequences = 1 if batch == 1 else max(32, triton.next_power_of_2(batch))
+    cut = Cut(programs, constants["ROWS"], sequences, blocks_start)
     rows_kept = min(num_q_heads // kv_heads * q_len, cut.rows)
     sums = torch.empty((programs + units - 1) * rows_kept * (v_dim + 2), dtype=torch.float32, device=q.device)
     # Without softcap and sink logits the keys' centre moves all scores of a row alike, and softmax does not see it.
@@ -126,7 +127,7 @@ def launch_decode(
     launch(decode_kernel, (programs,), arguments, **special, **constants)
     if first_tokens is not None or sink_logits is not None:
         scoring = Scoring(scale, softcap, sink_logits, key_mask, key_mask_start)
-    launch_join(out, sums, q, storage, tokens, scoring, first_tokens, blocks_start, cut)
+    launch_join(out, sums, q, storage, tokens, scoring, first_tokens, cut)
 
 
 def time_decode(

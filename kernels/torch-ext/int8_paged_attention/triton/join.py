@@ -184,18 +184,20 @@ def join_constants(
     )
 
 
-class Programs(NamedTuple):
+class Cut(NamedTuple):
     """How the first launch has cut its work (`schedule`).
 
     Attributes:
         programs: how many there are.
         rows: query rows of a unit.
         sequences: 1, or a power of two that is at least the batch.
+        blocks_start: int32 ``[batch]``, where each sequence's part in the blocks begins; ``None``: at 0.
     """
 
     programs: int
     rows: int
     sequences: int
+    blocks_start: torch.Tensor | None
 
 
 def launch_join(
@@ -206,13 +208,12 @@ def launch_join(
     tokens: Tokens,
     scoring: Scoring,
     first_tokens: FirstTokens | None,
-    blocks_start: torch.Tensor | None,
-    cut: Programs,
+    cut: Cut,
 ) -> None:
     """Write ``out`` ``[batch, num_q_heads, q_len, v_head_dim]`` from the sums that the programs left in ``partial``.
 
-    The other arguments are those of `reference.attend`, as `launch_decode` has checked them, where each sequence's part
-    in the blocks begins, and how the work was cut.
+    The other arguments are those of `reference.attend`, as `launch_decode` has checked them, and how the work was
+    cut.
     """
     batch, num_q_heads, q_len, v_dim = out.shape
     rotated = storage.rotation is not None
@@ -237,7 +238,7 @@ def launch_join(
         partial,
         scoring[2],
         tokens.context_lens,
-        blocks_start,
+        cut.blocks_start,
         batch,
         num_q_heads,
         q_len,
