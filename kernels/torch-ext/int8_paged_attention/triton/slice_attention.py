@@ -1,4 +1,4 @@
-"""Attention of rows over a slice of dense keys and values, and the logarithm of its weights' sum, by PyTorch's kernels."""
+"""Attention over a slice of dense keys and values, and the logarithm of its weights' sum, by PyTorch's kernels."""
 
 from __future__ import annotations
 
