@@ -87,9 +87,7 @@ def append_on_device(
     table = torch.where(fits, memory.table[:batch], -1)
     lens_before = torch.where(fits, memory.lens[:batch] + skipped, 0)
     memory.append(keys[:, :, skipped:], values[:, :, skipped:], table, lens_before)
-    added = torch.where(fits, tokens, 0)
-    memory.lens.add_(added)
-    memory.length.add_(added)
+    memory.lens.add_(torch.where(fits, tokens, 0))
     return past
 
 

@@ -75,10 +75,9 @@ class PreallocatedMemory:
         self.storage.v_scales.zero_()
         ring = torch.arange(columns, dtype=torch.int32) % self.blocks
         first = torch.arange(max_batch_size, dtype=torch.int32)[:, None] * self.blocks
-        #: int32 ``[max_batch_size, columns]``, int32 ``[max_batch_size]``, int64 scalar.
+        #: int32 ``[max_batch_size, columns]``, int32 ``[max_batch_size]``, all the same.
         self.table = (first + ring).to(device)
         self.lens = torch.zeros(max_batch_size, dtype=torch.int32, device=device)
-        self.length = torch.zeros((), dtype=torch.long, device=device)
         #: Bool scalar: whether the newest step that only the device counted fitted.
         self.fits = torch.ones((), dtype=torch.bool, device=device)
         # Kernels take one dtype for keys and values; float32 holds every other exactly.
@@ -89,9 +88,14 @@ class PreallocatedMemory:
         first_tokens = () if self.first_tokens is None else self.first_tokens.tensors
         #: What kernels take of so many sequences, once it was made.
         self._made: dict[int, tuple[Tokens, FirstTokens | None]] = {}
-        for tensor in (*self.tensors, self.table, self.lens, self.length, self.fits, *first_tokens):
+        for tensor in (*self.tensors, self.table, self.lens, self.fits, *first_tokens):
             if tensor is not None:
                 torch._dynamo.mark_static_address(tensor)
+
+    @property
+    def length(self) -> torch.Tensor:
+        """Tokens of each sequence, int32 scalar: a view of the lengths."""
+        return self.lens[0]
 
     def append(self, keys: torch.Tensor, values: torch.Tensor, table: torch.Tensor, lens_before: torch.Tensor) -> None:
         """Quantize and write new rows, as an operator. Where the table has -1, nothing is written."""
@@ -133,7 +137,6 @@ class PreallocatedMemory:
     def truncate(self, length: int) -> None:
         """Forget all tokens from position ``length`` on."""
         self.lens.fill_(length)
-        self.length.fill_(length)
         self.fits.fill_(True)
         if self.first_tokens is not None:
             self.first_tokens.truncate(length)

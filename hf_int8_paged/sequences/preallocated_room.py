@@ -136,7 +136,6 @@ class PreallocatedRoom:
     def wrote(self, stop: int, dtypes: tuple[torch.dtype, torch.dtype]) -> None:
         memory, self.dtypes = self.allocated, dtypes
         memory.lens.add_(stop - self.counted)
-        memory.length.add_(stop - self.counted)
         self.counted, self.may_be_empty = stop, False
 
     def tokens(self) -> Tokens:

@@ -211,3 +211,32 @@ def test_a_long_chunk_reads_nothing_from_the_device(monkeypatch: pytest.MonkeyPa
         triton_backend.attend(torch.empty_like(q), q, storage, tokens, scoring, (new, new), held)
     slices = 3 * [("dequantize_kernel", (640 // 16, heads, batch))]  # 1,600 positions, 640 at a time
     assert launches == [*slices, ("extend_kernel", (-(-4 * chunk // 64), heads, batch))]
+
+
+def test_a_gpu_and_the_cpu_see_the_same_places_of_a_slice(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Flash attention's arguments, read by what PyTorch's documentation says of them."""
+    from hf_int8_paged.kernels.triton import slice_attention
+
+    def varlen_attn(q, k, v, cu_seq_q, cu_seq_k, max_q, max_k, *, return_aux, scale, seqused_k):
+        means, logs = torch.empty_like(q), torch.empty(q.shape[1], len(q))
+        for b, used in enumerate(seqused_k.tolist()):
+            own, begin = slice(cu_seq_q[b], cu_seq_q[b + 1]), int(cu_seq_k[b])
+            assert cu_seq_q[b + 1] - cu_seq_q[b] <= max_q
+            assert used <= max_k
+            scores = scale * torch.einsum("qhd,khd->hqk", q[own], k[begin : begin + used])
+            logs[:, own] = scores.logsumexp(-1)
+            means[own] = torch.einsum("hqk,khd->qhd", scores.softmax(-1), v[begin : begin + used])
+        return means, logs
+
+    monkeypatch.setattr(slice_attention.varlen, "varlen_attn", varlen_attn)
+    rng = torch.Generator().manual_seed(0)
+    rows = torch.randn(3, 7, 2, 16, generator=rng)
+    keys, values = (torch.randn(3, 32, 2, 16, generator=rng) for _ in range(2))
+    first, stop = torch.tensor([0, 5, 31], dtype=torch.int32), torch.tensor([32, 20, 32], dtype=torch.int32)
+    on_gpu, on_cpu = (
+        attend(rows, keys, values, first, stop)
+        for attend in (slice_attention.in_flash_attention, slice_attention.on_the_cpu)
+    )
+    for ours, wanted in zip(on_gpu, on_cpu, strict=True):
+        # Sums of 32 terms of size one.
+        torch.testing.assert_close(ours, wanted, rtol=1e-5, atol=1e-5)

@@ -46,7 +46,7 @@ def launch_extend(
     q, k_new, v_new = in_32_bits(q), in_32_bits(k_new), in_32_bits(v_new)
     group = num_q_heads // layout.num_kv_heads
     rows, columns = (32, 64) if max(kind.head_dim, kind.v_dim) > 128 or q.dtype == torch.float32 else (64, 64)
-    past = (None, None)
+    past: tuple[torch.Tensor | None, ...] = (None, None)
     if serves(q, storage, tokens, scoring):
         past = attend_past(q, storage, tokens, scoring, first_tokens)
     arguments = (

@@ -13,15 +13,11 @@ stand one after the other: holes, padding and what first tokens replace are not 
 
 from __future__ import annotations
 
-import functools
-import inspect
 from typing import NamedTuple
 
 import torch
 import triton
 import triton.language as tl
-from torch.backends.cuda import is_flash_attention_available
-from torch.nn.attention import varlen
 
 from ..calls import Scoring, Tokens
 from ..conditioning import condition_query
@@ -29,6 +25,7 @@ from ..first_tokens import FirstTokens
 from ..storage import KvCacheQuant
 from .device import INTERPRETED
 from .launch import launch
+from .slice_attention import attend_slice, flash_attention_serves
 
 #: Chunks of at most so many rows are left to the kernel that reads int8.
 MOST_ROWS_FROM_INT8 = 256
@@ -71,18 +68,6 @@ def serves(q: torch.Tensor, storage: KvCacheQuant, tokens: Tokens, scoring: Scor
         and dim == storage.v_head_dim
         and dim % 8 == 0
         and (INTERPRETED or (q.dtype != torch.float32 and flash_attention_serves(q.device)))
-    )
-
-
-@functools.cache
-def flash_attention_serves(device: torch.device) -> bool:
-    """Whether this PyTorch's flash attention takes sequences whose lengths are on the device."""
-    return (
-        device.type == "cuda"
-        and torch.version.hip is None
-        and is_flash_attention_available()
-        and torch.cuda.get_device_capability(device) >= (8, 0)
-        and {"seqused_k", "return_aux"} <= inspect.signature(varlen.varlen_attn).parameters.keys()
     )
 
 
@@ -193,48 +178,6 @@ def packed_past(storage: KvCacheQuant, tokens: Tokens, first_tokens: FirstTokens
             torch.maximum(unit, own.amax(2), out=unit)
         begin_of_part += part.shape[1] * size
     return PackedPast(packed, skipped, stop, *(torch.where(unit > 0, unit, 1.0) for unit in units))
-
-
-def attend_slice(
-    rows: torch.Tensor, keys: torch.Tensor, values: torch.Tensor, first: torch.Tensor, stop: torch.Tensor
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """Attention of all rows over places ``first`` to ``stop`` of a slice, each sequence's own.
-
-    Args:
-        rows: queries, scale included, ``[batch, rows, num_kv_heads, head_dim]``.
-        keys: ``[batch, places, num_kv_heads, head_dim]`` of the same dtype, without NaN where no token is.
-        values: the same.
-        first: int32 ``[batch]``.
-        stop: int32 ``[batch]``, at least ``first``.
-
-    Returns:
-        Means of values, of the rows' shape and dtype, and float32 ``[batch, rows, num_kv_heads]`` logarithms of the
-        sums of weights; 0 and -inf where ``first == stop``.
-    """
-    batch, count, heads, _ = rows.shape
-    places = keys.shape[1]
-    if rows.device.type == "cuda":
-        steps = torch.arange(batch + 1, dtype=torch.int32, device=rows.device)
-        begin = steps * places + torch.nn.functional.pad(first, (0, 1))
-        means, logs = varlen.varlen_attn(
-            rows.flatten(0, 1), keys.flatten(0, 1), values.flatten(0, 1), steps * count, begin, count, places,
-            return_aux=varlen.AuxRequest(lse=True), scale=1.0, seqused_k=stop - first,
-        )  # fmt: skip
-        means = means.view(rows.shape)
-        # [num_kv_heads, batch * rows], as flash attention has it.
-        logs = logs.view(heads, batch, count).permute(1, 2, 0)
-    else:
-        place = torch.arange(places, device=rows.device)
-        seen = (place >= first.unsqueeze(1)) & (place < stop.unsqueeze(1))
-        bias = torch.zeros(seen.shape, dtype=rows.dtype).masked_fill(~seen, -torch.inf)
-        means, logs = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(
-            *(x.transpose(1, 2) for x in (rows, keys, values)),
-            attn_mask=bias.view(batch, 1, 1, places).expand(-1, heads, count, -1),
-            scale=1.0,
-        )
-        means, logs = means.transpose(1, 2), logs.transpose(1, 2)
-    empty = (first == stop).view(batch, 1, 1)
-    return means.masked_fill(empty.unsqueeze(-1), 0.0), logs.masked_fill(empty, -torch.inf)
 
 
 @triton.jit(do_not_specialize=("first_group", "num_blocks", "table_width"))
