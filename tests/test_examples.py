@@ -18,6 +18,7 @@ from nbclient import NotebookClient
 from transformers import (
     BartConfig,
     BartForConditionalGeneration,
+    LlamaForCausalLM,
     PreTrainedConfig,
     T5Config,
     T5ForConditionalGeneration,
@@ -39,6 +40,35 @@ def test_the_script_generates_and_shows_the_bytes(tiny_model_folder: Path):
     result = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=HANGS)
     assert result.returncode == 0, result.stderr
     assert re.search(r"\d+ tokens in [\d,]+ bytes", result.stdout)
+
+
+def test_the_prompt_store_finds_in_another_process_what_one_has_stored(tiny_model_folder: Path, tmp_path: Path):
+    command = [sys.executable, str(ROOT / "examples" / "prompt_store.py"), str(tiny_model_folder), str(tmp_path)]
+    environment = {**os.environ, "HF_HUB_OFFLINE": "1"}
+    known = []
+    for _ in range(2):
+        result = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=HANGS)
+        assert result.returncode == 0, result.stderr
+        known += [tuple(map(int, found)) for found in re.findall(r"(\d+) of (\d+) tokens were stored", result.stdout)]
+        assert re.search(r"sequences +4 of", result.stdout)
+    (nothing, first), (shared, second), (again, _), (as_well, _) = known
+    assert nothing == 0
+    assert 0 < shared < second  # the text, but not the question
+    assert again >= first - 16
+    assert as_well >= second - 16
+    assert (tmp_path / "blocks.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_the_code_of_the_readme_for_stored_prompts_runs(
+    tiny_model_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    monkeypatch.chdir(tmp_path)
+    model = LlamaForCausalLM.from_pretrained(tiny_model_folder, attn_implementation="int8_paged")
+    scope: dict[str, Any] = {"model": model, "ids": torch.arange(1, 61)[None]}
+    for known in (0, 48):
+        exec(readme_blocks()[2], scope)
+        assert scope["known"] == known
+    assert len(scope["store"]) == 1
 
 
 def test_the_notebook_runs(tiny_model_folder: Path, monkeypatch: pytest.MonkeyPatch):

@@ -28,7 +28,8 @@ def model_key(model: torch.nn.Module) -> str:
     said = hashlib.sha256(json.dumps(fingerprint(decoder_config(config)), sort_keys=True).encode())
     for name, parameter in model.named_parameters():
         flat = parameter.detach().reshape(-1)
-        places = torch.linspace(0, max(len(flat) - 1, 0), min(_SAMPLE, len(flat)), device="cpu").long()
+        count = min(_SAMPLE, len(flat))
+        places = torch.arange(count) * (len(flat) - 1) // max(count - 1, 1)  # in integers: floats round past the end
         said.update(f"{name} {tuple(parameter.shape)} {parameter.dtype}".encode())
         said.update(flat[places.to(flat.device)].float().cpu().numpy().tobytes())
     return said.hexdigest()

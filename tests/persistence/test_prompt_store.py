@@ -15,6 +15,7 @@ import torch
 
 from hf_int8_paged import PagedInt8Cache, PagedInt8Pool, PromptStore
 from hf_int8_paged.cache_argument import CACHE_ARGUMENT
+from hf_int8_paged.persistence.prompt_keys import model_key
 from tests.models import random_ids
 
 from .histories import assert_same, model_called
@@ -95,6 +96,19 @@ def test_another_model_finds_nothing(tmp_path: Path) -> None:
     assert store.get(tuned, ids)[1] == 0
     assert PromptStore(tmp_path, center_keys=False).get(model, ids)[1] == 0
     assert store.get(model, ids)[1] == 59
+
+
+def test_the_first_and_the_last_element_of_a_large_parameter_count() -> None:
+    """Of 28,311,552 elements, as an embedding has: float32 cannot count them one by one."""
+    config, keys = model_called("llama").config, set()
+    for place in (None, 0, -1):
+        model: Any = torch.nn.Module()
+        model.config = config
+        model.weight = torch.nn.Parameter(torch.zeros(28311552, dtype=torch.float16))
+        if place is not None:
+            model.weight.data[place] = 1
+        keys.add(model_key(model))
+    assert len(keys) == 3
 
 
 def test_the_least_recently_used_are_evicted_and_the_limit_holds(tmp_path: Path) -> None:
