@@ -13,6 +13,8 @@ PARALLEL := OMP_NUM_THREADS=1 $(PYTEST) -n $(WORKERS) --dist loadfile
 # `make test-versions`: the oldest and the newest supported release, laid over the environment without what they ask for.
 TRANSFORMERS ?= 5.18.0 5.24.0
 OVERLAYS := $(abspath $(VENV))/overlays
+# What is tested with them: the cache, and the engine's seam.
+VERSIONED := tests/cache $(patsubst %,tests/batching/test_%.py,equality entry engine capacity server)
 # Those of the cache's tests that are about the cache alone; releases of transformers differ in what the others touch.
 UNVERSIONED := block_policy block_table beam_reorder interrupted native_backend overhead read_only_views shared_pool_threads \
 	states_checked two_readers wide_batches
@@ -68,8 +70,8 @@ test-all: $(DEV)  ## Run all tests but those of the next line
 test-interpreted: $(DEV)  ## Run the cache's tests under Triton's interpreter, which takes many minutes
 	$(PARALLEL) --dist load -m interpreted $(PYTEST_ARGS)
 
-test-versions: $(addprefix $(OVERLAYS)/transformers-,$(TRANSFORMERS))  ## Run the cache's tests with the oldest and newest transformers
-	for overlay in $^; do PYTHONPATH=$$overlay $(PARALLEL) -m "not slow" tests/cache \
+test-versions: $(addprefix $(OVERLAYS)/transformers-,$(TRANSFORMERS))  ## Run the cache's and the engine's tests with the oldest and newest transformers
+	for overlay in $^; do PYTHONPATH=$$overlay $(PARALLEL) -m "not slow" $(VERSIONED) \
 		$(UNVERSIONED:%=--ignore=tests/cache/test_%.py) || exit 1; done
 
 test-matrix: $(DEV)  ## Run all tests under other versions, instruction sets and loads; writes docs/compatibility.md
