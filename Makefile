@@ -16,6 +16,8 @@ OVERLAYS := $(abspath $(VENV))/overlays
 # `make gpu-audit-versions`: releases of triton, laid over it in the same way; the environment's own comes last.
 TRITON ?= 3.6.0 3.7.0 3.7.1 3.8.0
 AUDIT_OPTIONS ?= --json docs/gpu_versions.json
+# What is tested with them: the cache, and the engine's seam.
+VERSIONED := tests/cache $(patsubst %,tests/batching/test_%.py,equality entry engine capacity server)
 # Those of the cache's tests that are about the cache alone; releases of transformers differ in what the others touch.
 UNVERSIONED := block_policy block_table beam_reorder interrupted native_backend overhead read_only_views shared_pool_threads \
 	states_checked two_readers wide_batches
@@ -75,8 +77,8 @@ test-all: $(DEV)  ## Run all tests but those of the next line
 test-interpreted: $(DEV)  ## Run the cache's tests under Triton's interpreter, which takes many minutes
 	$(PARALLEL) --dist load -m interpreted $(PYTEST_ARGS)
 
-test-versions: $(addprefix $(OVERLAYS)/transformers-,$(TRANSFORMERS))  ## Run the cache's tests with the oldest and newest transformers
-	for overlay in $^; do PYTHONPATH=$$overlay $(PARALLEL) -m "not slow" tests/cache \
+test-versions: $(addprefix $(OVERLAYS)/transformers-,$(TRANSFORMERS))  ## Run the cache's and the engine's tests with the oldest and newest transformers
+	for overlay in $^; do PYTHONPATH=$$overlay $(PARALLEL) -m "not slow" $(VERSIONED) \
 		$(UNVERSIONED:%=--ignore=tests/cache/test_%.py) || exit 1; done
 
 test-matrix: $(DEV)  ## Run all tests under other versions, instruction sets and loads; writes docs/compatibility.md

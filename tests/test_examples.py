@@ -71,6 +71,25 @@ def test_the_code_of_the_readme_for_stored_prompts_runs(
     assert len(scope["store"]) == 1
 
 
+def test_the_script_for_many_requests_shares_their_beginning(tiny_model_folder: Path):
+    command = [sys.executable, str(ROOT / "examples" / "many_requests.py"), str(tiny_model_folder)]
+    environment = {**os.environ, "HF_HUB_OFFLINE": "1"}
+    result = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=HANGS)
+    assert result.returncode == 0, result.stderr
+    assert all(question in result.stdout for question in ("trilobites eat?", "hollow bones?", "What is amber?"))
+    kept = re.search(r"(\d+) full blocks are kept", result.stdout)
+    assert kept
+    assert int(kept[1]) >= 10
+
+
+def test_the_code_of_the_readme_for_many_requests_runs(tiny_model_folder: Path, capsys: pytest.CaptureFixture[str]):
+    (code,) = [block for block in all_blocks() if "generate_batch" in block]
+    name = re.search(r'name = "([^"]+)"', code)
+    assert name, "the block names its model"
+    exec(code.replace(name[1], str(tiny_model_folder)), {})
+    assert len(capsys.readouterr().out.splitlines()) >= 3
+
+
 def test_the_notebook_runs(tiny_model_folder: Path, monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setenv("HF_INT8_PAGED_MODEL", str(tiny_model_folder))
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
@@ -88,9 +107,13 @@ def test_the_notebook_is_stored_with_the_outputs_of_a_clean_run():
     assert any("image/png" in output.get("data", {}) for output in stored), "the plot"
 
 
+def all_blocks() -> list[str]:
+    return re.findall(r"```python\n(.*?)```", (ROOT / "README.md").read_text(encoding="utf-8"), re.DOTALL)
+
+
 def readme_blocks() -> list[str]:
-    """The README's Python blocks, with the cache's argument as the installed transformers calls it."""
-    blocks = re.findall(r"```python\n(.*?)```", (ROOT / "README.md").read_text(encoding="utf-8"), re.DOTALL)
+    """The README's Python blocks with a cache, its argument as the installed transformers calls it."""
+    blocks = [block for block in all_blocks() if "generate_batch" not in block]
     assert all(block.count(" cache=cache,") == 1 for block in blocks), "written for the newest transformers"
     return [block.replace(" cache=cache,", f" {CACHE_ARGUMENT}=cache,") for block in blocks]
 

@@ -28,6 +28,7 @@ class FirstTokenRows:
 
     def __init__(self, layers: list[int], heads: int, head_dim: int, dtype: torch.dtype, device: torch.device):
         self._place = {layer: i for i, layer in enumerate(layers)}
+        self._capacity = 1
         #: ``[2, layers, rows, num_kv_heads, 1, head_dim]``: keys and values.
         self._rows = torch.zeros(2, len(layers), 1, heads, 1, head_dim, dtype=dtype, device=device)
         #: Row of each token; the one that was needed last stands last.
@@ -80,6 +81,14 @@ class FirstTokenRows:
         self._unwritten.update(self._row_of)
         self.release_all()
 
+    def make_room(self) -> None:
+        """Have memory for all rows. A step does it, as the one before may still be writing when requests come."""
+        missing = self._capacity - self._rows.shape[2]
+        if missing:
+            shape = list(self._rows.shape)
+            shape[2] = missing
+            self._rows = torch.cat([self._rows, self._rows.new_zeros(shape)], dim=2)
+
     def rows(self, requests: list[str]) -> list[int]:
         """Row of each request."""
         return [self._row_of[self._begins[request]] for request in requests]
@@ -122,14 +131,13 @@ class FirstTokenRows:
         return FirstTokens(keys, values, *places, 1)
 
     def _free_row(self) -> int:
-        capacity = self._rows.shape[2]
-        if len(self._row_of) >= max(KEPT, capacity):
+        if len(self._row_of) >= max(KEPT, self._capacity):
             unused = next((token for token in self._row_of if token not in self._users), None)
             if unused is not None:
                 self._unwritten.discard(unused)
                 return self._row_of.pop(unused)
-        free = set(range(capacity)) - set(self._row_of.values())
+        free = set(range(self._capacity)) - set(self._row_of.values())
         if not free:
-            self._rows = torch.cat([self._rows, torch.zeros_like(self._rows)], dim=2)
-            return capacity
+            self._capacity *= 2
+            return self._capacity // 2
         return min(free)

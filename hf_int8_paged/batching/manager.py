@@ -12,6 +12,7 @@ from transformers.generation.continuous_batching.continuous_api import (
     ContinuousBatchingManager,
     ContinuousBatchProcessor,
 )
+from transformers.generation.continuous_batching.utils import drain_queue
 
 from .attention import NAME
 from .cache import Int8Options, PagedInt8AttentionCache
@@ -81,8 +82,16 @@ class PagedInt8BatchingManager(ContinuousBatchingManager):
             model.set_attn_implementation(NAME)
             self._original_attn_impl = before
 
-    def add_request(self, input_ids: list[int], *args: Any, **kwargs: Any) -> str | None:
-        """Add a request to the queue; see `ContinuousBatchingManager.add_request`.
+    def add_request(
+        self,
+        input_ids: list[int],
+        request_id: str | None = None,
+        max_new_tokens: int | None = None,
+        *args: Any,
+        **kwargs: Any,
+    ) -> str | None:
+        """Add a request to the queue; see `ContinuousBatchingManager.add_request`. Where neither it nor the generation
+        config limits its new tokens, the room does.
 
         Raises:
             RequestTooLongError: more tokens than the blocks can hold of one request, with those that it asks for. Such
@@ -90,11 +99,14 @@ class PagedInt8BatchingManager(ContinuousBatchingManager):
             ValueError: no tokens.
         """
         try:
-            self.check_length(len(input_ids), kwargs.get("max_new_tokens", args[1] if len(args) > 1 else None))
+            self.check_length(len(input_ids), max_new_tokens)
         except ValueError:
-            self.output_router.forget(kwargs.get("request_id", args[0] if args else None))
+            self.output_router.forget(request_id)
             raise
-        return super().add_request(input_ids, *args, **kwargs)
+        most = self.max_request_tokens
+        if max_new_tokens is None and self.generation_config.max_new_tokens is None and most is not None:
+            max_new_tokens = most - len(input_ids)
+        return super().add_request(input_ids, request_id, max_new_tokens, *args, **kwargs)
 
     def register_result_handler(self, request_id: str, callback: Callable) -> None:
         """Call ``callback`` on this thread's event loop with every result of a request; also with the newest of those
@@ -158,7 +170,18 @@ class PagedInt8BatchingManager(ContinuousBatchingManager):
         self.switch_to_cb_friendly_attn(self.model)
         if self.batch_processor is None:
             self.batch_processor = self._create_batch_processor()
+            self._fail_what_never_fits()
         super().start()
+
+    def _fail_what_never_fits(self) -> None:
+        """Answer requests with an error that came before it was known how many tokens there is room for."""
+        for state in drain_queue(self.input_queue):
+            try:
+                self.check_length(len(state.initial_tokens), state.max_new_tokens)
+            except RequestTooLongError as error:
+                self.output_router.fail_and_deliver(state, error)
+            else:
+                self.input_queue.put(state)
 
     def _create_batch_processor(self) -> ContinuousBatchProcessor:
         with_blocks = functools.partial(PagedInt8AttentionCache, options=self._options)

@@ -72,6 +72,8 @@ class BatchStep:
         names, past = [request.name for request in requests], [request.past for request in requests]
         written = ([], []) if first_rows is None else first_rows.to_write(names, past, self.starts)
         self._new_rows = None
+        if first_rows is not None:
+            first_rows.make_room()
         if first_rows is not None and written[0]:
             self._new_rows = tuple(torch.tensor(x, dtype=torch.long, device=device) for x in written)
 

@@ -90,12 +90,33 @@ def test_rows_of_first_tokens_are_given_back() -> None:
     for token in range(300):
         assert int8.can_store_request_tokens(RequestState(f"request {token}", [token]), 1)
     assert len(set(rows.rows([f"request {token}" for token in range(300)]))) == 300
+    rows.make_room()
     held = rows.nbytes
     for token in range(300):
         int8.free_blocks(f"request {token}")
     for token in range(300, 600):
         assert int8.can_store_request_tokens(RequestState(f"request {token}", [token]), 1)
+    rows.make_room()
     assert rows.nbytes == held
+
+
+def test_requests_that_come_before_the_blocks_are_answered_too() -> None:
+    """One of them can never fit; the other one asks for no number of tokens and gets what there is room for."""
+    model = batching_model("llama: full attention")
+    with manager_for(model, {"max_new_tokens": None}, num_blocks=4) as manager:
+        manager.batch_processor = None
+        too_long = manager.add_request([5] * 100)
+        manager.start()
+        result = manager.get_result(timeout=3600)
+        assert result is not None
+        assert result.request_id == too_long
+        assert result.error is not None
+        assert "all blocks together hold 64" in result.error
+        manager.add_request([5] * 20)
+        result = manager.get_result(timeout=3600)
+        assert result is not None
+        assert (result.error, len(result.generated_tokens)) == (None, 44)
+        manager.stop()
 
 
 def test_a_manager_allocates_what_it_says() -> None:

@@ -11,15 +11,14 @@ import torch
 from .alone import Steps, check_nothing_is_held, difference, run
 from .models import manager_for
 
-#: Logits of this model lie within 40 of each other; below this distance two tokens are all but equally likely. Roundings
-#: that tip move logits by less (0.1 % of the cache's steps tip, and all of them together move logits by about 0.1).
+#: Two tokens whose logits are no farther apart are all but equally likely: the one is at most 1.1 times as likely.
 NEAR_TIE = 0.1
 
 
 @pytest.mark.slow
 def test_texts_of_a_batch_are_those_of_each_request_alone(demo_model: Any) -> None:
-    """64 requests with common beginnings, more than the blocks hold at once. Up to the first near tie a text is the same:
-    no generated token is less likely than another by more than that."""
+    """64 requests with common beginnings, more than the blocks hold at once. Up to the first near tie a text is the
+    same: no generated token is less likely than another by more than that."""
     model, tokenizer = demo_model
     model.set_attn_implementation("int8_paged")
     passage = importlib.resources.files("hf_int8_paged.tools").joinpath("demo_passage.txt").read_text(encoding="utf-8")
