@@ -38,11 +38,13 @@ class Multiprocessor:
 
 
 #: Memory bandwidth over multiprocessors and clock: A100 2.04 TB/s, 108, 1.41 GHz; H100 3.35 TB/s, 132, 1.75 GHz; B200
-#: 8 TB/s, 148, 1.93 GHz.
+#: 8 TB/s, 148, 1.93 GHz. sm_103
+#: (B300) is taken to be as sm_100.
 MULTIPROCESSORS = {
     "sm_80": Multiprocessor(shared_memory=164 * 1024, bytes_per_cycle_needed=13.1),
     "sm_90": Multiprocessor(shared_memory=228 * 1024, bytes_per_cycle_needed=14.5),
     "sm_100": Multiprocessor(shared_memory=228 * 1024, bytes_per_cycle_needed=28.0),
+    "sm_103": Multiprocessor(shared_memory=228 * 1024, bytes_per_cycle_needed=28.0),
 }
 
 

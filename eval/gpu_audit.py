@@ -32,6 +32,7 @@ from tqdm import tqdm
 
 from hf_int8_paged.kernels.triton.tiles import TOKENS
 
+CHIPS = ("sm_80", "sm_90", "sm_100", "gfx942")
 HEAD_DIMS, GROUPS, BLOCK_SIZES = (64, 128, 256), (1, 4, 8), (16, 64)
 DTYPES = (torch.float16, torch.bfloat16)
 #: Scales of K and V: two loads of eight each, by every thread, per tile.
@@ -187,7 +188,7 @@ def write_json(path: Path, **lists: list[dict[str, Any]]) -> None:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--chips", nargs="+", default=list(TARGETS), choices=list(TARGETS))
+    parser.add_argument("--chips", nargs="+", default=CHIPS, choices=list(TARGETS))
     parser.add_argument("--head-dims", nargs="+", type=int, default=HEAD_DIMS)
     parser.add_argument("--groups", nargs="+", type=int, default=GROUPS)
     parser.add_argument("--block-sizes", nargs="+", type=int, default=BLOCK_SIZES)
