@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import triton
+from _amdgcn import parse as parse_amdgcn
 from _memory_trips import outside, trips
 from _sass import CLASSES, Program, load_widths, store_widths
 
@@ -125,7 +126,9 @@ def loop_figures(program: Program) -> dict[str, Any]:
 
 
 def audit_hsaco(kernel: Any) -> dict[str, Any]:
-    """Registers and spills of a kernel that triton compiled for an AMD chip."""
+    """Registers and spills of a kernel that triton compiled for an AMD chip, and the barriers of its main loop."""
+    program = parse_amdgcn(kernel.asm["amdgcn"])
+    loop = program.select(program.main_loop())
     found = dict(re.findall(r"\.(\w+):\s*(\d+)", kernel.asm["amdgcn"]))
     return {
         "vector_registers": int(found["vgpr_count"]),
@@ -133,6 +136,8 @@ def audit_hsaco(kernel: Any) -> dict[str, Any]:
         "spills": int(found["vgpr_spill_count"]),
         "scalars_kept_in_vector_registers": int(found["sgpr_spill_count"]),
         "stack_bytes": int(found["private_segment_fixed_size"]),
+        "loop_instructions": len(loop),
+        "barriers_in_loop": sum(each.opcode.startswith("BAR.SYNC") for each in loop),
         "shared_memory_bytes": kernel.metadata.shared,
         "warps": kernel.metadata.num_warps,
     }

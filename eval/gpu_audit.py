@@ -124,11 +124,12 @@ def table(rows: list[dict[str, Any]]) -> str:
             f"| {r['bytes_per_cycle_needed']} | {r['blocks_per_multiprocessor']} | {r['dependent_trips']} "
             f"| {r['bytes_in_flight']} | {r['instructions_outside_loop']} | {r['barriers_outside_loop']} |"
         )
-    lines += ["", "| chip | head_dim | group | rotation | VGPRs | spills | stack |", "|---|---|---|---|---|---|---|"]
+    lines += ["", "| chip | head_dim | group | rotation | VGPRs | spills | stack | loop | barriers in it |"]
+    lines.append("|---" * 9 + "|")
     for r in (r for r in rows if "vector_registers" in r):
         lines.append(
             f"| {r['chip']} | {r['head_dim']} | {r['group']} | {r['rotation']} | {r['vector_registers']} "
-            f"| {r['spills']} | {r['stack_bytes']} |"
+            f"| {r['spills']} | {r['stack_bytes']} | {r['loop_instructions']} | {r['barriers_in_loop']} |"
         )
     return "\n".join(lines)
 

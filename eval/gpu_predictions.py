@@ -77,7 +77,7 @@ def predict(gpu: Gpu, batch: int, tokens: int) -> dict[str, Any]:
     compiled = decode(gpu.chip, HEAD_DIM, GROUP, sizes=sizes, launches=launches)
     bytes_read = batch * KV_HEADS * tokens * (2 * HEAD_DIM + 4)
     split, join = (disassemble(kernel) for _, kernel in compiled)
-    work = segments([-(-tokens // CHUNK)] * batch, KV_HEADS, launches[0].grid[0], launches[0].arguments["setup"])
+    work = segments([-(-tokens // CHUNK)] * batch, KV_HEADS, launches[0].grid[0])
     slots = -(-launches[0].grid[0] // (batch * KV_HEADS)) + 1  # programs that may leave a part of a unit
     joined = [[-(-slots // launches[1].arguments["SLOT_TILE"])]] * launches[1].grid[0]
     iteration_bytes = TOKENS.value * (2 * HEAD_DIM + 4)

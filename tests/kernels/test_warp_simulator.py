@@ -6,7 +6,10 @@ import json
 import sys
 from pathlib import Path
 
+import numpy as np
 import pytest
+
+from .schedule_model import work_of_programs
 
 pytest.importorskip("triton", reason="triton is not installed")
 ROOT = Path(__file__).parents[2]
@@ -106,22 +109,27 @@ def test_kinds_of_instructions() -> None:
 
 
 @pytest.mark.parametrize(
-    ("chunks", "units", "programs", "setup", "expected"),
+    ("chunks", "units", "programs", "expected"),
     [
-        ([4], 2, 4, 0, [[2], [2], [2], [2]]),
-        ([4], 2, 3, 0, [[3], [1, 2], [2]]),
-        # Positions: unit 0 from 0 to 5, unit 1 from 5 to 10, the first of each counts for its beginning.
-        ([4], 2, 4, 1, [[2], [2], [3], [1]]),
-        ([1, 0, 3], 1, 2, 0, [[1, 1], [2]]),
-        ([1, 0, 3], 1, 6, 0, [[1], [1], [1], [1], [], []]),
+        ([4], 2, 4, [[2], [2], [2], [2]]),
+        ([4], 2, 6, [[2], [2], [2], [2], [], []]),
+        # Three programs for two units: one position precedes the chunks of each, and a program takes four positions.
+        ([4], 2, 3, [[3], [1, 2], [2]]),
+        ([1, 0, 3], 1, 2, [[1], [3]]),
+        ([1, 0, 3], 1, 4, [[1], [1], [1], [1]]),
     ],
 )
-def test_chunks_of_each_program(
-    chunks: list[int], units: int, programs: int, setup: int, expected: list[list[int]]
-) -> None:
-    work = segments(chunks, units, programs, setup)
-    assert work == expected
-    assert sum(map(sum, work)) == units * sum(chunks)
+def test_chunks_of_each_program(chunks: list[int], units: int, programs: int, expected: list[list[int]]) -> None:
+    assert segments(chunks, units, programs) == expected
+
+
+@pytest.mark.parametrize("programs", [1, 7, 132, 264])
+@pytest.mark.parametrize("chunks", [[16], [1, 0, 3, 500], [7] * 40])
+def test_the_programs_have_what_the_model_of_the_schedule_gives_them(chunks: list[int], programs: int) -> None:
+    work = segments(chunks, 8, programs)
+    assert [(sum(each), len(each)) for each in work] == [
+        (read, begun) for read, begun in work_of_programs(np.array(chunks), 8, programs).tolist()
+    ]
 
 
 def test_a_kernel_is_cut_around_its_main_loop() -> None:
