@@ -25,6 +25,9 @@ MATRIX_ENVS ?= .matrix
 PYTEST_ARGS ?=
 MATRIX_OPTIONS ?=
 
+# `make soak`: how long.
+SECONDS ?= 1800
+
 # `make bench-peers`: where the peers' environments are, and further arguments.
 PEERS ?= .peers
 PEERS_OPTIONS ?=
@@ -47,8 +50,8 @@ endef
 export RUN_NOTEBOOKS
 
 .DEFAULT_GOAL := help
-.PHONY: help demo info test test-all test-interpreted test-versions test-matrix test-sanitize test-neon test-upstream test-gpu drill bench bench-gpu bench-peers \
-	gpu-audit gpu-audit-versions cpu-audit lint types format notebooks coverage cache-api clean
+.PHONY: help demo info test test-all test-interpreted test-versions test-matrix test-sanitize test-tsan test-neon test-upstream test-gpu drill soak \
+	bench bench-gpu bench-peers gpu-audit gpu-audit-versions cpu-audit lint types format notebooks coverage cache-api clean
 
 help:  ## Show this list
 	@sed -n 's/^\([a-z-]*\):.*## /\1|/p' $(MAKEFILE_LIST) | while IFS='|' read -r name text; do printf '  make %-18s %s\n' "$$name" "$$text"; done
@@ -78,6 +81,9 @@ test-matrix: $(DEV)  ## Run all tests under other versions, instruction sets and
 test-sanitize: $(DEV)  ## Run the CPU kernels' tests under AddressSanitizer and UBSan
 	tests/native/sanitize.sh $(BIN)/python
 
+test-tsan:  ## Run the CPU kernels, called by several threads at once, under ThreadSanitizer
+	tests/native/tsan.sh
+
 test-neon: $(DEV)  ## Run the CPU kernels' tests on their build for Arm, emulated (Debian: gcc-aarch64-linux-gnu, qemu-user)
 	tests/native/neon.sh $(BIN)/python
 
@@ -87,8 +93,14 @@ test-upstream: $(DEV)  ## Compare every way to generate, over 16 architectures, 
 test-gpu: $(DEV)  ## On a GPU: numerics with fresh inputs, races, CUDA graphs, a second device, models; five minutes at most
 	$(BIN)/python eval/gpu_day.py tests --json eval/results/gpu_tests.json
 
-drill: $(DEV)  ## Throw an exception at every line of the package that an operation passes (an hour)
+drill: $(DEV)  ## Throw an exception at every line that an operation passes, refuse memory everywhere, damage files (over an hour)
+	OMP_NUM_THREADS=1 HF_HUB_OFFLINE=1 $(BIN)/python -m tests.drill.files --json eval/results/file_drill.json
+	OMP_NUM_THREADS=1 HF_HUB_OFFLINE=1 $(BIN)/python -m tests.drill.threads --json eval/results/thread_drill.json
+	OMP_NUM_THREADS=1 HF_HUB_OFFLINE=1 $(BIN)/python -m tests.drill.refusals --workers $(WORKERS)
 	OMP_NUM_THREADS=1 HF_HUB_OFFLINE=1 $(BIN)/python -m tests.drill.drill --workers $(WORKERS)
+
+soak: $(DEV)  ## Serve requests of several threads from one pool for half an hour (SECONDS=60: a minute); writes eval/results/soak.json
+	OMP_NUM_THREADS=1 HF_HUB_OFFLINE=1 $(BIN)/python -m tests.drill.soak --seconds $(SECONDS) --json eval/results/soak.json
 
 bench: $(DEV)  ## Time kernels, a model, chunks, growth and bookkeeping on this CPU (half an hour); writes eval/results/*.json
 	HF_HUB_OFFLINE=1 $(BIN)/python eval/bench.py

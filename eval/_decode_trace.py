@@ -1,4 +1,4 @@
-"""Which instructions the programs of decode attention execute: its two kernels' phases, and who has how many chunks."""
+"""Which instructions the programs of decode attention execute: its two kernels' phases."""
 
 from __future__ import annotations
 
@@ -59,29 +59,3 @@ def phases(program: Program, loop_bytes: float | None, assumed: Assumptions) -> 
 
 def _step(instruction: Instruction, bits: int, bytes_per_byte: float, assumed: Assumptions) -> Step:
     return step(instruction, bits, instruction.bytes_per_thread * bytes_per_byte, assumed)
-
-
-def segments(chunks: Sequence[int], units: int, programs: int) -> list[list[int]]:
-    """How many chunks each program reads of each unit that it serves, divided as by the kernel (`triton/schedule.py`).
-
-    Args:
-        chunks: of each sequence.
-        units: of a sequence: KV heads times tiles of query rows.
-        programs: how many there are.
-    """
-    share = max(1, -(-sum(chunks) * units // programs))
-    pieces = [-(-count // share) for count in chunks]
-    if sum(pieces) * units <= programs:
-        lead, positions = 0, [count * share for count in pieces]
-    else:
-        lead, positions = 1, [count + (count > 0) for count in chunks]
-        share = -(-sum(positions) * units // programs)
-    work: list[list[int]] = [[] for _ in range(programs)]
-    start = 0
-    for count, length in zip(chunks, positions):
-        for _ in range(units):
-            begin, end = start + lead, start + lead + count
-            for program in range(begin // share, -(-end // share)) if count else ():
-                work[program].append(min(end, (program + 1) * share) - max(begin, program * share))
-            start += length
-    return work

@@ -26,7 +26,7 @@ from hf_int8_paged.kernels import MAX_DECODE_ROWS, mean_key
 from hf_int8_paged.kernels.conditioning import hadamard
 from hf_int8_paged.kernels.formats import INT8
 from hf_int8_paged.layer_types import layer_types
-from hf_int8_paged.pool import MIN_CENTER_TOKENS
+from hf_int8_paged.pool_centring import MIN_CENTER_TOKENS
 
 
 def fake_quantize(x: torch.Tensor, rotation: str | None = None, center: torch.Tensor | None = None) -> torch.Tensor:

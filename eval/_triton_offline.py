@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from types import SimpleNamespace
 from typing import Any, NamedTuple
 
 from triton.backends.compiler import GPUTarget
@@ -41,6 +42,46 @@ class Launch(NamedTuple):
 
     grid: tuple[int, ...]
     arguments: dict[str, Any]  # by the kernel's parameters
+
+
+class _LaunchingDriver(_OfflineDriver):
+    """As much of a Triton driver as launches ask for: it loads nothing, and notes what its launchers are given."""
+
+    utils = SimpleNamespace(
+        get_device_properties=lambda device: {"max_shared_mem": 232448},
+        load_binary=lambda *arguments: ("module", object(), 32, 0, 1024),
+        unload_module=lambda module: None,
+    )
+
+    def __init__(self, target: GPUTarget) -> None:
+        super().__init__(target)
+        self.launched: list[tuple[Any, ...]] = []
+
+    def launcher_cls(self, source: Any, metadata: Any) -> Callable[..., None]:
+        def launch(*arguments: Any) -> None:
+            self.launched.append(arguments)
+
+        return launch
+
+    def get_current_device(self) -> str:
+        return f"{self.target.arch} that is not there, {id(self)}"
+
+
+@contextmanager
+def launching_nothing(target: GPUTarget) -> Iterator[list[tuple[Any, ...]]]:
+    """Inside, launching a Triton kernel compiles it for ``target`` and goes all the way to its launcher, which does
+    nothing.
+
+    Yields a list of what the launchers are given: three sizes of the grid, stream, loaded kernel, metadata, three
+    places for hooks, and the kernel's arguments.
+    """
+    previous = driver._active
+    machine = _LaunchingDriver(target)
+    driver.set_active(machine)
+    try:
+        yield machine.launched
+    finally:
+        driver._active = previous
 
 
 @contextmanager

@@ -132,9 +132,9 @@ def layer_over_a_past(
 
 @contextmanager
 def triton_layer_launching_nothing() -> Iterator[tuple[Callable[[], None], list[Any]]]:
-    """Triton's launchers for one layer and step of an 8B Llama on an H100 that is not there, and the list of what they
-    would have launched."""
-    from triton.runtime.jit import JITFunction
+    """Append and decode of one layer and step of an 8B Llama on an H100 that is not there, but for the launchers' C
+    code, and the list of what those were given."""
+    from _triton_offline import TARGETS, launching_nothing
 
     from hf_int8_paged.kernels.triton import backend as triton_backend
     from hf_int8_paged.kernels.triton.tuning import Chip
@@ -148,17 +148,16 @@ def triton_layer_launching_nothing() -> Iterator[tuple[Callable[[], None], list[
     out, table, lens = torch.empty_like(q), torch.zeros(1, 64, dtype=torch.int32), torch.zeros(1, dtype=torch.int32)
     held = FirstTokens(new, new, lens, lens, lens, limit=1)
     tokens, scoring = Tokens(table, lens, lens), Scoring(0.1)
-    launched: list[Any] = []
 
     def layer() -> None:
         triton_backend.append(new, new, storage, tokens)
         triton_backend.attend(out, q, storage, tokens, scoring, None, held)
 
     with (
-        patch.object(JITFunction, "run", lambda self, *args, **kwargs: launched.append(self)),
+        launching_nothing(TARGETS["sm_90"]) as launched,
         patch.object(triton_backend, "chip_of", chips.__getitem__),
     ):
-        layer()  # what is made once per layer has been made
+        layer()  # what is made once per layer has been made, and the kernels are compiled
         launched.clear()
         yield layer, launched
 

@@ -103,7 +103,7 @@ BUDGETS = (
         Budget("rotation and centring, per layer of {} KV heads, group {}, head_dim {}".format(*shape), 5, "us", timed)
         for shape, timed in ((shape, conditioning(shape)) for shape in SHAPES)
     ),
-    Budget("Triton's launchers of append and decode, per layer", 15, "us", triton_launchers, needs="triton"),
+    Budget("append and decode under Triton up to the launch itself, per layer", 50, "us", triton_launchers, "triton"),
     Budget("reordering 8 beams after 8,192 tokens, by that after 1,024", 1.3, "times", reordering_over_a_long_prompt),
     *(
         Budget(f"bookkeeping of a step{what}, per {who} of {batch:,}", most, "us", bookkeeping(batch, beams, of=of))

@@ -17,20 +17,19 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from _decode_trace import phases, segments
+import numpy as np
+from _decode_trace import phases
 from _machine_code import MULTIPROCESSORS, disassemble, resident_blocks
 from _offline_launches import Sizes, decode
 from _sass import Program
+from _schedule_model import chunks_of, segments_of_programs
 from _triton_offline import Launch
 from _warp_simulator import Assumptions, simulate
 from tqdm import tqdm
 
-from hf_int8_paged.kernels.triton.schedule import STREAMS
 from hf_int8_paged.kernels.triton.tiles import TOKENS
 
 HEAD_DIM, KV_HEADS, GROUP, BLOCK_SIZE = 128, 8, 4, 16
-#: Tokens of one iteration of a program.
-CHUNK = STREAMS * TOKENS.value
 #: (sequences, tokens of each)
 WORKLOADS = ((1, 8192), (1, 32768), (1, 131072), (32, 4096))
 LATENCIES = (600, 800, 1000)
@@ -77,7 +76,7 @@ def predict(gpu: Gpu, batch: int, tokens: int) -> dict[str, Any]:
     compiled = decode(gpu.chip, HEAD_DIM, GROUP, sizes=sizes, launches=launches)
     bytes_read = batch * KV_HEADS * tokens * (2 * HEAD_DIM + 4)
     split, join = (disassemble(kernel) for _, kernel in compiled)
-    work = segments([-(-tokens // CHUNK)] * batch, KV_HEADS, launches[0].grid[0])
+    work = segments_of_programs(chunks_of(np.full(batch, tokens)), KV_HEADS, launches[0].grid[0])
     slots = -(-launches[0].grid[0] // (batch * KV_HEADS)) + 1  # programs that may leave a part of a unit
     joined = [[-(-slots // launches[1].arguments["SLOT_TILE"])]] * launches[1].grid[0]
     iteration_bytes = TOKENS.value * (2 * HEAD_DIM + 4)

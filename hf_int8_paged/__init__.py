@@ -5,10 +5,14 @@ Importing the package registers the attention implementation ``"int8_paged"`` wi
 """
 
 from .cache import PagedInt8Cache
-from .pool import CacheFullError, PagedInt8Pool
+from .full import CacheFullError
+from .persistence.saved import CacheFileError
+from .planning import plan
+from .pool import PagedInt8Pool
+from .prompt_store import PromptStore
 from .seam.attention import register as _register
+from .version import __version__
 
-__all__ = ["CacheFullError", "PagedInt8Cache", "PagedInt8Pool"]
-__version__ = "0.1.0"
+__all__ = ["CacheFileError", "CacheFullError", "PagedInt8Cache", "PagedInt8Pool", "PromptStore", "__version__", "plan"]
 
 _register()

@@ -26,8 +26,8 @@ ABSENT = {
 }
 _NOT_FLATTENED = (
     "a PagedInt8Cache cannot be flattened, exported or pickled: its layers share tables, lengths and memory, and each "
-    "would get its own back. copy.deepcopy(cache) makes another one in this process; to export a model, leave the "
-    "cache out of its inputs"
+    "would get its own back. cache.save(path) and PagedInt8Cache.load(path, config) bring it to another process, "
+    "copy.deepcopy(cache) makes another one in this process; to export a model, leave the cache out of its inputs"
 )
 
 

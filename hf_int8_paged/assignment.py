@@ -47,5 +47,5 @@ def assign(layer: PagedInt8Layer, dense: torch.Tensor, *, values: bool) -> None:
     # From here on an exception leaves some tokens replaced and others not.
     sequences.broken = f"an assignment of {name}"
     layer.store_anew(*((kept, dense) if values else (dense, kept)), first)
-    layer.room.forget_first_tokens()  # type: ignore[attr-defined]
+    layer.room.kept_rows = None  # type: ignore[attr-defined]
     sequences.broken = None

@@ -32,12 +32,16 @@ class BlockAllocator:
 
     def __init__(self, num_blocks: int = 0, settle: Callable[[], None] | None = None):
         self._settle = settle
+        self.forget_blocks()
+        self.grow(num_blocks)
+
+    def forget_blocks(self) -> None:
+        """Have no blocks; none may be held."""
         self._ref_counts = np.zeros(0, dtype=np.int32)
         #: Of each run, the blocks that are held, and those that there are: fewer in the last one.
         self._used_in_run = np.zeros(0, dtype=np.int8)
         self._run_sizes = np.zeros(0, dtype=np.int8)
         self._num_free = 0
-        self.grow(num_blocks)
 
     @property
     def num_blocks(self) -> int:

@@ -11,11 +11,15 @@ from transformers.cache_utils import Cache, LinearAttentionCacheLayerMixin
 
 from .absent_names import ABSENT, WRAP_IT, NotFlattened
 from .cache_operations import CacheOperations
+from .full import refused_memory
 from .generate_limits import UserDefinedMark
+from .geometry import layer_geometry
 from .layer import PagedInt8Layer
 from .layer_types import growing_layers, is_layer_data, layers_of_data, preallocated_layers
+from .look_inside import LookInside
 from .one_thread import undo_interrupted
 from .options import PoolOptions, check_cache_options, check_device, decoder_config
+from .persistence.saved import SavedCaches
 from .pool import PagedInt8Pool
 from .seam.read_only import ReadOnly
 from .sequences.growing import GrowingSequences
@@ -40,7 +44,7 @@ class _Marked(type):
         super().__setattr__(name, value)
 
 
-class PagedInt8Cache(CacheOperations, metaclass=_Marked):
+class PagedInt8Cache(SavedCaches, LookInside, CacheOperations, metaclass=_Marked):
     """A KV cache of int8 blocks with one float16 scale per token and KV head.
 
     Pass it to ``model.generate(cache=...)`` or to a model's forward; transformers before 5.24 calls the argument
@@ -73,8 +77,11 @@ class PagedInt8Cache(CacheOperations, metaclass=_Marked):
             They are those of the first forward pass, and padding does not count where the attention function sees it
             (``"int8_paged"`` does).
         format: name of what a stored row is: ``"int8"``, or one that `kernels.register_format` has made known.
+        max_bytes: most bytes that are allocated for blocks and first tokens, all that ``nbytes_allocated`` counts: a
+            number, or a text such as ``"8GiB"``; ``None`` sets no limit. `CacheFullError` says how many tokens it
+            holds.
         pool: take blocks from this pool, which other caches of the same model may use too. ``block_size``, ``backend``,
-            ``max_tokens``, ``rotation``, ``center_keys`` and ``format`` are then the pool's.
+            ``max_tokens``, ``rotation``, ``center_keys``, ``format`` and ``max_bytes`` are then the pool's.
         device: where the model will run, to be checked now: that the machine has it, and that the backend serves it.
             Without ``device``, a backend that can serve no device of this machine is refused.
         offloading: must be False. Models that make a cross-attention cache of the same class pass it.
@@ -117,11 +124,12 @@ class PagedInt8Cache(CacheOperations, metaclass=_Marked):
         center_keys: bool = True,
         sink_tokens: int = 1,
         format: str = "int8",
+        max_bytes: int | str | None = None,
         pool: PagedInt8Pool | None = None,
         device: torch.device | str | None = None,
         offloading: bool = False,
     ):
-        own = PoolOptions(block_size, backend, max_tokens, rotation, center_keys, format).checked()
+        own = PoolOptions(block_size, backend, max_tokens, rotation, center_keys, format, max_bytes).checked()
         if pool is not None and not isinstance(pool, PagedInt8Pool):
             raise TypeError(f"pool must be a PagedInt8Pool or None, got {pool!r}")
         options = check_cache_options(
@@ -137,6 +145,7 @@ class PagedInt8Cache(CacheOperations, metaclass=_Marked):
         data = list(config) if is_layer_data(config) else None  # type: ignore[arg-type]
         text_config = decoder_config(config) if data is None else None
         self._not_flattened = NotFlattened()
+        self._config = text_config
         if options.max_batch_size is None:
             self.pool = PagedInt8Pool(*own) if pool is None else pool
             self._sequences = GrowingSequences(self.pool, options.max_cache_len, options.sink_tokens)
@@ -156,6 +165,8 @@ class PagedInt8Cache(CacheOperations, metaclass=_Marked):
         paged = sum(isinstance(layer, PagedInt8Layer) for layer in layers)
         self._needs_wrapping = bool(getattr(config, "is_encoder_decoder", False)) and paged > 1
         self._sequences.beside_recurrent_states = any(isinstance(x, LinearAttentionCacheLayerMixin) for x in layers)
+        if own.max_bytes is not None and text_config is not None:
+            self._sequences.expect(layer_geometry(text_config))
         # A `DynamicCache`, as transformers lets only those be cropped within an `EncoderDecoderCache`.
         Cache.__init__(self, layers=layers)
         for index, (keys, values, *_) in enumerate(data or []):
@@ -201,9 +212,12 @@ class PagedInt8Cache(CacheOperations, metaclass=_Marked):
         try:
             result = self._update(key_states, value_states, layer_idx, *args, **kwargs)
             return guard.inside.clear() or result
-        except BaseException:
+        except BaseException as error:
             self._take_back(layer_idx)
+            full = refused_memory(error)
             guard.inside.clear()
+            if full is not None:
+                raise full from error
             raise
 
     def _update(
@@ -249,18 +263,6 @@ class PagedInt8Cache(CacheOperations, metaclass=_Marked):
             raise TypeError(_THE_CLASS)
         return super().get_seq_length(layer_idx)
 
-    @property
-    def nbytes_allocated(self) -> int:
-        """Bytes of keys, values and scales allocated, all layers, and of first tokens in full precision."""
-        return self._sequences.nbytes_allocated + self._first_tokens_nbytes
-
-    @property
-    def nbytes_used(self) -> int:
-        """Bytes of the blocks that hold tokens, all layers, and of first tokens in full precision; at most one block
-        per sequence and layer more than the tokens themselves take."""
-        first_tokens = self._first_tokens_nbytes if int(self.get_seq_length()) else 0
-        return self._sequences.nbytes_used + first_tokens
-
     def prefetch(self, layer_idx: int, only_non_sliding: bool = True) -> None:
         raise NotImplementedError("prefetch is not supported by PagedInt8Cache: the blocks stay on their device")
 
@@ -274,10 +276,6 @@ class PagedInt8Cache(CacheOperations, metaclass=_Marked):
             isinstance(layer, LinearAttentionCacheLayerMixin) and not isinstance(layer, PagedInt8Layer)
             for layer in self.layers
         ]
-
-    @property
-    def _first_tokens_nbytes(self) -> int:
-        return sum(layer.first_tokens_nbytes for layer in self.layers if isinstance(layer, PagedInt8Layer))
 
     def _refuse_cross_attention(self, layer_idx: int, new_tokens: int) -> None:
         before, self._newest = self._newest, (layer_idx, new_tokens)

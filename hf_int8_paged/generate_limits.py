@@ -10,7 +10,7 @@ from __future__ import annotations
 import sys
 from typing import Any
 
-from .pool import CacheFullError
+from .full import CacheFullError
 
 
 class UserDefinedMark:

@@ -8,6 +8,8 @@ from collections.abc import Callable
 from threading import get_ident
 from typing import Any, TypeVar
 
+from .full import refused_memory
+
 _F = TypeVar("_F", bound=Callable)
 
 
@@ -73,9 +75,12 @@ def whole(method: _F) -> _F:
             guard.inside["before"] = sequences.checkpoint()
             result = method(self, *args, **kwargs)
             return guard.inside.clear() or result
-        except BaseException:
+        except BaseException as error:
             undo_interrupted(self, method.__name__)
+            full = refused_memory(error)
             guard.inside.clear()
+            if full is not None:
+                raise full from error
             raise
 
     return guarded  # type: ignore[return-value]

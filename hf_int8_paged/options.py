@@ -12,6 +12,7 @@ from typing import Any, NamedTuple
 import torch
 from transformers import PreTrainedConfig
 
+from .byte_sizes import parse_bytes
 from .kernels import INT8, MAX_FIRST_TOKENS, ROTATIONS, format_called, resolve_backend, why_unavailable
 
 
@@ -24,6 +25,7 @@ class PoolOptions(NamedTuple):
     rotation: str | None = "hadamard"
     center_keys: bool = True
     format: str = INT8.name
+    max_bytes: int | str | None = None
 
     def checked(self) -> PoolOptions:
         """The same options as Python's own types.
@@ -52,7 +54,10 @@ class PoolOptions(NamedTuple):
             raise TypeError(f"format must be a storage format's name, got {_shown(self.format)}")
         format_called(self.format)  # refuses unknown names
         return self._replace(
-            block_size=block_size, max_tokens=max_tokens, center_keys=_switch("center_keys", self.center_keys)
+            block_size=block_size,
+            max_tokens=max_tokens,
+            center_keys=_switch("center_keys", self.center_keys),
+            max_bytes=checked_bytes("max_bytes", self.max_bytes),
         )
 
 
@@ -121,7 +126,7 @@ def check_device(device: Any, backend: str | None, block_size: int, format: str 
     that is ``None``, any device of this machine."""
     accelerator = torch.accelerator.current_accelerator(check_available=True)
     if device is not None:
-        resolve_backend(backend, _device(device, accelerator), block_size, format=format)
+        resolve_backend(backend, checked_device(device), block_size, format=format)
     elif backend is not None:
         devices = [torch.device("cpu")] + ([accelerator] if accelerator is not None else [])
         if all(why_unavailable(backend, d, block_size, format=format) is not None for d in devices):
@@ -155,7 +160,14 @@ def decoder_config(config: Any) -> PreTrainedConfig:
     )
 
 
-def _device(device: Any, accelerator: torch.device | None) -> torch.device:
+def checked_device(device: Any) -> torch.device:
+    """The device, which this machine has.
+
+    Raises:
+        TypeError: this is no device.
+        ValueError: this machine lacks it.
+    """
+    accelerator = torch.accelerator.current_accelerator(check_available=True)
     kinds = ["cpu"] + ([accelerator.type] if accelerator is not None else [])
     have = f"this machine has {' and '.join(kinds)}"
     try:
@@ -187,6 +199,24 @@ def _limit(name: str, value: Any) -> int | None:
     if limit < 1:
         raise ValueError(f"{name} must be at least 1, got {limit}; None sets no limit")
     return limit
+
+
+def checked_bytes(name: str, value: Any) -> int | None:
+    """A limit in bytes as an integer.
+
+    Args:
+        name: of the option.
+        value: an integer, a text such as ``"8GiB"``, or None for no limit.
+
+    Raises:
+        TypeError, ValueError: anything else, or less than a byte.
+    """
+    if isinstance(value, str):
+        try:
+            value = parse_bytes(value)
+        except ValueError as error:
+            raise ValueError(f"{name}: {error}") from error
+    return _limit(name, value)
 
 
 def _switch(name: str, value: Any) -> bool:

@@ -2,61 +2,26 @@
 
 from __future__ import annotations
 
-import dataclasses
 from collections.abc import Callable, Mapping
-from typing import NamedTuple
 
 import numpy as np
 import torch
 
-from .block_allocator import RUN_LENGTH, BlockAllocator
+from .block_allocator import BlockAllocator
 from .kernels import (
     KvCacheQuant,
-    Segment,
     alloc_paged_int8_layer,
     copy_blocks,
     grow_paged_int8_layer,
-    mean_key,
-    read_blocks,
-    write_blocks,
 )
 from .layer_checks import LayerShape
 from .options import PoolOptions
 from .pool_access import PoolAccess
-
-#: A pool that has to grow grows by at least this fraction, so that growth stays rare.
-GROWTH = 0.25
-#: Fewer tokens say too little about the mean of a layer's keys.
-MIN_CENTER_TOKENS = 16
+from .pool_budget import PoolBudget
+from .pool_centring import PoolCentring
 
 
-class CacheFullError(RuntimeError):
-    """The cache's limit is reached. Raised before anything is written: the cache stays valid at its old length."""
-
-
-def enough_for_mean(keys: torch.Tensor, tokens: torch.Tensor | None = None) -> bool:
-    """Whether keys ``[batch, num_kv_heads, tokens, head_dim]`` are enough for a mean that says something. ``tokens`` is
-    False for padding, bool ``[batch, tokens]`` on the host."""
-    return (keys.shape[2] if tokens is None else int(tokens.sum(dim=1).max())) >= MIN_CENTER_TOKENS
-
-
-class Centring(NamedTuple):
-    """How a layer's keys were stored before a step centred them, so that this can be undone.
-
-    Attributes:
-        group: the layer's group.
-        center: float32 ``[num_kv_heads, head_dim]``, the centre before; None if the pool has none.
-        blocks: int64 ids of the blocks that the step stores once more; None if there are none.
-        stored: what they held.
-    """
-
-    group: str
-    center: torch.Tensor | None
-    blocks: torch.Tensor | None = None
-    stored: Segment | None = None
-
-
-class PagedInt8Pool:
+class PagedInt8Pool(PoolBudget, PoolCentring):
     """Paged int8 storage of a model's layers.
 
     Layers of one *group* (all full-attention layers, or all layers of one sliding window) use the same
@@ -72,6 +37,8 @@ class PagedInt8Pool:
         rotation: ``"hadamard"`` rotates rows before quantization, ``None`` does not.
         center_keys: whether the mean of a layer's first tokens is subtracted from its keys before quantization.
         format: name of the storage format (`kernels.Format`).
+        max_bytes: most bytes that are allocated for blocks, and for first tokens in full precision of all caches
+            (a hard limit): a number, or a text such as ``"8GiB"``; ``None`` sets no limit.
 
     Raises:
         TypeError, ValueError: an option is of the wrong kind or out of range.
@@ -85,9 +52,11 @@ class PagedInt8Pool:
         rotation: str | None = "hadamard",
         center_keys: bool = True,
         format: str = "int8",
+        max_bytes: int | str | None = None,
     ):
-        options = PoolOptions(block_size, backend, max_tokens, rotation, center_keys, format).checked()
-        self.block_size, self.backend, self.max_tokens, self.rotation, self.center_keys, self.format = options
+        options = PoolOptions(block_size, backend, max_tokens, rotation, center_keys, format, max_bytes).checked()
+        self.block_size, self.backend, self.max_tokens, self.rotation, self.center_keys, self.format = options[:6]
+        PoolBudget.__init__(self, options.max_bytes)  # type: ignore[arg-type]
         self.allocators: dict[str, BlockAllocator] = {}
         self.access = PoolAccess(self.allocators)
         #: The centre of each layer whose keys have been centred, as long as its storage has this very one.
@@ -96,10 +65,11 @@ class PagedInt8Pool:
         self.storages: dict[int, KvCacheQuant] = {}
         self._members: dict[str, list[int]] = {}
 
-    def add_group(self, group: str) -> BlockAllocator:
-        """The allocator of ``group``, made if need be."""
+    def add_group(self, group: str, window: int | None) -> BlockAllocator:
+        """The allocator of ``group``, the layers with this window, made if need be."""
         with self.access.exclusive():
             self._members.setdefault(group, [])
+            self.windows[group] = window
             return self.allocators.setdefault(group, BlockAllocator(settle=self.access.settle))
 
     @torch.inference_mode(False)  # blocks may be written to outside it later, which inference tensors refuse
@@ -120,6 +90,7 @@ class PagedInt8Pool:
 
         Raises:
             ValueError: another cache of this pool uses the layer with other heads or widths, or on another device.
+            CacheFullError: the layer does not fit into ``max_bytes``.
         """
         with self.access.exclusive():
             held = self.storages.get(layer)
@@ -129,8 +100,10 @@ class PagedInt8Pool:
             if mine == theirs and layer in self._members[group]:
                 return
             if theirs is None or mine == theirs or only_user():
+                blocks = self.allocators[group].num_blocks
+                self.check_layer_fits(layer, blocks, mine)
                 self.storages[layer] = alloc_paged_int8_layer(
-                    self.allocators[group].num_blocks,
+                    blocks,
                     self.block_size,
                     mine.num_kv_heads,
                     mine.head_dim,
@@ -150,103 +123,18 @@ class PagedInt8Pool:
             "use one pool per model"
         )
 
-    def center(
-        self,
-        layer: int,
-        key_states: torch.Tensor,
-        only_user: Callable[[], bool],
-        tokens: torch.Tensor | None = None,
-    ) -> bool:
-        """Centre a layer's keys on the mean of these, unless they have been centred before or are too few.
-
-        What is stored keeps the centre it was stored with, so nothing happens while another cache has tokens.
-
-        Args:
-            layer: index of the layer.
-            key_states: ``[batch, num_kv_heads, tokens, head_dim]``.
-            only_user: whether no block of the layer holds a token of another cache; asked while nobody can allocate.
-            tokens: bool ``[batch, tokens]`` on the host, False for padding, which does not count; ``None`` without.
-
-        Returns:
-            Whether the centre is now another.
-        """
-        if not self.lacks_center(layer) or not enough_for_mean(key_states, tokens):
-            return False
-        mean = mean_key(key_states, None if tokens is None else tokens.to(key_states.device))
-        with self.access.exclusive():
-            if not only_user() or not self.lacks_center(layer):
-                return False
-            with torch.inference_mode(False):  # kernels read it outside inference mode too
-                self._centers[layer] = torch.empty_like(mean).copy_(mean)
-                self.storages[layer] = dataclasses.replace(self.storages[layer], key_center=self._centers[layer])
-        return True
-
-    def before_centring(self, layer: int, group: str, blocks: torch.Tensor | None = None) -> Centring:
-        """What `undo_centring` needs.
-
-        Args:
-            layer: index of the layer.
-            group: its group.
-            blocks: int64 ids of blocks that will be stored once more.
-        """
-        storage = self.storages[layer]
-        if blocks is None:
-            return Centring(group, storage.key_center)
-        return Centring(group, storage.key_center, blocks, read_blocks(storage, blocks))
-
-    @torch.inference_mode(False)
-    def undo_centring(self, layer: int, before: Centring, only_user: Callable[[], bool]) -> bool:
-        """Give a layer the centre back that it had, and its blocks what they held.
-
-        Args:
-            layer: index of the layer.
-            before: what `before_centring` returned.
-            only_user: whether no block of the layer holds a token of another cache; asked while nobody can allocate.
-
-        Returns:
-            False if blocks had to be restored and cannot, as another cache has stored tokens with the new centre.
-        """
-        with self.access.exclusive():
-            storage = self.storages[layer]
-            if storage.key_center is before.center:
-                return True
-            if not only_user():
-                return before.blocks is None
-            if before.blocks is not None and before.stored is not None:
-                write_blocks(storage, before.blocks, before.stored)
-            self.storages[layer] = dataclasses.replace(storage, key_center=before.center)
-        return True
-
-    def lacks_center(self, layer: int) -> bool:
-        """Whether a layer's keys are to be centred and are not yet."""
-        center = self.storages[layer].key_center
-        return center is not None and self._centers.get(layer) is not center
-
-    def ensure_free(self, needed: Mapping[str, int]) -> None:
+    def ensure_free(self, needed: Mapping[str, int], first_tokens: int = 0) -> None:
         """Make sure that each group has the given number of free blocks; grow where it has not. Call it inside
         ``access.exclusive()``.
 
+        Args:
+            needed: blocks, by group.
+            first_tokens: bytes of tokens in full precision that the step will keep besides.
+
         Raises:
-            CacheFullError: a group would exceed ``max_tokens``. No group has grown then.
+            CacheFullError: a group would exceed ``max_tokens``, or all together ``max_bytes``. No group has grown then.
         """
-        targets = {}
-        for group, count in needed.items():
-            allocator = self.allocators[group]
-            if count <= allocator.num_free:
-                continue
-            least = allocator.num_used + count
-            target = least
-            if allocator.num_blocks:
-                target = max(least, allocator.num_blocks + max(int(allocator.num_blocks * GROWTH), RUN_LENGTH))
-            if self.max_tokens is not None:
-                most = self.max_tokens // self.block_size
-                if least > most:
-                    raise CacheFullError(
-                        f"the cache needs {least} blocks of {self.block_size} tokens, but max_tokens={self.max_tokens} "
-                        f"allows {most}; free sequences, shorten the prompt or raise max_tokens"
-                    )
-                target = min(target, most)
-            targets[group] = target
+        targets = self.growth_targets(needed, first_tokens)
         if not targets:
             return
         # Blocks may be written to outside inference mode later, which inference tensors refuse.

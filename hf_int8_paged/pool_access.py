@@ -3,6 +3,7 @@ caches of its own."""
 
 from __future__ import annotations
 
+import os
 import threading
 import time
 import weakref
@@ -92,6 +93,7 @@ class PoolAccess:
         self.is_growing = False
         #: Counts how often `exclusive` was entered.
         self.turn = 0
+        _of_this_process.add(self)
 
     def join(self) -> Writer:
         """A writer for one more cache."""
@@ -148,6 +150,12 @@ class PoolAccess:
         with self._lock: self.is_growing = False  # noqa: E701
         # fmt: on
 
+    def after_fork(self) -> None:
+        """In a process that was forked: the thread that forked goes on alone, whatever others held."""
+        self._lock, self._must_count, self.is_growing = threading.Lock(), True, False
+        for writer in list(self._writers):
+            writer.thread = None
+
     def _begin(self) -> None:
         self._settle()
         self.turn += 1
@@ -166,3 +174,15 @@ class PoolAccess:
                 del self._live[id(reference)]
             self._must_count = False
             self._gone.popleft()
+
+
+_of_this_process: weakref.WeakSet[PoolAccess] = weakref.WeakSet()
+
+
+def _after_fork() -> None:
+    for access in list(_of_this_process):
+        access.after_fork()
+
+
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(after_in_child=_after_fork)

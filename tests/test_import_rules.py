@@ -28,6 +28,8 @@ ORDER = (
     "block_allocator",
     "pool_access",
     "options",
+    "pool_centring",
+    "pool_budget",
     "pool",
     "sequences",
     "layer_reader",
@@ -37,11 +39,17 @@ ORDER = (
     "static_layer",
     "hybrid",
     "layer_types",
+    "geometry",
     "batch_rows",
     "cache_operations",
+    "description",
+    "block_picture",
+    "look_inside",
+    "persistence",
     "absent_names",
     "generate_limits",
     "cache",
+    "prompt_store",
 )
 #: Within folders.
 SEAM = ("read_only", "views", "padding", "masks", "once", "dense_attention", "mask_function", "operators", "attention")

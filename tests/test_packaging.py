@@ -47,6 +47,16 @@ def test_one_wheel_serves_every_python_of_a_platform(distribution: Any) -> None:
     assert command.root_is_pure is False
 
 
+def test_a_wheel_has_every_folder_of_the_package(distribution: Any) -> None:
+    folders = {"hf_int8_paged": ROOT / "hf_int8_paged"}
+    folders["hf_int8_paged.kernels"] = ROOT / "kernels" / "torch-ext" / "int8_paged_attention"
+    for name, folder in list(folders.items()):
+        for inner in folder.iterdir():
+            if (inner / "__init__.py").exists():
+                folders[f"{name}.{inner.name}"] = inner
+    assert set(distribution.packages) == set(folders)
+
+
 def test_the_version_is_the_packages(distribution: Any) -> None:
     assert distribution.get_version() == hf_int8_paged.__version__
 
@@ -55,6 +65,17 @@ def test_no_relative_link_is_left_on_a_registrys_page(distribution: Any) -> None
     page = distribution.metadata.long_description
     assert page.startswith("# hf_int8_paged")
     assert not re.search(r"\]\((?!https?://|#)", page)
+
+
+def test_every_folder_of_the_package_is_installed(distribution: Any) -> None:
+    kernels = ROOT / "kernels" / "torch-ext" / "int8_paged_attention"
+    roots = {ROOT / "hf_int8_paged": "hf_int8_paged", kernels: "hf_int8_paged.kernels"}
+    folders = {
+        ".".join((name, *path.parent.relative_to(root).parts))
+        for root, name in roots.items()
+        for path in root.rglob("__init__.py")
+    }
+    assert set(distribution.packages) == folders
 
 
 @pytest.mark.parametrize(

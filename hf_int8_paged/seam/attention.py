@@ -91,8 +91,8 @@ def int8_paged_attention(
     """
     if cache is not None and not isinstance(cache, Cache):
         raise NotImplementedError(
-            "int8_paged does not serve continuous batching, which brings a paged cache of its own "
-            f'({type(cache).__name__}); use model.set_attn_implementation("sdpa") for it'
+            "int8_paged does not serve continuous batching with the engine's own cache "
+            f"({type(cache).__name__}); hf_int8_paged.batching.generate_batch brings one of int8 blocks"
         )
     if output_attentions:
         no_weights()

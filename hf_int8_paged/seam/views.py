@@ -14,6 +14,7 @@ from typing import Any, NamedTuple, NoReturn, ParamSpec, Protocol, TypeVar
 import torch
 from torch.utils._pytree import tree_map_only
 
+from ..full import refused_memory
 from ..kernels import Scoring
 from .read_only import ReadOnly
 
@@ -173,10 +174,13 @@ def part_of_the_step(function: Callable[_P, _R]) -> Callable[_P, _R]:
     def attention(*args: _P.args, **kwargs: _P.kwargs) -> _R:
         try:
             return function(*args, **kwargs)
-        except BaseException:
+        except BaseException as error:
             for x in args:
                 if isinstance(x, PagedView):
                     x.content.layer.take_back_step(x.content)
+                    full = refused_memory(error)
+                    if full is not None:
+                        raise full from error
                     break
             raise
 

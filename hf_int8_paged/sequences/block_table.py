@@ -52,9 +52,29 @@ class BlockTable:
     def batch_size(self) -> int:
         return len(self._store)
 
+    @property
+    def seen_columns(self) -> tuple[int, tuple[int, int]]:
+        """Columns in front that were dropped, and those, from the first to before the second, that never held
+        anything."""
+        return self._dropped_columns, self._skipped_columns
+
     def held(self) -> np.ndarray:
         """The blocks that the sequences hold, each as often as they do."""
         return self.ids[self.ids != HOLE]
+
+    def filled(self, ids: np.ndarray, length: int, seen_columns: tuple[int, tuple[int, int]]) -> BlockTable:
+        """A table of these ids, in place of this one, which holds nothing. Its blocks are taken already, once for each
+        entry.
+
+        Args:
+            ids: int32 ``[batch, columns]``.
+            length: tokens per sequence.
+            seen_columns: as the property of this name.
+        """
+        twin = BlockTable(self.allocator, self.block_size)
+        twin._store, twin._columns, twin.length = np.ascontiguousarray(ids, dtype=np.int32), ids.shape[1], length
+        twin._dropped_columns, twin._skipped_columns = seen_columns
+        return twin
 
     def copy(self) -> BlockTable:
         """The same table, to be changed in place of this one. It holds the same blocks, not once more."""

@@ -11,9 +11,10 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
+from ..full import CacheFullError
 from ..kernels import MAX_DECODE_ROWS, mean_key
 from ..layer_checks import check_states
-from ..pool import MIN_CENTER_TOKENS, CacheFullError
+from ..pool_centring import MIN_CENTER_TOKENS
 from ..seam.views import stands_for
 
 if TYPE_CHECKING:

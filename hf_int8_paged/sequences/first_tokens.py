@@ -23,7 +23,7 @@ class FirstTokenPlaces:
 
     def __init__(self, table: np.ndarray):
         # Kernels take the address of each row: indexing columns answers with a column-major array.
-        self._table = np.ascontiguousarray(table, dtype=np.int32)
+        self.table = np.ascontiguousarray(table, dtype=np.int32)
         #: No first token stands at this position or after it.
         self.limit = int(table[2].max(initial=0))
         #: The first position that is a sequence's first token.
@@ -45,21 +45,21 @@ class FirstTokenPlaces:
     @property
     def first(self) -> np.ndarray:
         """Position of each sequence's first token, ``[batch]``."""
-        return self._table[1]
+        return self.table[1]
 
     def select(self, rows: np.ndarray) -> FirstTokenPlaces:
         """Sequence i becomes what sequence ``rows[i]`` was. The keys and values stay where they are."""
-        return FirstTokenPlaces(self._table.take(rows, axis=1))
+        return FirstTokenPlaces(self.table.take(rows, axis=1))
 
     def truncate(self, length: int) -> FirstTokenPlaces:
         """Forget those from position ``length`` on. Where that is all of them, padding ends there: what is written next
         are tokens."""
-        return FirstTokenPlaces(np.stack((self._table[0], *np.minimum(self._table[1:], length))))
+        return FirstTokenPlaces(np.stack((self.table[0], *np.minimum(self.table[1:], length))))
 
     def on(self, device: torch.device) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
         """Row, first and stop, int32 ``[batch]`` each, on a device; copied there once, without waiting for it."""
         if device not in self._mirrors:
-            row, first, stop = torch.from_numpy(self._table).to(device, non_blocking=True)
+            row, first, stop = torch.from_numpy(self.table).to(device, non_blocking=True)
             self._mirrors[device] = (row, first, stop)
         return self._mirrors[device]
 
@@ -81,6 +81,13 @@ class LayerFirstTokens:
         self.rows = _first_rows(keys, first, count), _first_rows(values, first, count)
         #: What `at` has made last, and of which places.
         self.made: tuple[FirstTokenPlaces | None, FirstTokens | None] = (None, None)
+
+    @classmethod
+    def of_rows(cls, keys: torch.Tensor, values: torch.Tensor) -> LayerFirstTokens:
+        """Of the rows themselves, ``[rows, num_kv_heads, count, dim]`` of one dtype, contiguous."""
+        kept = cls.__new__(cls)
+        kept.rows, kept.made = (keys, values), (None, None)
+        return kept
 
     def at(self, places: FirstTokenPlaces) -> FirstTokens:
         """What kernels take."""

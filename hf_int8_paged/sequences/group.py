@@ -24,6 +24,11 @@ class ViewsOf(NamedTuple):
     dtypes: tuple[torch.dtype, torch.dtype]
 
 
+def group_name(window: int | None) -> str:
+    """What pools and files call the layers with this window."""
+    return "full_attention" if window is None else f"sliding_attention_{window}"
+
+
 class Group:
     """The layers of one cache that share a block table: the same window, or none.
 

@@ -3,21 +3,24 @@
 from __future__ import annotations
 
 import copy
+from collections.abc import Iterable
 from operator import attrgetter
 
 import numpy as np
 import torch
 
 from ..block_allocator import HOLE
+from ..full import CacheFullError
 from ..kernels import MAX_DECODE_ROWS
 from ..layer_checks import check_none_left_out
 from ..one_thread import OneThread
-from ..pool import MIN_CENTER_TOKENS, CacheFullError, PagedInt8Pool
+from ..pool import PagedInt8Pool
 from ..pool_access import Books
+from ..pool_centring import MIN_CENTER_TOKENS
 from ..seam.padding import Padding
 from .block_table import BlockTable
 from .first_tokens import FirstTokenPlaces
-from .group import Group
+from .group import Group, group_name
 from .growing_room import GrowingRoom
 from .recovery import SequenceRecovery
 from .state import SequenceState
@@ -53,12 +56,21 @@ class GrowingSequences(SequenceRecovery):
 
     def add_room(self, index: int, window: int | None) -> GrowingRoom:
         """Room for one more layer, whose window this is."""
-        name = "full_attention" if window is None else f"sliding_attention_{window}"
+        name = group_name(window)
         if name not in self.groups:
-            self.books.state.tables[name] = BlockTable(self.pool.add_group(name), self.pool.block_size)
+            self.books.state.tables[name] = BlockTable(self.pool.add_group(name, window), self.pool.block_size)
             self.groups[name] = Group(name, self.books, window)
         self.groups[name].num_layers += 1
         return GrowingRoom(index, self, self.groups[name])
+
+    def expect(self, layers: Iterable[tuple[int, str, int | None, int, int, int]]) -> None:
+        """Know heads and widths of layers before their first keys come, to say what fits into the pool's limit.
+
+        Args:
+            layers: index, kind, window, heads, and widths of keys and values of each.
+        """
+        for index, _, window, heads, dim, v_dim in layers:
+            self.pool.forecast.setdefault(group_name(window), {})[index] = heads, dim, v_dim
 
     # Read in every layer and step, so without a Python function. `SequenceState` says what they are.
     length = property(attrgetter("books.state.length"))
@@ -74,13 +86,16 @@ class GrowingSequences(SequenceRecovery):
     def record_past(self, value: bool) -> None:
         self.books.state = self.books.state._replace(record_past=value)
 
-    def advance(self, batch: int, new_tokens: int, same_as: list[int] | None = None) -> SequenceState:
+    def advance(
+        self, batch: int, new_tokens: int, same_as: list[int] | None = None, first_bytes: int = 0
+    ) -> SequenceState:
         """Find blocks for ``new_tokens`` more tokens per sequence, in every group. Returns the state then.
 
         Args:
             batch: sequences.
             new_tokens: tokens per sequence.
             same_as: for each sequence the first one with the same first prompt, which share its blocks.
+            first_bytes: of a first prompt, bytes of the tokens that all layers will keep in full precision.
 
         Raises:
             ValueError: the batch size changed, or the last forward pass left layers out.
@@ -120,7 +135,7 @@ class GrowingSequences(SequenceRecovery):
             for name, group in self.groups.items():
                 keep_from[name] = 0 if from_blocks or state.record_past else group.first_visible(stop)
                 needed[name] = tables[name].blocks_needed(distinct, new_tokens, keep_from[name])
-            self.pool.ensure_free(needed)
+            self.pool.ensure_free(needed, first_bytes)
             for name, table in tables.items():
                 self.pool.copy(name, table.extend(batch, new_tokens, keep_from[name], same_as))
                 if tokens is not None:

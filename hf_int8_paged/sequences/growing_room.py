@@ -11,7 +11,7 @@ import torch
 
 from ..kernels import Backend, FirstTokens, KvCacheQuant, Scoring, Tokens, load_backend
 from ..layer_checks import LayerShape, dense_dtypes, interrupted, shape_of
-from ..pool import MIN_CENTER_TOKENS
+from ..pool_centring import MIN_CENTER_TOKENS
 from ..seam.views import PagedView
 from .first_tokens import LayerFirstTokens
 from .group import Group, ViewsOf
@@ -70,7 +70,11 @@ class GrowingRoom:
         sequences, state = self.sequences, self.sequences.books.state
         batch, new_tokens = keys.shape[0], keys.shape[2]
         if start == state.length:
-            return sequences.advance(batch, new_tokens, same_prompts(keys) if start == 0 else None)
+            if start:
+                return sequences.advance(batch, new_tokens)
+            count, dtype = min(sequences.sink_tokens, new_tokens), torch.promote_types(keys.dtype, values.dtype)
+            first_bytes = sequences.pool.first_tokens_bytes(batch * count, dtype)
+            return sequences.advance(batch, new_tokens, same_prompts(keys), first_bytes)
         if start != state.step_start or start + new_tokens != state.length or batch != state.batch_size:
             raise interrupted(self.index, start, keys, state)
         if state.same_as is not None and not all(is_same(states, state.same_as) for states in (keys, values)):
@@ -107,7 +111,13 @@ class GrowingRoom:
     def keep_first_tokens(self, keys: torch.Tensor, values: torch.Tensor, tokens: torch.Tensor | None) -> None:
         places = self.sequences.books.state.first_tokens
         if places is not None:
-            self._first_tokens = LayerFirstTokens(places, keys, values, self.sequences.sink_tokens)
+            self._keep(LayerFirstTokens(places, keys, values, self.sequences.sink_tokens))
+
+    def _keep(self, first_tokens: LayerFirstTokens | None) -> None:
+        self._first_tokens = None  # those of earlier sequences do not count any more
+        if first_tokens is not None:
+            self.sequences.pool.hold(first_tokens)
+        self._first_tokens = first_tokens
 
     def first_tokens(self, first_visible: int) -> FirstTokens | None:
         places = self.sequences.books.state.first_tokens
@@ -116,9 +126,15 @@ class GrowingRoom:
         made_for, first_tokens = self._first_tokens.made
         return first_tokens if made_for is places else self._first_tokens.at(places)
 
-    def forget_first_tokens(self) -> None:
-        """Read the first tokens from the blocks from now on, as all others."""
-        self._first_tokens = None
+    @property
+    def kept_rows(self) -> tuple[torch.Tensor, torch.Tensor] | None:
+        """Keys and values of the tokens in full precision, ``[rows, num_kv_heads, count, dim]``. With None those are
+        read from the blocks, as all others."""
+        return None if self._first_tokens is None else self._first_tokens.rows
+
+    @kept_rows.setter
+    def kept_rows(self, rows: tuple[torch.Tensor, torch.Tensor] | None) -> None:
+        self._keep(None if rows is None else LayerFirstTokens.of_rows(*rows))
 
     def overwrites(self, stop: int) -> bool:
         return False

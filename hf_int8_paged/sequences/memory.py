@@ -17,6 +17,13 @@ from ..seam import operators
 from .first_tokens import FixedFirstTokens
 
 
+def blocks_of_a_sequence(max_cache_len: int, window: int | None, block_size: int) -> int:
+    """Blocks that each sequence has in a layer with this window: a window of W tokens and the token being written touch
+    at most W / block_size + 2 blocks."""
+    columns = -(-max_cache_len // block_size)
+    return columns if window is None else min(columns, -(-window // block_size) + 2)
+
+
 class PreallocatedMemory:
     """Memory for ``max_batch_size`` sequences of ``max_cache_len`` tokens.
 
@@ -46,8 +53,7 @@ class PreallocatedMemory:
         self.window = window
         block_size = options.block_size
         columns = -(-max_cache_len // block_size)
-        # A window of W tokens and the token being written touch at most W / block_size + 2 blocks.
-        self.blocks = columns if window is None else min(columns, -(-window // block_size) + 2)
+        self.blocks = blocks_of_a_sequence(max_cache_len, window, block_size)
         #: Positions that can be stored before the first is overwritten.
         self.capacity = self.blocks * block_size
         heads, head_dim, v_head_dim, device = shape

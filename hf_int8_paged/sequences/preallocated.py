@@ -7,17 +7,20 @@ device. Compiled steps count on the device only; the host reads the lengths agai
 from __future__ import annotations
 
 import copy
-from collections.abc import Sequence
+from bisect import bisect_right
+from collections.abc import Iterable, Sequence
 from typing import NamedTuple
 
 import torch
 
-from ..kernels import MAX_DECODE_ROWS
-from ..layer_checks import check_none_left_out, interrupted, refuse_broken
+from ..byte_sizes import bytes_as_text
+from ..full import CacheFullError
+from ..kernels import MAX_DECODE_ROWS, format_called
+from ..layer_checks import LayerShape, check_none_left_out, interrupted, refuse_broken
 from ..one_thread import OneThread
 from ..options import PoolOptions
-from ..pool import CacheFullError
 from ..seam.padding import Padding
+from .memory import blocks_of_a_sequence
 from .preallocated_room import PreallocatedRoom
 
 
@@ -49,6 +52,8 @@ class PreallocatedSequences:
         #: Whether the cache has layers whose state cannot go back.
         self.beside_recurrent_states = False
         self.rooms: list[PreallocatedRoom] = []
+        #: By layer, heads and widths as the config has them, for layers whose first keys have yet to come.
+        self.forecast: dict[int, tuple[int, int, int]] = {}
         self.step = PreallocatedStep()
         #: Number of sequences; None before the first token.
         self.batch_size: int | None = None
@@ -90,6 +95,11 @@ class PreallocatedSequences:
         self.rooms.append(PreallocatedRoom(index, self, window))
         return self.rooms[-1]
 
+    def expect(self, layers: Iterable[tuple[int, str, int | None, int, int, int]]) -> None:
+        """Know heads and widths of layers before their first keys come; see `GrowingSequences.expect`."""
+        for index, _, _, heads, dim, v_dim in layers:
+            self.forecast[index] = heads, dim, v_dim
+
     def begin(self, room: PreallocatedRoom, start: int, keys: torch.Tensor) -> PreallocatedStep:
         """Begin a step of a layer that holds ``start`` tokens; the first layer does it for all. See `Room.begin`."""
         batch, new_tokens = keys.shape[0], keys.shape[2]
@@ -125,6 +135,42 @@ class PreallocatedSequences:
             raise ValueError(
                 f"the cache holds {self.batch_size} sequences, but keys of {batch} came; "
                 "use one cache per batch, or reset() it first"
+            )
+
+    def check_fits(self, index: int, shape: LayerShape, dtype: torch.dtype) -> None:
+        """Raise ``CacheFullError`` unless the memory of a layer fits into ``max_bytes`` beside that of all others.
+
+        Args:
+            index: of the layer, which has no memory yet, or other memory that stays until the new one is there.
+            shape: of its keys and values.
+            dtype: of its tokens in full precision.
+        """
+        limit = self.options.max_bytes
+        if limit is None:
+            return
+        assert isinstance(limit, int)
+        shapes = {**self.forecast, index: shape[:3]}
+
+        def needed(max_cache_len: int) -> int:
+            total = 0
+            for room in self.rooms:
+                held = room.memory
+                if held is not None:
+                    total += held.storage.nbytes + room.first_tokens_nbytes
+                if room.index in shapes and (held is None or room.index == index):
+                    heads, *dims = shapes[room.index]
+                    blocks = blocks_of_a_sequence(max_cache_len, room.window, self.options.block_size)
+                    rows = format_called(self.options.format)
+                    stored = blocks * self.options.block_size * sum(map(rows.bytes_per_row, dims))
+                    total += self.max_batch_size * heads * (stored + self.sink_tokens * sum(dims) * dtype.itemsize)
+            return total
+
+        if needed(self.max_cache_len) > limit:
+            fits = bisect_right(range(self.max_cache_len), limit, key=needed) - 1
+            raise CacheFullError(
+                f"{self.max_batch_size} sequences of max_cache_len={self.max_cache_len} take "
+                f"{needed(self.max_cache_len)} bytes, but max_bytes={limit} ({bytes_as_text(limit)}) holds "
+                f"{max(fits, 0)} tokens of each; lower max_cache_len or max_batch_size, or raise max_bytes"
             )
 
     def refuse_if_broken(self) -> None:
@@ -206,6 +252,11 @@ class PreallocatedSequences:
         for room in self.rooms:
             room.select(kept)
         self.batch_size = len(kept)
+
+    def take_over(self, length: int, batch_size: int | None) -> None:
+        """Be what other sequences were, whose tokens all layers hold already."""
+        self._length = self.step_start = length
+        self.batch_size = batch_size
 
     def _set_length(self, length: int) -> None:
         for room in self.rooms:

@@ -13,7 +13,7 @@ import torch
 
 from ..kernels import Backend, FirstTokens, KvCacheQuant, Scoring, Tokens, load_backend, mean_key
 from ..layer_checks import LayerShape, check_first_states, shape_of
-from ..pool import enough_for_mean
+from ..pool_centring import enough_for_mean
 from ..seam.views import PagedView
 from .memory import PreallocatedMemory
 
@@ -90,6 +90,7 @@ class PreallocatedRoom:
         sequences, dtypes = self.sequences, (keys.dtype, values.dtype)
         sequences.check_batch(len(keys))
         limits = sequences.max_batch_size, sequences.max_cache_len
+        sequences.check_fits(self.index, shape_of(keys, values), torch.promote_types(*dtypes))
         with torch.inference_mode(False):  # tensors made in inference mode could not be written to outside it
             memory = PreallocatedMemory(
                 shape_of(keys, values), dtypes, *limits, self.window, sequences.options, sequences.sink_tokens

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 from ..layer_checks import refuse_broken
-from ..pool import Centring, PagedInt8Pool
+from ..pool import PagedInt8Pool
 from ..pool_access import Books, Writer
+from ..pool_centring import Centring
 from .group import Group
 from .state import SequenceState
 

@@ -6,7 +6,7 @@ from typing import NamedTuple
 
 import torch
 
-from ..pool import Centring
+from ..pool_centring import Centring
 from .block_table import BlockTable
 from .first_tokens import FirstTokenPlaces
 

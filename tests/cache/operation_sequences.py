@@ -5,7 +5,9 @@ from __future__ import annotations
 
 import copy
 import random
+import tempfile
 from collections import Counter
+from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
@@ -15,6 +17,7 @@ from transformers.masking_utils import causal_mask_function, sliding_window_caus
 
 from hf_int8_paged import CacheFullError, PagedInt8Pool
 from hf_int8_paged.layer import PagedInt8Layer
+from hf_int8_paged.options import PoolOptions
 from hf_int8_paged.seam.attention import int8_paged_attention
 from hf_int8_paged.seam.mask_function import int8_paged_mask
 from tests.kernels.helpers import device_of
@@ -32,8 +35,13 @@ KINDS = {
 #: Operations, and how often each is drawn.
 OPERATIONS = {
     "step": 6, "chunk": 2, "crop": 3, "reorder": 4, "repeat": 2, "select": 3, "fork": 2, "another_cache": 1,
-    "drop": 1, "reset": 1, "activate_past_recording": 1,
+    "drop": 1, "reset": 1, "activate_past_recording": 1, "save_and_load": 2,
 }  # fmt: skip
+
+
+def pool_options(pool: PagedInt8Pool) -> dict[str, Any]:
+    """Arguments that make such a pool."""
+    return {name: getattr(pool, name) for name in PoolOptions._fields}
 
 
 class Branch:
@@ -168,6 +176,20 @@ class OperationSequence:
 
     def activate_past_recording(self, branch: Branch) -> None:
         branch.cache.activate_past_recording()
+
+    def save_and_load(self, branch: Branch) -> None:
+        """Goes on with what a file holds, in the same pool or in another one."""
+        before = branch.cache
+        with tempfile.TemporaryDirectory() as folder:
+            path = Path(folder) / "cache.safetensors"
+            before.save(path)
+            pool = self.pool if self.alone or self.random.random() < 0.5 else PagedInt8Pool(**pool_options(self.pool))
+            try:
+                branch.cache = ShadowedCache.load(path, self.config, pool, device=self.device)
+            except CacheFullError:
+                self.counts["full"] += 1
+                return
+        branch.cache.take_shadow(before)
 
     # -- internals -------------------------------------------------------------------------------------------------
 

@@ -141,9 +141,13 @@ class ShadowedCache(PagedInt8Cache):
     def fork(self) -> ShadowedCache:
         twin = super().fork()
         assert isinstance(twin, ShadowedCache)
-        twin.shadow, twin.rounded_twice = copy.deepcopy(self.shadow), set(self.rounded_twice)
-        twin.set_padding(self.padding)
+        twin.take_shadow(self)
         return twin
+
+    def take_shadow(self, other: ShadowedCache) -> None:
+        """Have a copy of what another cache with the same tokens is compared with."""
+        self.shadow, self.rounded_twice = copy.deepcopy(other.shadow), set(other.rounded_twice)
+        self.set_padding(other.padding)
 
     @property
     def _batch_size(self) -> int:

@@ -143,7 +143,7 @@ def test_what_a_caller_carries_along_changes_nothing() -> None:
 
 def test_continuous_batching_is_refused() -> None:
     q, k, v = tensors()
-    with pytest.raises(NotImplementedError, match=r"continuous batching.*object.*set_attn_implementation"):
+    with pytest.raises(NotImplementedError, match=r"continuous batching.*object.*hf_int8_paged.batching"):
         int8_paged_attention(Module(), q, k, v, None, cache=object())
 
 

@@ -258,8 +258,8 @@ def test_a_view_that_outlived_its_tokens_refuses_to_be_read():
 
 def test_a_pool_refuses_to_exceed_its_budget_before_any_group_grows():
     pool = PagedInt8Pool(max_tokens=64)
-    pool.add_group("a")
-    pool.add_group("b")
+    pool.add_group("a", None)
+    pool.add_group("b", None)
     with pytest.raises(CacheFullError, match="needs 5 blocks"):
         pool.ensure_free({"a": 2, "b": 5})
     assert pool.allocators["a"].num_blocks == 0

@@ -11,6 +11,7 @@ from tests.kernels.test_triton import in_another_python
 
 FILES = [
     "two_readers", "state_machine", "decoding_matrix", "operations", "sink_tokens", "static_limits", "fuzz", "layouts",
+    "save_load",
 ]  # fmt: skip
 
 
@@ -19,7 +20,7 @@ FILES = [
 @pytest.mark.skipif(INTERPRETED, reason="this process interprets the kernels itself")
 @pytest.mark.parametrize("file", FILES)
 def test_interpreted(file: str, record_property: Callable[[str, str], None]) -> None:
-    folder = "kernels" if file in ("fuzz", "layouts") else "cache"
+    folder = {"fuzz": "kernels", "layouts": "kernels", "save_load": "persistence"}.get(file, "cache")
     arguments = ["-m", "pytest", "-q", "-k", "triton", f"tests/{folder}/test_{file}.py"]
     run = in_another_python(arguments, TRITON_INTERPRET="1", HF_INT8_PAGED_FUZZ="1000")
     assert run.returncode == 0

@@ -27,7 +27,7 @@ from typing import Any, NamedTuple
 
 import torch
 
-from hf_int8_paged import PagedInt8Cache
+from hf_int8_paged import CacheFullError, PagedInt8Cache
 from hf_int8_paged.seam.attention import int8_paged_attention
 
 from .injection import Point, collect_garbage, inject, only_new_garbage, points_of, time_limit
@@ -123,12 +123,14 @@ def check(injection: Injection) -> str:
     for action in scenario.history:
         action(world)
     error = inject(lambda: scenario.operation(world), injection.point, injection.exception)
-    if error is not None and not isinstance(error, injection.exception):
+    # A refusal of memory is told as a cache that is full.
+    wanted = (MemoryError, CacheFullError) if injection.exception is MemoryError else injection.exception
+    if error is not None and not isinstance(error, wanted):
         raise Failure(f"the operation raises {type(error).__name__}")
     met = "deleted"
     if "main" in world.caches:
         try:
-            met = _react(world, scenario, injection.reaction, error is None, fresh, after_reset)
+            met = react(world, scenario, injection.reaction, error is None, fresh, after_reset)
         except (Failure, TimeoutError):
             raise
         except BaseException as unexpected:
@@ -139,7 +141,8 @@ def check(injection: Injection) -> str:
     return met
 
 
-def _react(world: World, scenario: Scenario, reaction: str, finished: bool, fresh: Any, after_reset: Any) -> str:
+def react(world: World, scenario: Scenario, reaction: str, finished: bool, fresh: Any, after_reset: Any) -> str:
+    """Do as the caller does after an injection, and compare what the cache then holds. Returns what the caller met."""
     met = "reset"
     if reaction == "repeats":
         met = "same" if finished else _repeat(world, scenario)

@@ -11,6 +11,7 @@ import torch
 
 from hf_int8_paged.kernels import why_unavailable
 
+from . import refusals
 from .drill import drill, injections
 
 #: Another seed takes other points.
@@ -29,3 +30,18 @@ def test_an_exception_at_any_line_leaves_a_cache_that_can_be_used(
     record_property("counted", f"drill, HF_INT8_PAGED_TEST_SEED={SEED}: {dict(outcomes)}")
     assert not failures
     assert outcomes.total() == count
+
+
+@pytest.mark.skipif(
+    why_unavailable("cpu", torch.device("cpu")) is not None, reason="needs the native CPU backend (a C compiler)"
+)
+@pytest.mark.parametrize("count", [60, pytest.param(1500, marks=pytest.mark.slow)])
+def test_memory_refused_anywhere_is_a_full_cache_that_goes_on(
+    count: int, record_property: Callable[[str, str], None]
+) -> None:
+    everywhere = list(refusals.refusals())
+    outcomes, failures = refusals.drill(random.Random(SEED).sample(everywhere, count))
+    record_property("counted", f"{count} of {len(everywhere)} refusals: {dict(outcomes)}")
+    assert not failures
+    assert outcomes.total() == count
+    assert sum(n for what, n in outcomes.items() if what.startswith("CacheFullError, same")) > count // 3

@@ -3,10 +3,14 @@ which triton_schedule.py compares with what the kernels compute."""
 
 from __future__ import annotations
 
+import sys
+from pathlib import Path
+
 import numpy as np
 import pytest
 
-from .schedule_model import chunks_of, least_makespan, makespan, work_of_programs
+sys.path.append(str(Path(__file__).parents[2] / "eval"))
+from _schedule_model import chunks_of, least_makespan, makespan, segments_of_programs
 
 #: Two programs on each multiprocessor of an A100, an H100 and a B200, and three of an H100.
 PROGRAMS = (216, 264, 296, 396)
@@ -58,4 +62,21 @@ def test_every_chunk_is_read_once() -> None:
     rng = np.random.default_rng(0)
     for programs in (1, 3, 264):
         chunks = chunks_of(rng.integers(0, 5000, 17))
-        assert work_of_programs(chunks, 6, programs)[:, 0].sum() == 6 * chunks.sum()
+        segments = segments_of_programs(chunks, 6, programs)
+        assert len(segments) == programs
+        assert sum(map(sum, segments)) == 6 * chunks.sum()
+
+
+@pytest.mark.parametrize(
+    ("chunks", "units", "programs", "expected"),
+    [
+        ([4], 2, 4, [[2], [2], [2], [2]]),
+        ([3], 2, 4, [[2], [1], [2], [1]]),
+        ([3, 1], 2, 4, [[2], [1, 1], [2], [1, 1]]),
+        ([0, 5], 1, 2, [[3], [2]]),
+        ([1], 2, 4, [[1], [1], [], []]),
+    ],
+    ids=["even", "rounded_up_per_unit", "a_position_before_each_unit", "an_empty_sequence", "idle_programs"],
+)
+def test_cuts_made_by_hand(chunks: list[int], units: int, programs: int, expected: list[list[int]]) -> None:
+    assert segments_of_programs(np.array(chunks), units, programs) == expected

@@ -118,7 +118,8 @@ def test_the_audit_has_a_row_for_every_other_kernel_of_a_layer() -> None:
 
 
 def test_launchers_do_little_beside_the_launch() -> None:
-    """Append and decode of one layer, launching nothing. The time that this takes is a budget of ``make bench``."""
+    """Append and decode of one layer, up to the launchers' C code. The time that this takes is a budget of ``make
+    bench``."""
     from eval._workloads import triton_layer_launching_nothing
     from tests.counting import operators, python_work
 
@@ -127,7 +128,7 @@ def test_launchers_do_little_beside_the_launch() -> None:
         assert len(launched) == 3, "append, the reading of the blocks, and the join"
         assert operators(layer).tensors_made == 1, "what is left to be joined"
         calls, bytecodes = python_work(layer)
-    # 1.4 times the 30 calls and 1,164 bytecodes of Python 3.11: other versions compile to other bytecodes. Before every
-    # tensor was checked on its way to a kernel it was 22 and 754.
-    assert calls <= 42
-    assert bytecodes <= 1625
+    # 1.4 times the 49 calls and 4,060 bytecodes of Python 3.11: other versions compile to other bytecodes. Where Triton
+    # searches for the kernels it is 171 and 7,475.
+    assert calls <= 69
+    assert bytecodes <= 5684

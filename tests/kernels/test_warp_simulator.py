@@ -6,16 +6,13 @@ import json
 import sys
 from pathlib import Path
 
-import numpy as np
 import pytest
-
-from .schedule_model import work_of_programs
 
 pytest.importorskip("triton", reason="triton is not installed")
 ROOT = Path(__file__).parents[2]
 sys.path.append(str(ROOT / "eval"))
 
-from _decode_trace import phases, segments  # noqa: E402
+from _decode_trace import phases  # noqa: E402
 from _sass import Instruction, Program  # noqa: E402
 from _warp_simulator import NONE, Assumptions, Control, Step, simulate, step  # noqa: E402
 
@@ -106,30 +103,6 @@ def test_kinds_of_instructions() -> None:
     assert step(Instruction("BAR.SYNC.DEFER_BLOCKING", "0x0"), bits, 0, ASSUMED).barrier
     assert step(Instruction("IMMA.16832.S8.S8.SAT", "R0, R4.ROW, R8.COL, RZ"), bits, 0, ASSUMED)[4:] == (0, 8)
     assert step(Instruction("MUFU.EX2", "R0, R1"), bits, 0, ASSUMED)[4:] == (1, 8)
-
-
-@pytest.mark.parametrize(
-    ("chunks", "units", "programs", "expected"),
-    [
-        ([4], 2, 4, [[2], [2], [2], [2]]),
-        ([4], 2, 6, [[2], [2], [2], [2], [], []]),
-        # Three programs for two units: one position precedes the chunks of each, and a program takes four positions.
-        ([4], 2, 3, [[3], [1, 2], [2]]),
-        ([1, 0, 3], 1, 2, [[1], [3]]),
-        ([1, 0, 3], 1, 4, [[1], [1], [1], [1]]),
-    ],
-)
-def test_chunks_of_each_program(chunks: list[int], units: int, programs: int, expected: list[list[int]]) -> None:
-    assert segments(chunks, units, programs) == expected
-
-
-@pytest.mark.parametrize("programs", [1, 7, 132, 264])
-@pytest.mark.parametrize("chunks", [[16], [1, 0, 3, 500], [7] * 40])
-def test_the_programs_have_what_the_model_of_the_schedule_gives_them(chunks: list[int], programs: int) -> None:
-    work = segments(chunks, 8, programs)
-    assert [(sum(each), len(each)) for each in work] == [
-        (read, begun) for read, begun in work_of_programs(np.array(chunks), 8, programs).tolist()
-    ]
 
 
 def test_a_kernel_is_cut_around_its_main_loop() -> None:

@@ -3,6 +3,9 @@ and `make test-gpu` on a GPU."""
 
 from __future__ import annotations
 
+import sys
+from pathlib import Path
+
 import numpy as np
 import pytest
 import torch
@@ -15,11 +18,12 @@ from hf_int8_paged.kernels.triton import decode
 from hf_int8_paged.kernels.triton.schedule import cut_evenly
 from hf_int8_paged.kernels.triton.tuning import Chip, Config
 
-from . import schedule_model
 from .attention_oracle import dense_attention
 from .conftest import on_the_device
 from .helpers import int32_on, make_case
 from .interpreted_triton import ROW_ERROR
+
+sys.path.append(str(Path(__file__).parents[2] / "eval"))
 
 pytestmark = on_the_device
 
@@ -49,6 +53,8 @@ def cut_kernel(
 @pytest.mark.parametrize("window", [None, 700], ids=["whole_context", "window"])
 @pytest.mark.parametrize("programs", [1, 7, 264])
 def test_the_kernels_cut_as_the_model(window: int | None, programs: int) -> None:
+    import _schedule_model
+
     rng = np.random.default_rng(programs)
     for batch, longest in ((1, 5000), (2, 300), (31, 100_000), (33, 1_000_000), (200, 3000)):
         lengths, first = rng.integers(0, longest, batch), rng.integers(0, 40, batch)
@@ -61,8 +67,8 @@ def test_the_kernels_cut_as_the_model(window: int | None, programs: int) -> None
         )  # fmt: skip
         if window is not None:
             first = np.maximum(first, lengths - q_len - window + 1)
-        chunks = schedule_model.chunks_of(lengths, first)
-        want, want_share, want_lead = schedule_model.cut_evenly(chunks, units, programs)
+        chunks = _schedule_model.chunks_of(lengths, first)
+        want, want_share, want_lead = _schedule_model.cut_evenly(chunks, units, programs)
         np.testing.assert_array_equal(positions[:batch].cpu(), want)
         assert not positions[batch:].any()
         assert share.tolist() == [want_share, want_lead]

@@ -1,8 +1,10 @@
 /* Checks every instruction set of this processor without Python: append and gather against the portable one, bit by
  * bit; decode, and extend with new rows in full precision, against attention in double precision over the gathered
  * rows. Unused slots are poisoned.
- * For processors that can only be emulated here; the Python tests say more, and test the portable one. */
+ * For processors that can only be emulated here; the Python tests say more, and test the portable one. With -DTHREADS,
+ * for ThreadSanitizer: several callers at once, each of whose calls is shared among threads. */
 #include "int8_paged.h"
+#include "threads.h"
 
 #include <math.h>
 #include <stdio.h>
@@ -41,7 +43,7 @@ static const Shape shapes[] = {
     {1, 4, 256, 96, 32, 2, 1500, 1499, 0, 1, 1, 0, 0, 0, 16},
 };
 
-static uint64_t state = 88172645463325252u;
+static _Thread_local uint64_t state = 88172645463325252u;
 static double uniform(void)
 {
     state ^= state << 13, state ^= state >> 7, state ^= state << 17;
@@ -62,6 +64,7 @@ static int32_t serial_for(int64_t begin, int64_t end, int64_t grain, void (*run)
     for (int64_t i = begin; i < end; i++) run(i, i + 1, context);
     return 0;
 }
+
 static int32_t three(uint32_t *count) { return *count = 3, 0; }
 
 /* A layer with its blocks in one segment or in two. */
@@ -183,7 +186,8 @@ static double extend_error(const Shape *s, const Layer *layer, const DecodeCall 
     return error;
 }
 
-static int check(const Shape *s, const char *isa)
+/* Of several callers at once none may choose the instruction set. */
+static int check(const Shape *s, const char *isa, int alone)
 {
     const int64_t used = ceil_div(s->length, s->block_size), blocks = used + 2;
     int32_t *ids = malloc((size_t)used * sizeof *ids), zero = 0, length = (int32_t)s->length, start = s->start;
@@ -211,10 +215,10 @@ static int check(const Shape *s, const char *isa)
                                s->softcap, s->sink_logits ? sink_logits : NULL};
     Layer *layer = make_layer(s, blocks, center, 2), *portable = make_layer(s, blocks, center, 1);
     int failed = 0;
-    int8_paged_select_isa("portable");
+    if (alone) int8_paged_select_isa("portable");
     failed |= int8_paged_append(portable, &append) != OK;
     failed |= int8_paged_gather(portable, &gather) != OK;
-    int8_paged_select_isa(isa);
+    if (alone) int8_paged_select_isa(isa);
     failed |= int8_paged_append(layer, &append) != OK || !same_bits(layer, portable);
     const int32_t none = 0, kept = s->first_tokens;
     float *k_first = keep_first(s, k, k_dense, s->head_dim), *v_first = keep_first(s, v, v_dense, s->v_head_dim);
@@ -238,12 +242,38 @@ static int check(const Shape *s, const char *isa)
     return failed;
 }
 
+static void *check_all(void *isa)
+{
+    int failed = 0;
+    for (size_t s = 0; s < sizeof shapes / sizeof *shapes; s++) failed |= check(&shapes[s], isa, 0);
+    return failed ? isa : NULL;
+}
+
+/* Four callers of one instruction set at once. */
+static int check_together(const char *isa)
+{
+    pthread_t callers[4];
+    int failed = !int8_paged_select_isa(isa);
+    for (int i = 0; i < 4; i++)
+        if (pthread_create(&callers[i], NULL, check_all, (void *)isa)) abort();
+    for (int i = 0; i < 4; i++) {
+        void *result;
+        pthread_join(callers[i], &result);
+        failed |= result != NULL;
+    }
+    return failed;
+}
+
 /* Arguments: instruction sets that must be here. */
 int main(int count, char **names)
 {
     int failed = 0;
     void *address[2];
     int32_t (*run)(int64_t, int64_t, int64_t, void (*)(int64_t, int64_t, void *), void *) = serial_for;
+    int together = 0;
+#ifdef THREADS
+    run = threaded_for, together = 1;
+#endif
     int32_t (*threads)(uint32_t *) = three;
     memcpy(&address[0], &run, sizeof run);
     memcpy(&address[1], &threads, sizeof threads);
@@ -251,7 +281,9 @@ int main(int count, char **names)
     for (int i = 1; i < count; i++)
         if (!int8_paged_select_isa(names[i])) failed = 1, printf("%s is not here\n", names[i]);
     const char *isa;
-    for (int64_t i = 0; (isa = int8_paged_isa(i)); i++)
-        for (size_t s = 0; s < sizeof shapes / sizeof *shapes; s++) failed |= check(&shapes[s], isa);
+    for (int64_t i = 0; (isa = int8_paged_isa(i)); i++) {
+        if (together) failed |= check_together(isa);
+        for (size_t s = 0; !together && s < sizeof shapes / sizeof *shapes; s++) failed |= check(&shapes[s], isa, 1);
+    }
     return failed;
 }

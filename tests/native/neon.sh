@@ -9,7 +9,7 @@ cd "$(dirname "$0")/../.."
 build=$(mktemp -d)
 trap 'rm -rf "$build"' EXIT
 source=kernels/torch-ext/int8_paged_attention/cpu/src
-flags="-O3 -std=gnu11 -ffp-contract=off -fno-math-errno -fno-trapping-math -Wall -Wextra -Wno-psabi -I$source"
+flags="-O3 -std=gnu11 -ffp-contract=off -fno-math-errno -fno-trapping-math -Wall -Wextra -Wno-psabi -pthread -I$source -Itests/native"
 for program in check neon_server; do
     ${CC:-aarch64-linux-gnu-gcc} $flags -static $source/*.c tests/native/$program.c -lm -o "$build/$program"
 done

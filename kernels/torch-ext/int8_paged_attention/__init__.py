@@ -34,7 +34,16 @@ from .decode_attention import int8_paged_decode_attention
 from .first_tokens import MAX_FIRST_TOKENS, FirstTokens
 from .formats import FORMATS, INT8, Format, format_called, register_format
 from .ragged_attention import int8_paged_ragged_attention
-from .storage import TILE_ORDERS, KvCacheQuant, Segment, read_blocks, write_blocks
+from .storage import (
+    TILE_ORDERS,
+    KvCacheQuant,
+    Segment,
+    in_segments,
+    read_blocks,
+    rows_to_tiles,
+    tiles_to_rows,
+    write_blocks,
+)
 
 __all__ = [
     "BACKENDS",
@@ -58,6 +67,7 @@ __all__ = [
     "format_called",
     "gather_dense",
     "grow_paged_int8_layer",
+    "in_segments",
     "int8_kv_append_paged",
     "int8_paged_decode_attention",
     "int8_paged_ragged_attention",
@@ -67,6 +77,8 @@ __all__ = [
     "register_backend",
     "register_format",
     "resolve_backend",
+    "rows_to_tiles",
+    "tiles_to_rows",
     "why_unavailable",
     "write_blocks",
 ]

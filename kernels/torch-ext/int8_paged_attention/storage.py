@@ -131,6 +131,18 @@ def tiles_to_rows(tiles: torch.Tensor, tile_order: str, *, values: bool) -> torc
     return tiles
 
 
+def rows_to_tiles(rows: torch.Tensor, tile_order: str, *, values: bool) -> torch.Tensor:
+    """Undo `tiles_to_rows`: ``[..., block_size, dim]`` of token rows -> ``[..., block_size, dim]`` as stored."""
+    *lead, block_size, dim = rows.shape
+    if tile_order == "dot4" and values:
+        return rows.reshape(*lead, block_size // 4, 4, dim).transpose(-1, -2).reshape(rows.shape)
+    if tile_order == "dot4":
+        return rows.reshape(*lead, block_size, dim // 4, 4).transpose(-2, -3).reshape(rows.shape)
+    if tile_order == "v_transposed" and values:
+        return rows.transpose(-1, -2).reshape(rows.shape)
+    return rows
+
+
 def in_segments(
     storage: KvCacheQuant, ids: torch.Tensor
 ) -> Iterator[tuple[Segment, torch.Tensor | slice, torch.Tensor]]:

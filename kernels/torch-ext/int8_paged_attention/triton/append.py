@@ -13,6 +13,7 @@ from ..calls import Tokens
 from ..conditioning import hadamard_block
 from ..layouts import check_append
 from ..storage import KvCacheQuant
+from .launch import launch
 from .layouts import NOTE, Rows, in_32_bits, layer_of, tokens_of
 from .rows import RUN, conditioned, elements, load_rows
 
@@ -123,7 +124,7 @@ def launch_append(k_new: torch.Tensor, v_new: torch.Tensor, storage: KvCacheQuan
     rows = 16 if new_tokens > 1 else 1
     # Sequences may begin inside a group: this many groups hold their tokens wherever they begin.
     groups = (new_tokens - 2) // rows + 2 if rows > 1 else 1
-    append_kernel[(groups, heads, batch)](
+    arguments = (
         storage.k,
         storage.v,
         storage.k_scales,
@@ -140,5 +141,5 @@ def launch_append(k_new: torch.Tensor, v_new: torch.Tensor, storage: KvCacheQuan
         *k_new.stride(),
         *v_new.stride(),
         held.table_stride,
-        **append_constants(kind, rows),
     )
+    launch(append_kernel, (groups, heads, batch), arguments, **append_constants(kind, rows))

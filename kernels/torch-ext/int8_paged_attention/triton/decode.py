@@ -15,7 +15,8 @@ from ..conditioning import hadamard_block
 from ..first_tokens import FirstTokens
 from ..layouts import check_attend
 from ..storage import KvCacheQuant
-from .join import Programs, launch_join
+from .join import Cut, launch_join
+from .launch import launch
 from .layouts import NOTE, Rows, first_layout, in_32_bits, layer_of, tokens_of
 from .schedule import CHUNK, STREAMS
 from .split import decode_kernel
@@ -90,12 +91,13 @@ def launch_decode(
     row_tiles, wanted, constants = decode_constants(kind, num_q_heads // kv_heads, q_len, integer, chip, config)
     units = batch * kv_heads * row_tiles
     programs = min(wanted, units * (-(-table_width * block_size // CHUNK.value)))
-    cut = Programs(programs, constants["ROWS"], 1 if batch == 1 else max(32, triton.next_power_of_2(batch)))
+    sequences = 1 if batch == 1 else max(32, triton.next_power_of_2(batch))
+    cut = Cut(programs, constants["ROWS"], sequences, blocks_start)
     rows_kept = min(num_q_heads // kv_heads * q_len, cut.rows)
     sums = torch.empty((programs + units - 1) * rows_kept * (v_dim + 2), dtype=torch.float32, device=q.device)
     # Without softcap and sink logits the keys' centre moves all scores of a row alike, and softmax does not see it.
     absolute = softcap is not None or sink_logits is not None
-    decode_kernel[(programs,)](
+    arguments = (
         sums,
         q,
         storage.k,
@@ -120,14 +122,12 @@ def launch_decode(
         *q.stride(),
         held.table_stride,
         0 if key_mask is None else key_mask.stride()[0],
-        SEQUENCES=cut.sequences,
-        HAS_WINDOW=window is not None,
-        HAS_SOFTCAP=softcap is not None,
-        **constants,
     )
+    special = dict(SEQUENCES=cut.sequences, HAS_WINDOW=window is not None, HAS_SOFTCAP=softcap is not None)
+    launch(decode_kernel, (programs,), arguments, **special, **constants)
     if first_tokens is not None or sink_logits is not None:
         scoring = Scoring(scale, softcap, sink_logits, key_mask, key_mask_start)
-    launch_join(out, sums, q, storage, tokens, scoring, first_tokens, blocks_start, cut)
+    launch_join(out, sums, q, storage, tokens, scoring, first_tokens, cut)
 
 
 def time_decode(

@@ -13,6 +13,7 @@ from ..first_tokens import FirstTokens
 from ..layouts import check_append, check_options, check_queries
 from ..storage import KvCacheQuant
 from .extend_kernel import extend_kernel
+from .launch import launch
 from .layouts import NOTE, first_layout, first_pointers, in_32_bits, layer_of, tokens_of
 from .long_chunks import attend_past, serves
 
@@ -48,7 +49,7 @@ def launch_extend(
     past = (None, None)
     if serves(q, storage, tokens, scoring):
         past = attend_past(q, storage, tokens, scoring, first_tokens)
-    extend_kernel[(-(-group * chunk // rows), layout.num_kv_heads, batch)](
+    arguments = (
         out,
         q,
         k_new,
@@ -79,6 +80,11 @@ def launch_extend(
         *head_strides,
         held.table_stride,
         0 if key_mask is None else key_mask.stride()[0],
+    )
+    launch(
+        extend_kernel,
+        (-(-group * chunk // rows), layout.num_kv_heads, batch),
+        arguments,
         GROUP=group,
         HEAD_DIM=kind.head_dim,
         V_DIM=kind.v_dim,

@@ -14,6 +14,7 @@ from ..checks import clamp_window
 from ..conditioning import hadamard_block
 from ..first_tokens import FirstTokens
 from ..storage import KvCacheQuant
+from .launch import launch
 from .layouts import first_pointers
 from .primitives import LOG2_E, exponent_shift, first_positions, hadamard, tanh
 from .schedule import chunks_between, cut_evenly, visible_tokens
@@ -183,18 +184,20 @@ def join_constants(
     )
 
 
-class Programs(NamedTuple):
+class Cut(NamedTuple):
     """How the first launch has cut its work (`schedule`).
 
     Attributes:
         programs: how many there are.
         rows: query rows of a unit.
         sequences: 1, or a power of two that is at least the batch.
+        blocks_start: int32 ``[batch]``, where each sequence's part in the blocks begins; ``None``: at 0.
     """
 
     programs: int
     rows: int
     sequences: int
+    blocks_start: torch.Tensor | None
 
 
 def launch_join(
@@ -205,13 +208,12 @@ def launch_join(
     tokens: Tokens,
     scoring: Scoring,
     first_tokens: FirstTokens | None,
-    blocks_start: torch.Tensor | None,
-    cut: Programs,
+    cut: Cut,
 ) -> None:
     """Write ``out`` ``[batch, num_q_heads, q_len, v_head_dim]`` from the sums that the programs left in ``partial``.
 
-    The other arguments are those of `reference.attend`, as `launch_decode` has checked them, where each sequence's part
-    in the blocks begins, and how the work was cut.
+    The other arguments are those of `reference.attend`, as `launch_decode` has checked them, and how the work was
+    cut.
     """
     batch, num_q_heads, q_len, v_dim = out.shape
     rotated = storage.rotation is not None
@@ -231,12 +233,12 @@ def launch_join(
         )  # fmt: skip
         special = (window is not None, softcap is not None)
         constants = join_constants(group, q.shape[3], v_dim, rotated, first_tokens.k.shape[2], *special)
-    reduce_kernel[(batch * num_q_heads * q_len,)](
+    arguments = (
         out,
         partial,
         scoring[2],
         tokens.context_lens,
-        blocks_start,
+        cut.blocks_start,
         batch,
         num_q_heads,
         q_len,
@@ -244,7 +246,6 @@ def launch_join(
         window or 0,
         *out.stride()[:3],
         *for_first_tokens,
-        ROWS=cut.rows,
-        SEQUENCES=cut.sequences,
-        **constants,
     )
+    sizes = dict(ROWS=cut.rows, SEQUENCES=cut.sequences)
+    launch(reduce_kernel, (batch * num_q_heads * q_len,), arguments, **sizes, **constants)

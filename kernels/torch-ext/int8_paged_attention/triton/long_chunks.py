@@ -28,6 +28,7 @@ from ..conditioning import condition_query
 from ..first_tokens import FirstTokens
 from ..storage import KvCacheQuant
 from .device import INTERPRETED
+from .launch import launch
 
 #: Chunks of at most so many rows are left to the kernel that reads int8.
 MOST_ROWS_FROM_INT8 = 256
@@ -122,7 +123,7 @@ def attend_past(
     means = torch.zeros(rows.shape, dtype=torch.float32, device=q.device)
     logs = torch.full(rows.shape[:3], -torch.inf, dtype=torch.float32, device=q.device)
     for start in range(0, capacity, slice_tokens):
-        dequantize_kernel[(slice_tokens // GROUP, heads, batch)](
+        arguments = (
             keys,
             values,
             storage.k,
@@ -137,6 +138,11 @@ def attend_past(
             start // GROUP,
             storage.num_blocks,
             past.table.shape[1],
+        )
+        launch(
+            dequantize_kernel,
+            (slice_tokens // GROUP, heads, batch),
+            arguments,
             HEAD_DIM=dim,
             DIMS=triton.next_power_of_2(dim),
             BLOCK_SIZE=storage.block_size,

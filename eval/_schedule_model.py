@@ -31,25 +31,29 @@ def cut_evenly(chunks: np.ndarray, units: int, programs: int) -> tuple[np.ndarra
     return positions, int(ceil_div(positions.sum() * units, programs)), 1
 
 
-def work_of_programs(chunks: np.ndarray, units: int, programs: int) -> np.ndarray:
-    """``[programs, 2]``: chunks that each program reads, and units that it begins."""
+def segments_of_programs(chunks: np.ndarray, units: int, programs: int) -> list[list[int]]:
+    """How many chunks each program reads of each unit that it serves.
+
+    Args:
+        chunks: of each sequence.
+        units: of a sequence: KV heads times tiles of query rows.
+        programs: how many there are.
+    """
     positions, share, lead = cut_evenly(chunks, units, programs)
-    work = np.zeros((programs, 2), dtype=np.int64)
+    segments: list[list[int]] = [[] for _ in range(programs)]
     start = 0
     for sequence, count in enumerate(chunks):
         for _ in range(units):
             begin, end = start + lead, start + lead + count
             for program in range(begin // share, (end - 1) // share + 1) if count else ():
-                part = min(end, (program + 1) * share) - max(begin, program * share)
-                work[program] += part, 1
+                segments[program].append(int(min(end, (program + 1) * share) - max(begin, program * share)))
             start += positions[sequence]
-    return work
+    return segments
 
 
 def makespan(chunks: np.ndarray, units: int, programs: int) -> int:
     """When the last program ends, if all begin at once and none disturbs another."""
-    work = work_of_programs(chunks, units, programs)
-    return int((work[:, 0] + BEGINNING * work[:, 1]).max())
+    return max(sum(mine) + BEGINNING * len(mine) for mine in segments_of_programs(chunks, units, programs))
 
 
 def least_makespan(chunks: np.ndarray, units: int, programs: int) -> int:

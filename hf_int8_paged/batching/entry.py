@@ -1,0 +1,116 @@
+"""The shortest ways in: one call, and a context in which the model's own methods take int8 blocks."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+from transformers import ContinuousBatchingConfig, GenerationConfig, PreTrainedModel
+from transformers.generation.continuous_batching.requests import GenerationOutput
+
+from .manager import PagedInt8BatchingManager
+
+_METHOD = "init_continuous_batching"
+_KEPT = "_cached_continuous_batching_manager"
+
+
+def generate_batch(
+    model: PreTrainedModel,
+    inputs: list[list[int]],
+    generation_config: GenerationConfig | None = None,
+    continuous_batching_config: ContinuousBatchingConfig | None = None,
+    *,
+    int8_options: dict[str, Any] | None = None,
+    **kwargs: Any,
+) -> dict[str, GenerationOutput]:
+    """``model.generate_batch`` over int8 blocks: the same arguments and results.
+
+    Args:
+        model: a causal language model.
+        inputs: token ids of each prompt.
+        generation_config: default the model's own.
+        continuous_batching_config: the engine's options, such as ``num_blocks`` or ``max_memory_percent``.
+        int8_options: keyword arguments of `PagedInt8BatchingManager`, such as ``centers``.
+        kwargs: what ``model.generate_batch`` takes beside these, such as ``max_new_tokens``; not
+            ``persistent_manager``, which needs `int8_batching`.
+
+    Returns:
+        Of each request's id its result, in the order of ``inputs``.
+
+    Raises:
+        ValueError: an option, or a prompt that the blocks cannot hold.
+
+    Example:
+
+    ```python
+    >>> from transformers import LlamaConfig, LlamaForCausalLM
+    >>> from hf_int8_paged.batching import generate_batch
+
+    >>> config = LlamaConfig(vocab_size=100, hidden_size=64, intermediate_size=64, num_hidden_layers=2,
+    ...                      num_attention_heads=2, eos_token_id=None)
+    >>> model = LlamaForCausalLM(config).eval()
+    >>> results = generate_batch(model, [[1, 2, 3], [4, 5]], max_new_tokens=5)
+    >>> [len(result.generated_tokens) for result in results.values()]
+    [5, 5]
+
+    ```
+    """
+    if kwargs.get("persistent_manager"):
+        raise ValueError(
+            "persistent_manager=True keeps the blocks for the next call; use it inside int8_batching(model)"
+        )
+    with int8_batching(model, **(int8_options or {})):
+        generate: Any = model.generate_batch
+        return generate(inputs, generation_config, continuous_batching_config, **kwargs)
+
+
+@contextmanager
+def int8_batching(model: PreTrainedModel, **int8_options: Any) -> Iterator[PreTrainedModel]:
+    """Within this context the model's ``generate_batch``, ``continuous_batching_context_manager`` and
+    ``init_continuous_batching`` use int8 blocks. Only this one object is changed, and only until the context ends, when
+    a manager that was kept (``persistent_manager=True``) is destroyed too.
+
+    Args:
+        model: a causal language model.
+        int8_options: keyword arguments of `PagedInt8BatchingManager`, such as ``centers``.
+
+    Raises:
+        ValueError: the model keeps a manager with 16-bit pages, or is within such a context already.
+    """
+    if isinstance(vars(model).get(_METHOD), _Init):
+        raise ValueError("the model is within int8_batching already")
+    if getattr(model, _KEPT, None) is not None:
+        raise ValueError(
+            "the model keeps a manager of its own; destroy it with model.destroy_cached_continuous_batching_manager()"
+        )
+    object.__setattr__(model, _METHOD, _Init(model, int8_options))
+    try:
+        yield model
+    finally:
+        object.__delattr__(model, _METHOD)
+        destroy: Any = model.destroy_cached_continuous_batching_manager
+        destroy()
+
+
+class _Init:
+    """``init_continuous_batching`` of a model within `int8_batching`."""
+
+    def __init__(self, model: PreTrainedModel, int8_options: dict[str, Any]):
+        self.model, self.int8_options = model, int8_options
+
+    def __call__(
+        self,
+        generation_config: GenerationConfig | None = None,
+        continuous_batching_config: ContinuousBatchingConfig | None = None,
+        workload_hints: Any = None,
+    ) -> PagedInt8BatchingManager:
+        model = self.model
+        kept = getattr(model, _KEPT, None)
+        if isinstance(kept, PagedInt8BatchingManager):
+            kept.switch_to_cb_friendly_attn(model)
+            return kept
+        config = model.generation_config if generation_config is None else generation_config
+        if config.eos_token_id is None:
+            config.eos_token_id = -1  # as the engine does: no token ends a text
+        return PagedInt8BatchingManager(model, config, continuous_batching_config, workload_hints, **self.int8_options)

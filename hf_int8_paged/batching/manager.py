@@ -1,0 +1,185 @@
+"""The engine's manager, with int8 blocks."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import torch
+from transformers import ContinuousBatchingConfig, GenerationConfig, PreTrainedModel
+from transformers.generation.continuous_batching.continuous_api import (
+    ContinuousBatchingManager,
+    ContinuousBatchProcessor,
+)
+
+from .attention import NAME
+from .cache import Int8Options, PagedInt8AttentionCache
+from .centers import key_centers
+from .engine import seeing
+from .router import Router
+
+
+class RequestTooLongError(ValueError):
+    """A request that can never be served: it has more tokens than it may, or than all blocks hold."""
+
+
+class PagedInt8BatchingManager(ContinuousBatchingManager):
+    """transformers' `ContinuousBatchingManager` over int8 blocks: same methods, same requests, same results.
+
+    While it serves a model, the model's attention implementation is ``"int8_paged_batching"``; `stop` puts the old one
+    back. `generate_batch` and `int8_batching` make one by themselves.
+
+    Args:
+        model: a causal language model whose layers have full or sliding-window attention, as the engine needs it.
+        generation_config: default the model's own.
+        continuous_batching_config: default the engine's own. ``page_size`` must be a multiple of 16.
+        workload_hints: the engine's, optional.
+        centers: mean key of each layer (`key_centers`), ``{}`` for none; default those of tokens drawn from the
+            vocabulary.
+        rotation: ``"hadamard"`` or None, as in `PagedInt8Cache`.
+        sink_tokens: first tokens of each request in full precision, 0 or 1.
+        backend: ``"reference"``, ``"cpu"`` or ``"triton"``; None takes the best one for the model's device.
+        max_request_tokens: most tokens of a request, new ones included; None: as many as all blocks hold.
+
+    Raises:
+        ValueError: an option is out of range, or one of the engine's that int8 blocks cannot honour.
+        NotImplementedError: the installed transformers has another engine than those that were read.
+    """
+
+    def __init__(
+        self,
+        model: PreTrainedModel,
+        generation_config: GenerationConfig | None = None,
+        continuous_batching_config: ContinuousBatchingConfig | None = None,
+        workload_hints: Any = None,
+        *,
+        centers: Mapping[int, torch.Tensor] | None = None,
+        rotation: str | None = "hadamard",
+        sink_tokens: int = 1,
+        backend: str | None = None,
+        max_request_tokens: int | None = None,
+    ):
+        if rotation not in ("hadamard", None):
+            raise ValueError(f'rotation must be "hadamard" or None, got {rotation!r}')
+        if sink_tokens not in (0, 1):
+            raise ValueError(f"sink_tokens must be 0 or 1 in continuous batching, got {sink_tokens!r}")
+        config = ContinuousBatchingConfig() if continuous_batching_config is None else continuous_batching_config
+        _refuse_graphs(config)
+        model.eval()
+        held = key_centers(model) if centers is None else centers
+        self._options = Int8Options(held, rotation, sink_tokens, backend)
+        generation_config = model.generation_config if generation_config is None else generation_config
+        super().__init__(model, generation_config, config, workload_hints)  # type: ignore[arg-type]
+        self.output_router: Router = Router()
+        self._max_request_tokens = max_request_tokens
+
+    def switch_to_cb_friendly_attn(self, model: Any, auto_switch_to_flash: bool = True) -> None:
+        """Switch the model to the attention function for int8 blocks, and remember what it had."""
+        before = model.config._attn_implementation
+        if before != NAME:
+            model.set_attn_implementation(NAME)
+            self._original_attn_impl = before
+
+    def add_request(self, input_ids: list[int], *args: Any, **kwargs: Any) -> str | None:
+        """Add a request to the queue; see `ContinuousBatchingManager.add_request`.
+
+        Raises:
+            RequestTooLongError: more tokens than the blocks can hold of one request, with those that it asks for. Such
+                a request would stop the engine, and all others with it.
+            ValueError: no tokens.
+        """
+        try:
+            self.check_length(len(input_ids), kwargs.get("max_new_tokens", args[1] if len(args) > 1 else None))
+        except ValueError:
+            self.output_router.forget(kwargs.get("request_id", args[0] if args else None))
+            raise
+        return super().add_request(input_ids, *args, **kwargs)
+
+    def register_result_handler(self, request_id: str, callback: Callable) -> None:
+        """Call ``callback`` on this thread's event loop with every result of a request; also with the newest of those
+        that came before."""
+        register = functools.partial(super().register_result_handler, request_id, callback)
+        self.output_router.hand_over(request_id, register)
+
+    def cancel_request(self, request_id: str) -> None:
+        """Cancel a request by its id; nobody hears of it any more."""
+        self.output_router.forget(request_id)
+        super().cancel_request(request_id)
+
+    def add_requests(
+        self, inputs: list[list[int]], max_new_tokens: int | None = None, *args: Any, **kwargs: Any
+    ) -> list[str]:
+        """Add requests to the queue, all of them or, where one is refused, none; see `add_request`."""
+        for input_ids in inputs:
+            self.check_length(len(input_ids), max_new_tokens)
+        return super().add_requests(inputs, max_new_tokens, *args, **kwargs)
+
+    def check_length(self, prompt: int, max_new_tokens: int | None) -> None:
+        """Raise `RequestTooLongError` if a request of so many tokens can never be served.
+
+        Args:
+            prompt: tokens of the prompt.
+            max_new_tokens: asked for; None: what the generation config says.
+        """
+        if not prompt:
+            raise ValueError("a request needs at least one token")
+        new = self.generation_config.max_new_tokens if max_new_tokens is None else max_new_tokens
+        most = self.max_request_tokens
+        if most is not None and prompt + (new or 1) > most:
+            limited = "a request may have" if most == self._max_request_tokens else "all blocks together hold"
+            raise RequestTooLongError(
+                f"the prompt has {prompt} tokens and may get {new or 1} new ones, but {limited} {most}; "
+                + (f"ask for at most {most - prompt} new ones" if most > prompt else "shorten it")
+            )
+
+    @property
+    def max_request_tokens(self) -> int | None:
+        """Most tokens that one request can have; None until the blocks are allocated, if nothing else limits it."""
+        limits = [self._max_request_tokens, None if self.batch_processor is None else self.cache.max_request_tokens]
+        return min((limit for limit in limits if limit is not None), default=None)
+
+    @property
+    def cache(self) -> PagedInt8AttentionCache:
+        """The blocks, once they are allocated: with `warmup`, or with the first turn of the engine's thread."""
+        if self.batch_processor is None:
+            raise RuntimeError("the blocks are allocated by warmup() or start()")
+        return self.batch_processor.cache  # type: ignore[return-value]
+
+    def warmup(self) -> None:
+        """Allocate the blocks. There is nothing to compile."""
+        if self.batch_processor is None:
+            self.batch_processor = self._create_batch_processor()
+        self.warmed_up = True
+
+    def start(self) -> None:
+        """Start the engine's thread. The blocks are allocated before, so that what does not fit is refused here; and
+        the model is switched again, if `stop` has put its attention back."""
+        self.switch_to_cb_friendly_attn(self.model)
+        if self.batch_processor is None:
+            self.batch_processor = self._create_batch_processor()
+        super().start()
+
+    def _create_batch_processor(self) -> ContinuousBatchProcessor:
+        with_blocks = functools.partial(PagedInt8AttentionCache, options=self._options)
+        make = seeing(ContinuousBatchingManager._create_batch_processor, PagedAttentionCache=with_blocks)
+        return make(self)
+
+
+def _refuse_graphs(config: ContinuousBatchingConfig) -> None:
+    """Raise ``ValueError`` for options that record or compile steps: the host makes block tables anew for each."""
+    graphs = config.use_cuda_graph
+    asked = {
+        "use_cuda_graph": any(graphs) if isinstance(graphs, tuple) else graphs,
+        "varlen_compile_config": config.varlen_compile_config,
+        "decode_compile_config": config.decode_compile_config,
+        "default_compile_level": config.default_compile_level,
+        "q_padding_interval_size": config.q_padding_interval_size,
+        "kv_padding_interval_size": config.kv_padding_interval_size,
+    }
+    for name, value in asked.items():
+        if value:
+            raise ValueError(
+                f"{name}={getattr(config, name)!r}: int8 continuous batching makes block tables on the host at every "
+                "step, which no graph can hold; leave it out"
+            )

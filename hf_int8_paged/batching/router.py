@@ -1,0 +1,57 @@
+"""Where the engine's results go: to the one who waits for a request, or into the common queue."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable
+
+from transformers.generation.continuous_batching.continuous_api import OutputRouter
+from transformers.generation.continuous_batching.requests import GenerationOutput
+
+
+class Router(OutputRouter):
+    """transformers' `OutputRouter`, without the moment in which a result is lost.
+
+    Servers add a request first and name their handler afterwards. What the engine delivers in between waits in the
+    queue; here it is handed over when the handler comes. A delivery and that are one after the other, never at once.
+    """
+
+    def __init__(self) -> None:
+        super().__init__()
+        self._lock = threading.RLock()  # type: ignore[assignment]  # the one who hands over also registers
+
+    def deliver(self, output: GenerationOutput) -> None:
+        with self._lock:
+            entry = self.result_handlers.get(output.request_id)
+            if entry is None:
+                self.output_queue.put(output)
+        if entry is not None:
+            callback, loop = entry
+            loop.call_soon_threadsafe(callback, output)
+
+    def deliver_batch(self, outputs: list[GenerationOutput]) -> None:
+        for output in outputs:
+            self.deliver(output)
+
+    def hand_over(self, request_id: str, register: Callable[[], None]) -> None:
+        """Register a handler, and give it the newest of the results that came before.
+
+        Args:
+            request_id: the request's id.
+            register: adds the handler.
+        """
+        with self._lock:
+            register()
+            with self.output_queue.mutex:
+                waiting = self.output_queue.queue
+                mine = [output for output in waiting if output.request_id == request_id]
+                for output in mine:
+                    waiting.remove(output)
+            if mine:
+                callback, loop = self.result_handlers[request_id]
+                loop.call_soon_threadsafe(callback, mine[-1])
+
+    def forget(self, request_id: str | None) -> None:
+        """Nobody waits for a request any more: it was cancelled, or refused."""
+        with self._lock:
+            self.result_handlers.pop(request_id, None)  # type: ignore[arg-type]

@@ -1,0 +1,1 @@
+"""A cache that outlives the call: files, and a store of prompts made of them."""

@@ -1,0 +1,187 @@
+"""How much a pool may allocate: limits in tokens and in bytes, and how far it grows within them."""
+
+from __future__ import annotations
+
+import weakref
+from collections.abc import Mapping
+from typing import Protocol
+
+import torch
+
+from .block_allocator import RUN_LENGTH, BlockAllocator
+from .byte_sizes import bytes_as_text
+from .full import CacheFullError
+from .kernels import KvCacheQuant, format_called, load_backend
+from .layer_checks import LayerShape
+from .pool_access import PoolAccess
+
+#: A pool that has to grow grows by at least this fraction, so that growth stays rare.
+GROWTH = 0.25
+#: Where that does not fit into ``max_bytes``, it takes as many of so many parts of it as do.
+_PARTS = 16
+
+
+class HoldsBytes(Protocol):
+    """Tensors beside the blocks that count: first tokens in full precision."""
+
+    @property
+    def nbytes(self) -> int: ...
+
+
+class PoolBudget:
+    """The half of `PagedInt8Pool` that counts bytes. The pool sets these attributes.
+
+    Args:
+        max_bytes: most bytes of blocks and of first tokens, or None.
+    """
+
+    access: PoolAccess
+    block_size: int
+    max_tokens: int | None
+    format: str
+    allocators: dict[str, BlockAllocator]
+    storages: dict[int, KvCacheQuant]
+    _members: dict[str, list[int]]
+    _centers: dict
+
+    def __init__(self, max_bytes: int | None):
+        self.max_bytes = max_bytes
+        #: Window of each group in tokens, or None.
+        self.windows: dict[str, int | None] = {}
+        #: By group and layer, heads and widths as the config has them, for layers whose first keys have yet to come.
+        self.forecast: dict[str, dict[int, tuple[int, int, int]]] = {}
+        #: Of all caches.
+        self.first_tokens: weakref.WeakSet[HoldsBytes] = weakref.WeakSet()
+        self._starts_over = False
+
+    def growth_targets(self, needed: Mapping[str, int], first_tokens: int) -> dict[str, int]:
+        """Blocks that each group that has to grow should have; see `PagedInt8Pool.ensure_free`."""
+        if self._starts_over:
+            self._start_over()
+        least, wished = {}, {}
+        for group, count in needed.items():
+            allocator = self.allocators[group]
+            if count <= allocator.num_free:
+                continue
+            least[group] = target = allocator.num_used + count
+            if allocator.num_blocks:
+                target = max(target, allocator.num_blocks + max(int(allocator.num_blocks * GROWTH), RUN_LENGTH))
+            if self.max_tokens is not None:
+                most = self.max_tokens // self.block_size
+                if least[group] > most:
+                    raise CacheFullError(
+                        f"the cache needs {least[group]} blocks of {self.block_size} tokens, but "
+                        f"max_tokens={self.max_tokens} allows {most}; free sequences, shorten the prompt or raise "
+                        "max_tokens"
+                    )
+                target = min(target, most)
+            wished[group] = target
+        if self.max_bytes is None or not (least or first_tokens):
+            return wished
+        for part in range(_PARTS, -1, -1):
+            targets = {group: low + (wished[group] - low) * part // _PARTS for group, low in least.items()}
+            bytes_then = self._bytes_with(targets) + first_tokens
+            if bytes_then <= self.max_bytes:
+                return targets
+        raise self._full(bytes_then, first_tokens)
+
+    def check_layer_fits(self, layer: int, blocks: int, shape: LayerShape) -> None:
+        """Raise ``CacheFullError`` if the blocks of a layer with its first keys do not fit into ``max_bytes``, which is
+        found only here where the config says nothing of them, or something else."""
+        if self.max_bytes is None:
+            return
+        bytes_then = self.bytes_held + blocks * self.block_size * self._bytes_per_token(shape[:3])
+        if bytes_then > self.max_bytes:
+            # Other layers have got as many blocks: when the tokens are gone, a shorter prompt must find room.
+            self._starts_over = True
+            raise self._full(bytes_then)
+
+    def hold(self, kept: HoldsBytes) -> None:
+        """Count first tokens for ``max_bytes`` from now on, for as long as they live.
+
+        Raises:
+            CacheFullError: they do not fit.
+        """
+        if self.max_bytes is None:
+            return
+        with self.access.exclusive():
+            if self.bytes_held + kept.nbytes > self.max_bytes:
+                raise self._full(self.bytes_held + kept.nbytes)
+            self.first_tokens.add(kept)
+
+    @property
+    def bytes_held(self) -> int:
+        """Bytes that count for ``max_bytes``: of all blocks, and of all caches' first tokens in full precision."""
+        blocks = sum(storage.nbytes for storage in self.storages.values())
+        return blocks + sum(kept.nbytes for kept in list(self.first_tokens))
+
+    def tokens_for(self, max_bytes: int) -> int:
+        """Tokens of one sequence that so many bytes hold."""
+
+        def size(tokens: int) -> int:
+            blocks = -(-tokens // self.block_size)
+            return sum(
+                self._bytes_per_block(group)
+                * min(blocks, blocks if window is None else -(-window // self.block_size) + 1)
+                for group, window in self.windows.items()
+            )
+
+        low, high = 0, 1 << 40
+        while high - low > 1:
+            middle = (low + high) // 2
+            low, high = (middle, high) if size(middle) <= max_bytes else (low, middle)
+        return low
+
+    def first_tokens_bytes(self, tokens: int, dtype: torch.dtype) -> int:
+        """Bytes that all layers keep of so many tokens in full precision, as far as their sizes are known."""
+        if self.max_bytes is None:
+            return 0
+        shapes = {layer: shape for layers in self.forecast.values() for layer, shape in layers.items()}
+        shapes |= {layer: (x.num_kv_heads, x.head_dim, x.v_head_dim) for layer, x in self.storages.items()}
+        return tokens * dtype.itemsize * sum(heads * (dim + v_dim) for heads, dim, v_dim in shapes.values())
+
+    def _bytes_per_token(self, shape: tuple[int, int, int]) -> int:
+        (heads, dim, v_dim), rows = shape, format_called(self.format)
+        return heads * (rows.bytes_per_row(dim) + rows.bytes_per_row(v_dim))
+
+    def _bytes_per_block(self, group: str) -> int:
+        per_token = {layer: self._bytes_per_token(shape) for layer, shape in self.forecast.get(group, {}).items()}
+        per_token |= {layer: self.storages[layer].bytes_per_token for layer in self._members[group]}
+        return self.block_size * sum(per_token.values())
+
+    def _bytes_with(self, targets: Mapping[str, int]) -> int:
+        """Bytes held at most while these groups grow, and with all layers that are forecast."""
+        total, copied = self.bytes_held, 0
+        for group, allocator in self.allocators.items():
+            target = targets.get(group, allocator.num_blocks)
+            for layer in self._members[group]:
+                storage = self.storages[layer]
+                more = target - storage.num_blocks
+                if more > 0:
+                    total += more * self.block_size * storage.bytes_per_token
+                    if not load_backend(storage.backend).SEGMENTS:
+                        copied = max(copied, storage.nbytes)  # the old memory is there until all is copied
+            for layer, shape in self.forecast.get(group, {}).items():
+                if layer not in self.storages:
+                    total += target * self.block_size * self._bytes_per_token(shape)
+        return total + copied
+
+    def _full(self, bytes_then: int, first_tokens: int = 0) -> CacheFullError:
+        assert self.max_bytes is not None
+        tokens = self.tokens_for(self.max_bytes - first_tokens - sum(kept.nbytes for kept in list(self.first_tokens)))
+        return CacheFullError(
+            f"the cache needs {bytes_then} bytes ({bytes_as_text(bytes_then)}), but max_bytes={self.max_bytes} "
+            f"({bytes_as_text(self.max_bytes)}), which holds {tokens} tokens of one sequence; free sequences, shorten "
+            "the prompt or raise max_bytes"
+        )
+
+    def _start_over(self) -> None:
+        """Give all memory back, if no tokens are in it."""
+        if not any(allocator.num_used for allocator in self.allocators.values()):
+            self._starts_over = False
+            self.storages.clear()
+            self._centers.clear()
+            for members in self._members.values():
+                members.clear()
+            for allocator in self.allocators.values():
+                allocator.forget_blocks()

@@ -1,0 +1,130 @@
+"""``hf-int8-paged serve``: transformers' own server, OpenAI-compatible, with continuous batching over int8 blocks."""
+
+from __future__ import annotations
+
+import inspect
+import signal
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+from transformers import ContinuousBatchingConfig, PreTrainedModel
+
+from ..batching import RequestTooLongError, int8_batching
+
+
+class ServerError(RuntimeError):
+    """The server cannot start; the message says what is missing."""
+
+
+@dataclass
+class ServerOptions:
+    """What the command takes.
+
+    Attributes:
+        model: name on the hub, or folder.
+        host: address to listen on.
+        port: likewise; 0 takes a free one.
+        device: such as ``"cpu"``; None: transformers' choice.
+        dtype: name of the weights' dtype; None: the checkpoint's.
+        max_request_tokens: most tokens of a request, new ones included; None: the model's context.
+        batching: options of the engine, as `ContinuousBatchingConfig` names them; None counts as not given.
+    """
+
+    model: str
+    host: str
+    port: int
+    device: str | None
+    dtype: str | None
+    max_request_tokens: int | None
+    batching: dict[str, Any]
+
+
+class Server:
+    """A server and its model, loaded.
+
+    Args:
+        options: of the command.
+
+    Raises:
+        ServerError: the packages of ``hf-int8-paged[serve]`` are missing.
+        OSError, ValueError: the model cannot be loaded.
+    """
+
+    def __init__(self, options: ServerOptions):
+        try:
+            import uvicorn
+            from transformers.cli.serving.model_manager import ModelManager
+            from transformers.cli.serving.server import build_server
+            from transformers.cli.serving.utils import GenerationState
+        except ImportError as error:
+            raise ServerError(f"{error}; install what the server needs: pip install 'hf-int8-paged[serve]'") from error
+        given = {name: value for name, value in options.batching.items() if value is not None}
+        self.state = GenerationState(continuous_batching=True, cb_config=ContinuousBatchingConfig(**given))
+        manager = ModelManager(
+            device=options.device or "auto",
+            dtype=options.dtype or "auto",
+            continuous_batching=True,
+            force_model=options.model,
+        )
+        self.model, _ = manager.load_model_and_processor(manager.process_model_name(options.model))
+        self._limit = options.max_request_tokens or _context(self.model)
+        # transformers lists what the hub's cache holds; this server has one model.
+        manager.get_gen_models = lambda *_: [{"id": options.model, "object": "model"}]  # type: ignore[assignment]
+        handlers = _handlers(inspect.signature(build_server).parameters, manager, self.state)
+        app = build_server(manager, generation_state=self.state, **handlers)
+        app.add_exception_handler(RequestTooLongError, _too_long)
+        self.uvicorn = uvicorn.Server(uvicorn.Config(app, host=options.host, port=options.port, log_level="warning"))
+
+    def run(self) -> None:
+        """Serve until SIGTERM or SIGINT. Then no connection is taken any more, and those that are open get all of their
+        answers."""
+        with _no_second_signal(), int8_batching(self.model, max_request_tokens=self._limit):
+            try:
+                self.uvicorn.run()
+            finally:
+                self.state.shutdown()
+
+
+@contextmanager
+def _no_second_signal() -> Iterator[None]:
+    """uvicorn raises a signal that it has caught once more when it is done, which would end the process at once."""
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    previous = signal.signal(signal.SIGTERM, lambda *_: None)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, previous)
+
+
+def _handlers(parameters: Any, manager: Any, state: Any) -> dict[str, Any]:
+    """The handlers that the installed release's server asks for, by the names of its parameters."""
+    from transformers.cli.serving import chat_completion, completion, response, transcription
+
+    kinds = {
+        "chat_handler": chat_completion.ChatCompletionHandler,
+        "completion_handler": completion.CompletionHandler,
+        "response_handler": response.ResponseHandler,
+        "transcription_handler": transcription.TranscriptionHandler,
+    }
+    if "systemone_handler" in parameters:
+        from transformers.cli.serving import systemone
+
+        kinds["systemone_handler"] = systemone.SystemOneHandler
+    return {name: kind(manager, state) for name, kind in kinds.items()}
+
+
+async def _too_long(_request: Any, error: Exception) -> Any:
+    """400, in the form in which OpenAI's clients expect it."""
+    from fastapi.responses import JSONResponse
+
+    said = {"message": str(error), "type": "invalid_request_error", "code": "context_length_exceeded"}
+    return JSONResponse({"error": said}, status_code=400)
+
+
+def _context(model: PreTrainedModel) -> int | None:
+    return getattr(model.config.get_text_config(), "max_position_embeddings", None)

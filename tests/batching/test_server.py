@@ -1,0 +1,191 @@
+"""The server drill: several clients, one that hangs up, one that asks too much, a full pool, and the end."""
+
+from __future__ import annotations
+
+import os
+import signal
+import socket
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+import openai
+import pytest
+
+from hf_int8_paged.batching import PagedInt8BatchingManager
+from hf_int8_paged.tools.serve import Server, ServerOptions
+from tests.processes import HANGS
+
+from .alone import check_nothing_is_held
+
+#: 640 tokens, of which a request may have all.
+POOL = {"num_blocks": 40, "page_size": 16, "max_batch_tokens": 256}
+
+
+def free_port() -> int:
+    with socket.socket() as listener:
+        listener.bind(("127.0.0.1", 0))
+        return listener.getsockname()[1]
+
+
+def client_of(port: int) -> openai.OpenAI:
+    return openai.OpenAI(base_url=f"http://127.0.0.1:{port}/v1", api_key="none", max_retries=0, timeout=HANGS)
+
+
+def wait_for(port: int) -> openai.OpenAI:
+    client, end = client_of(port), time.monotonic() + HANGS
+    while True:
+        try:
+            client.models.list()
+            return client
+        except openai.APIConnectionError:
+            assert time.monotonic() < end, "the server did not start"
+            time.sleep(0.1)
+
+
+class Running:
+    """A server in this process, in a thread of its own."""
+
+    def __init__(self, folder: Path):
+        self.port = free_port()
+        self.server = Server(ServerOptions(str(folder), "127.0.0.1", self.port, "cpu", None, None, POOL))
+        self.model = str(folder)
+        self._thread = threading.Thread(target=self.server.run)
+        self._thread.start()
+        self.client = wait_for(self.port)
+
+    @property
+    def engine(self) -> Any:
+        manager: Any = self.server.state._cb_manager
+        return manager._cb
+
+    def stop(self) -> None:
+        self.server.uvicorn.should_exit = True
+        self._thread.join(HANGS)
+        assert not self._thread.is_alive()
+
+    def ask(self, text: str, new: int, client: openai.OpenAI | None = None) -> tuple[str | None, int]:
+        """The whole answer to a text, and how many tokens it has."""
+        answer: Any = (client or self.client).chat.completions.create(
+            model=self.model, messages=[{"role": "user", "content": text}], max_tokens=new, temperature=0
+        )
+        return answer.choices[0].message.content, answer.usage.completion_tokens
+
+    def stream(self, text: str, new: int, client: openai.OpenAI | None = None) -> Any:
+        return (client or self.client).chat.completions.create(
+            model=self.model,
+            messages=[{"role": "user", "content": text}],
+            max_tokens=new,
+            temperature=0,
+            stream=True,
+        )
+
+    def settle(self) -> None:
+        """Wait until no request is left, and check that all blocks are free or kept for their content."""
+        end = time.monotonic() + HANGS
+        while self.engine.batch_processor.has_pending_requests() or not self.engine.cancel_queue.empty():
+            assert time.monotonic() < end, "a request is left"
+            time.sleep(0.05)
+        check_nothing_is_held(self.engine.cache)
+        assert not self.engine.output_router.result_handlers
+
+
+@pytest.fixture(scope="module")
+def running(tiny_model_folder: Path) -> Iterator[Running]:
+    server = Running(tiny_model_folder)
+    yield server
+    server.stop()
+
+
+def collected(stream: Any) -> tuple[str, str, int]:
+    """Text, reason of the end and number of tokens of a stream."""
+    text, reason, tokens = "", "", 0
+    for chunk in stream:
+        text += chunk.choices[0].delta.content or ""
+        reason = chunk.choices[0].finish_reason or reason
+        tokens = chunk.usage.completion_tokens if chunk.usage else tokens
+    return text, reason, tokens
+
+
+def test_it_serves_int8_blocks(running: Running) -> None:
+    assert running.ask("hello", 7)[1] == 7
+    assert isinstance(running.engine, PagedInt8BatchingManager)
+    assert [model.id for model in running.client.models.list()] == [running.model]
+    running.settle()
+
+
+def test_two_clients_stream_at_once(running: Running) -> None:
+    texts = ["first " * 5, "second " * 8]
+    streams = [running.stream(text, 40, client_of(running.port)) for text in texts]
+    with ThreadPoolExecutor(2) as pool:
+        results = list(pool.map(collected, streams))
+    assert [(reason, tokens) for _, reason, tokens in results] == [("length", 40)] * 2
+    assert results[0][0] != results[1][0]
+    running.settle()
+
+
+def test_the_blocks_of_a_client_that_hangs_up_come_back(running: Running) -> None:
+    client = client_of(running.port)
+    stream = running.stream("I will not wait for the end. " * 3, 400, client)
+    for _ in range(3):
+        next(stream)
+    assert running.engine.batch_processor.has_pending_requests()
+    stream.close()
+    client.close()
+    running.settle()
+    assert running.ask("are you there?", 5)[1] == 5
+
+
+@pytest.mark.parametrize(("text", "new"), [("long " * 200, 5), ("short", 1000)], ids=["its prompt", "its answer"])
+@pytest.mark.parametrize("streaming", [False, True], ids=["at once", "streamed"])
+def test_a_request_that_is_too_long_is_refused_at_once(running: Running, text: str, new: int, streaming: bool) -> None:
+    with pytest.raises(openai.BadRequestError, match=r"tokens and may get \d+ new ones, but all blocks") as refusal:
+        (running.stream if streaming else running.ask)(text, new)
+    assert refusal.value.status_code == 400
+    assert refusal.value.code == "context_length_exceeded"
+    running.settle()
+
+
+def test_a_full_pool_lets_requests_wait_and_loses_none(running: Running) -> None:
+    """Twelve requests of 350 tokens share room for 640: each gets the answer that it gets alone."""
+    texts = [f"{i} bottles of milk, " * 8 for i in range(12)]
+    alone = [running.ask(text, 150) for text in texts]
+    with ThreadPoolExecutor(12) as pool:
+        together = list(pool.map(lambda text: running.ask(text, 150, client_of(running.port)), texts))
+    assert [tokens for _, tokens in together] == [150] * 12
+    assert sum(one == other for one, other in zip(alone, together)) >= 10, "all but near ties"
+    running.settle()
+
+
+def test_sigterm_lets_open_answers_end_and_takes_no_more(tiny_model_folder: Path) -> None:
+    port = free_port()
+    command = [sys.executable, "-m", "hf_int8_paged", "serve", str(tiny_model_folder), "--port", str(port)]
+    options = ["--num-blocks", "40", "--page-size", "16", "--max-batch-tokens", "256"]
+    server = subprocess.Popen(
+        [*command, *options], env={**os.environ, "HF_HUB_OFFLINE": "1"}, stderr=subprocess.PIPE, text=True
+    )
+    try:
+        client = wait_for(port)
+        stream = client.chat.completions.create(
+            model=str(tiny_model_folder),
+            messages=[{"role": "user", "content": "count"}],
+            max_tokens=400,
+            temperature=0,
+            stream=True,
+        )
+        next(iter(stream))
+        server.send_signal(signal.SIGTERM)
+        _, reason, tokens = collected(stream)
+        assert (reason, tokens) == ("length", 400)
+        server.wait(HANGS)
+        assert server.returncode == 0
+        with pytest.raises(openai.APIConnectionError):
+            client.models.list()
+    finally:
+        server.kill()
+        server.communicate()

@@ -1,0 +1,148 @@
+"""Memory refused at every operation that may ask for some, and what the caller finds then.
+
+``python -m tests.drill.refusals`` refuses at every one of every scenario of the drill and prints the counts. The caller
+meets `CacheFullError`; the cache holds what it held before, and goes on: the operation, made once more, leads to what
+an undisturbed one leads to.
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+import traceback
+from collections import Counter
+from collections.abc import Callable, Iterator
+from concurrent.futures import ProcessPoolExecutor
+from multiprocessing import get_context
+from typing import Any, NamedTuple
+
+import torch
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from hf_int8_paged import CacheFullError
+
+from .drill import BACKENDS, Failure, check_accounting, contents, react, right_outcomes
+from .injection import FOLDERS, only_new_garbage
+from .scenarios import SCENARIOS, World
+
+
+class Refusal(NamedTuple):
+    """Memory refused to the ``number``-th operation on tensors, counted from 0, of a scenario's last operation."""
+
+    scenario: str
+    kind: str
+    backend: str
+    number: int
+
+
+class _Refusing(TorchDispatchMode):
+    """Raises torch's own error in place of one operation on tensors; every allocation of torch's is within one."""
+
+    def __init__(self, number: int = -1):
+        super().__init__()
+        self.number = number
+        self.seen = 0
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        self.seen += 1
+        if self.seen == self.number + 1:
+            raise torch.OutOfMemoryError("injected: out of memory")
+        return func(*args, **(kwargs or {}))
+
+
+def run(operation: Callable[[], object], number: int = -1) -> tuple[int, BaseException | None]:
+    """Run an operation with memory refused once; returns how many operations on tensors came, and what was raised."""
+    mode, raised = _Refusing(number), None
+    try:
+        with mode:
+            operation()
+    except Exception as error:
+        frames = traceback.walk_tb(error.__traceback__)
+        within = any(frame.f_code.co_filename.startswith(FOLDERS) for frame, _ in frames)
+        raised = error if within else _OfTheCaller()
+        came: BaseException | None = error
+        while came is not None:  # an exception that somebody keeps keeps what its frames held
+            came.__traceback__ = None
+            came = came.__context__
+    return mode.seen, raised
+
+
+class _OfTheCaller(Exception):
+    """The operation was none of the package's."""
+
+
+def refusals() -> Iterator[Refusal]:
+    """All there are."""
+    for name, scenario in SCENARIOS.items():
+        for kind in scenario.kinds:
+            for backend in BACKENDS:
+                world = World(kind, backend)
+                for action in scenario.history:
+                    action(world)
+                count, _ = run(lambda s=scenario, w=world: s.operation(w))  # type: ignore[misc]
+                yield from (Refusal(name, kind, backend, number) for number in range(count))
+
+
+def check(refusal: Refusal) -> str:
+    """Refuse and go on. Returns what the caller met.
+
+    Raises:
+        Failure: anything but what this module promises.
+    """
+    scenario = SCENARIOS[refusal.scenario]
+    fresh, after_reset = right_outcomes(refusal.scenario, refusal.kind, refusal.backend)
+    world = World(refusal.kind, refusal.backend)
+    for action in scenario.history:
+        action(world)
+    before = contents(world.main) if "main" in world.caches else None
+    _, raised = run(lambda: scenario.operation(world), refusal.number)
+    met = "finished"
+    if isinstance(raised, _OfTheCaller):
+        return "the caller's own operation"
+    if raised is not None:
+        if not isinstance(raised, CacheFullError):
+            raise Failure(f"raises {type(raised).__name__}")
+        met = "CacheFullError"
+        if before is not None and not getattr(world.main._sequences, "broken", None) and contents(world.main) != before:
+            raise Failure("the cache holds something else than before")
+    if "main" in world.caches:
+        met += f", {react(world, scenario, 'repeats', raised is None, fresh, after_reset)}"
+    check_accounting(world)
+    return met
+
+
+def drill(chosen: list[Refusal]) -> tuple[Counter[str], Counter[str]]:
+    """Carry out these refusals. Returns how often each outcome came, and each failure."""
+    outcomes, failures = Counter[str](), Counter[str]()
+    with only_new_garbage(), torch.no_grad():
+        for refusal in chosen:
+            try:
+                outcomes[check(refusal)] += 1
+            except Failure as error:
+                failures[f"{refusal.kind}: {error}"] += 1
+                print(error, refusal, flush=True)
+    return outcomes, failures
+
+
+def main() -> int:
+    """Command line; the exit status says whether anything failed."""
+    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
+    parser.add_argument("--only", default="", help="scenarios whose name contains this")
+    parser.add_argument("--workers", type=int, default=1, help="processes")
+    options = parser.parse_args()
+    chosen = [refusal for refusal in refusals() if options.only in refusal.scenario]
+    print(f"{len(chosen)} places", flush=True)
+    chunks = [chosen[i :: 4 * options.workers] for i in range(4 * options.workers)]
+    outcomes, failures = Counter[str](), Counter[str]()
+    with ProcessPoolExecutor(options.workers, get_context("spawn")) as workers:
+        for of_chunk in workers.map(drill, chunks):
+            outcomes.update(of_chunk[0])
+            failures.update(of_chunk[1])
+    for name, counts in (("outcome", outcomes), ("failure", failures)):
+        for what, count in counts.most_common():
+            print(f"{name:8} {count:7} {what}")
+    return bool(failures)
+
+
+if __name__ == "__main__":
+    sys.exit(main())
