@@ -105,6 +105,14 @@ def audit_others(chip: str, head_dim: int) -> list[dict[str, Any]]:
     return rows
 
 
+def audit_float16(head_dim: int) -> dict[str, Any]:
+    """Figures of decode attention where it multiplies in float16, on the chip that takes that route."""
+    chip = "sm_103"
+    kernel = next(kernel for name, kernel in decode(chip, head_dim, 4, integer=False) if name == "decode_kernel")
+    figures = audit_whole(kernel, MULTIPROCESSORS[chip])
+    return {"launch": "decode in float16", "kernel": "decode_kernel", "chip": chip, "head_dim": head_dim} | figures
+
+
 def constant(kernel: Any, name: str) -> Any:
     """The value of a kernel's constexpr parameter."""
     return kernel.src.constants[(kernel.src.fn.arg_names.index(name),)]
@@ -202,6 +210,7 @@ def main() -> None:
     print(table(rows))
     nvidia = product([chip for chip in arguments.chips if chip in MULTIPROCESSORS], arguments.head_dims)
     others = [row for chip, head_dim in tqdm([*nvidia], unit="chip") for row in audit_others(chip, head_dim)]
+    others += [audit_float16(head_dim) for head_dim in arguments.head_dims]
     print("", table_of_others(others), sep="\n")
     if arguments.json:
         write_json(arguments.json, variants=rows, kernels=others)
