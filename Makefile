@@ -34,10 +34,6 @@ SECONDS ?= 1800
 PEERS ?= .peers
 PEERS_OPTIONS ?=
 
-# Tests that the Triton interpreter runs too.
-TRITON_TESTS := $(addprefix tests/kernels/,interpreted_triton.py triton_extend.py triton_long_chunks.py triton_schedule.py) \
-	tests/cache/triton_long_chunks.py
-
 # Reinstalled when one of these changes; Python sources are used in place.
 SOURCES := pyproject.toml constraints.txt $(wildcard setup.py) $(wildcard kernels/torch-ext/*/cpu/src/*)
 DEV := $(VENV)/.installed-dev

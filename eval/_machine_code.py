@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import triton
+from _amdgcn import parse as parse_amdgcn
 from _memory_trips import outside, trips
 from _sass import CLASSES, Program, load_widths, store_widths
 
@@ -38,11 +39,13 @@ class Multiprocessor:
 
 
 #: Memory bandwidth over multiprocessors and clock: A100 2.04 TB/s, 108, 1.41 GHz; H100 3.35 TB/s, 132, 1.75 GHz; B200
-#: 8 TB/s, 148, 1.93 GHz.
+#: 8 TB/s, 148, 1.93 GHz. sm_103
+#: (B300) is taken to be as sm_100.
 MULTIPROCESSORS = {
     "sm_80": Multiprocessor(shared_memory=164 * 1024, bytes_per_cycle_needed=13.1),
     "sm_90": Multiprocessor(shared_memory=228 * 1024, bytes_per_cycle_needed=14.5),
     "sm_100": Multiprocessor(shared_memory=228 * 1024, bytes_per_cycle_needed=28.0),
+    "sm_103": Multiprocessor(shared_memory=228 * 1024, bytes_per_cycle_needed=28.0),
 }
 
 
@@ -123,7 +126,9 @@ def loop_figures(program: Program) -> dict[str, Any]:
 
 
 def audit_hsaco(kernel: Any) -> dict[str, Any]:
-    """Registers and spills of a kernel that triton compiled for an AMD chip."""
+    """Registers and spills of a kernel that triton compiled for an AMD chip, and the barriers of its main loop."""
+    program = parse_amdgcn(kernel.asm["amdgcn"])
+    loop = program.select(program.main_loop())
     found = dict(re.findall(r"\.(\w+):\s*(\d+)", kernel.asm["amdgcn"]))
     return {
         "vector_registers": int(found["vgpr_count"]),
@@ -131,6 +136,8 @@ def audit_hsaco(kernel: Any) -> dict[str, Any]:
         "spills": int(found["vgpr_spill_count"]),
         "scalars_kept_in_vector_registers": int(found["sgpr_spill_count"]),
         "stack_bytes": int(found["private_segment_fixed_size"]),
+        "loop_instructions": len(loop),
+        "barriers_in_loop": sum(each.opcode.startswith("BAR.SYNC") for each in loop),
         "shared_memory_bytes": kernel.metadata.shared,
         "warps": kernel.metadata.num_warps,
     }

@@ -32,6 +32,7 @@ from tqdm import tqdm
 
 from hf_int8_paged.kernels.triton.tiles import TOKENS
 
+CHIPS = ("sm_80", "sm_90", "sm_100", "gfx942")
 HEAD_DIMS, GROUPS, BLOCK_SIZES = (64, 128, 256), (1, 4, 8), (16, 64)
 DTYPES = (torch.float16, torch.bfloat16)
 #: Scales of K and V: two loads of eight each, by every thread, per tile.
@@ -104,6 +105,14 @@ def audit_others(chip: str, head_dim: int) -> list[dict[str, Any]]:
     return rows
 
 
+def audit_float16(head_dim: int) -> dict[str, Any]:
+    """Figures of decode attention where it multiplies in float16, on the chip that takes that route."""
+    chip = "sm_103"
+    kernel = next(kernel for name, kernel in decode(chip, head_dim, 4, integer=False) if name == "decode_kernel")
+    figures = audit_whole(kernel, MULTIPROCESSORS[chip])
+    return {"launch": "decode in float16", "kernel": "decode_kernel", "chip": chip, "head_dim": head_dim} | figures
+
+
 def constant(kernel: Any, name: str) -> Any:
     """The value of a kernel's constexpr parameter."""
     return kernel.src.constants[(kernel.src.fn.arg_names.index(name),)]
@@ -123,11 +132,12 @@ def table(rows: list[dict[str, Any]]) -> str:
             f"| {r['bytes_per_cycle_needed']} | {r['blocks_per_multiprocessor']} | {r['dependent_trips']} "
             f"| {r['bytes_in_flight']} | {r['instructions_outside_loop']} | {r['barriers_outside_loop']} |"
         )
-    lines += ["", "| chip | head_dim | group | rotation | VGPRs | spills | stack |", "|---|---|---|---|---|---|---|"]
+    lines += ["", "| chip | head_dim | group | rotation | VGPRs | spills | stack | loop | barriers in it |"]
+    lines.append("|---" * 9 + "|")
     for r in (r for r in rows if "vector_registers" in r):
         lines.append(
             f"| {r['chip']} | {r['head_dim']} | {r['group']} | {r['rotation']} | {r['vector_registers']} "
-            f"| {r['spills']} | {r['stack_bytes']} |"
+            f"| {r['spills']} | {r['stack_bytes']} | {r['loop_instructions']} | {r['barriers_in_loop']} |"
         )
     return "\n".join(lines)
 
@@ -187,7 +197,7 @@ def write_json(path: Path, **lists: list[dict[str, Any]]) -> None:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--chips", nargs="+", default=list(TARGETS), choices=list(TARGETS))
+    parser.add_argument("--chips", nargs="+", default=CHIPS, choices=list(TARGETS))
     parser.add_argument("--head-dims", nargs="+", type=int, default=HEAD_DIMS)
     parser.add_argument("--groups", nargs="+", type=int, default=GROUPS)
     parser.add_argument("--block-sizes", nargs="+", type=int, default=BLOCK_SIZES)
@@ -200,6 +210,7 @@ def main() -> None:
     print(table(rows))
     nvidia = product([chip for chip in arguments.chips if chip in MULTIPROCESSORS], arguments.head_dims)
     others = [row for chip, head_dim in tqdm([*nvidia], unit="chip") for row in audit_others(chip, head_dim)]
+    others += [audit_float16(head_dim) for head_dim in arguments.head_dims]
     print("", table_of_others(others), sep="\n")
     if arguments.json:
         write_json(arguments.json, variants=rows, kernels=others)

@@ -53,8 +53,9 @@ class Section:
 
 #: The kernels' tests compile many variants: side by side on all processors.
 NUMERICS = (
-    "tests/kernels", "tests/kernels/interpreted_triton.py", "tests/kernels/triton_extend.py",
-    "tests/cache/triton_long_chunks.py", "-n", str(min(8, os.cpu_count() or 1)), "--dist", "loadfile",
+    "tests/kernels",
+    *(str(path.relative_to(ROOT)) for path in sorted(ROOT.glob("tests/*/*triton*.py")) if "test_" not in path.name),
+    "-n", str(min(8, os.cpu_count() or 1)), "--dist", "loadfile",
 )  # fmt: skip
 SECTIONS = {
     "tests": {

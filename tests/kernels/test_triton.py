@@ -37,6 +37,7 @@ def test_interpreted_kernels() -> None:
     """The shared grid for the Triton backend, and what only Triton can get wrong, under TRITON_INTERPRET=1."""
     grid = ["test_append.py", "test_append_edges.py", "test_conditioning.py", "test_decode.py", "test_gather_copy.py"]
     grid += ["interpreted_triton.py", "triton_extend.py", "triton_long_chunks.py", "triton_schedule.py"]
+    grid.append("triton_dequantize.py")
     paths = [f"tests/kernels/{file}" for file in grid]
     paths.append("tests/cache/triton_long_chunks.py")
     run = in_another_python(["-m", "pytest", "-q", "-k", "triton", *paths], TRITON_INTERPRET="1")

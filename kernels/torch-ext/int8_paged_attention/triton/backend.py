@@ -44,6 +44,8 @@ FORMATS = (INT8.name,)
 LONG_CHUNKS = True
 SEGMENTS = False
 OLDEST_TRITON = (3, 6)
+#: Chips whose matrix unit has kept little of its int8 rate: B300.
+LITTLE_INT8 = ("sm_103",)
 #: 32639 * 127 * 256 < 2**31: the largest product of a query in steps with a key row.
 WIDEST_ROW = 256
 
@@ -61,8 +63,8 @@ def unavailable(device: torch.device, block_size: int, head_dim: int, v_head_dim
 
 
 def multiplies_int8(chip: Chip) -> bool:
-    """Whether the matrix unit takes int8 as this backend wants it: on NVIDIA from Ampere on."""
-    return not (chip.name.startswith("sm_") and int(chip.name[3:]) < 80)
+    """Whether the matrix unit takes int8 as this backend wants it: on NVIDIA from Ampere on, but for `LITTLE_INT8`."""
+    return not (chip.name.startswith("sm_") and (int(chip.name[3:]) < 80 or chip.name in LITTLE_INT8))
 
 
 def append(k_new: torch.Tensor, v_new: torch.Tensor, storage: KvCacheQuant, tokens: Tokens) -> None:

@@ -13,8 +13,8 @@ Lane ``4 * c + t`` of a warp loads 16 elements of key rows ``16 * (c // 2) + c %
 ``16 * t`` to ``16 * t + 15`` of the value elements ``c + 8 * j``, for all i and j: column ``8 * i + 2 * t + e`` of the
 scores is token ``16 * t + 2 * i + e`` of the stream's 64.
 
-Where the matrix unit knows no int8, ``INTEGER=False`` multiplies in float16: K and V are converted, which is exact, and
-the two terms of queries and weights are float16.
+Where the matrix unit knows no int8, or does little of it, ``INTEGER=False`` multiplies in float16: K and V are brought
+to it exactly (`dequantize`), and the two terms of queries and weights are float16.
 """
 
 from __future__ import annotations
@@ -22,6 +22,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
+from .dequantize import bytes_to_half
 from .primitives import block_ids
 
 #: Tokens that one warp reads per iteration: four groups of 16, the runs of V that a thread loads at once.
@@ -142,7 +143,7 @@ def key_scores(
         product = tl.zeros((STREAMS, 2 * ROWS, TOKENS), tl.float32)
         for part in tl.static_range(PARTS):
             k = load_key_part(k_base, part, STREAMS, HEAD_DIM)
-            product = tl.dot(q_parts[part], k.to(tl.float16), product)
+            product = tl.dot(q_parts[part], bytes_to_half(k), product)
         scores = join_terms(product, STREAMS, ROWS, TOKENS, 1)
     elif not THIRD_TERM:
         product = tl.zeros((STREAMS, 2 * ROWS, TOKENS), tl.int32)
@@ -186,7 +187,7 @@ def weighted_values(terms, v, STREAMS: tl.constexpr, ROWS: tl.constexpr, V_PART:
     if INTEGER:
         sums = join_terms(tl.dot(terms, v, out_dtype=tl.int32), STREAMS, ROWS, V_PART, 256).to(tl.float32)
     else:
-        sums = join_terms(tl.dot(terms, v.to(tl.float16)), STREAMS, ROWS, V_PART, 1)
+        sums = join_terms(tl.dot(terms, bytes_to_half(v)), STREAMS, ROWS, V_PART, 1)
     return sums
 
 
