@@ -75,8 +75,8 @@ def continuously(
 ) -> Served:
     """Serve a trace with transformers' engine: over int8 blocks, or over its own pages in the model's dtype."""
     per_token = int8_bytes_per_token(model) if int8 else dense_bytes_per_token(model)
-    # The engine's two sectors that it never gives out count.
-    blocks = budget // (per_token * page_size) - 2
+    # The two sectors count that the engine never gives out, and rows of first tokens, which take less than a block.
+    blocks = budget // (per_token * page_size) - (3 if int8 else 2)
     generation = GenerationConfig(do_sample=False, max_new_tokens=1, eos_token_id=-1)
     config = ContinuousBatchingConfig(
         num_blocks=blocks,

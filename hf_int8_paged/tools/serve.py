@@ -64,10 +64,7 @@ class Server:
         given = {name: value for name, value in options.batching.items() if value is not None}
         self.state = GenerationState(continuous_batching=True, cb_config=ContinuousBatchingConfig(**given))
         manager = ModelManager(
-            device=options.device or "auto",
-            dtype=options.dtype or "auto",
-            continuous_batching=True,
-            force_model=options.model,
+            device=options.device or "auto", dtype=options.dtype or "auto", force_model=options.model
         )
         self.model, _ = manager.load_model_and_processor(manager.process_model_name(options.model))
         self._limit = options.max_request_tokens or _context(self.model)

@@ -19,6 +19,7 @@ ROOM: dict[str, dict[str, Any]] = {
     "room for all": {},
     "requests lose their blocks": {"num_blocks": 24, "safety_margin": 0.0},
     "prompts first": {"num_blocks": 30, "scheduler_type": "prefill_first"},
+    "prompts longer than a window's ring in one step": {"max_batch_tokens": 1024},
     "nothing shared": {"allow_block_sharing": False, "page_size": 48},
 }
 
@@ -35,7 +36,7 @@ def test_greedy_tokens_are_those_of_each_request_alone(architecture: str, room: 
         steps = Steps(manager.cache)
         results, names = run(manager, asked, cancelled=cancelled)
         check_nothing_is_held(manager.cache)
-    assert steps.split > 10, "prompts are computed in several steps"
+    assert steps.split > 10 or "in one step" in room, "prompts are computed in several steps"
     assert not manager.cache.use_prefix_sharing or steps.shared > 5
     assert room != "requests lose their blocks" or steps.preempted > 0
     margins = []

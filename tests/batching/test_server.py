@@ -9,7 +9,7 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -37,15 +37,16 @@ def client_of(port: int) -> openai.OpenAI:
     return openai.OpenAI(base_url=f"http://127.0.0.1:{port}/v1", api_key="none", max_retries=0, timeout=HANGS)
 
 
-def wait_for(port: int) -> openai.OpenAI:
+def wait_for(port: int, lives: Callable[[], bool]) -> openai.OpenAI:
     client, end = client_of(port), time.monotonic() + HANGS
-    while True:
+    while lives():
         try:
             client.models.list()
             return client
         except openai.APIConnectionError:
             assert time.monotonic() < end, "the server did not start"
             time.sleep(0.1)
+    raise AssertionError("the server ended before it had started")
 
 
 class Running:
@@ -57,7 +58,7 @@ class Running:
         self.model = str(folder)
         self._thread = threading.Thread(target=self.server.run)
         self._thread.start()
-        self.client = wait_for(self.port)
+        self.client = wait_for(self.port, self._thread.is_alive)
 
     @property
     def engine(self) -> Any:
@@ -170,7 +171,7 @@ def test_sigterm_lets_open_answers_end_and_takes_no_more(tiny_model_folder: Path
         [*command, *options], env={**os.environ, "HF_HUB_OFFLINE": "1"}, stderr=subprocess.PIPE, text=True
     )
     try:
-        client = wait_for(port)
+        client = wait_for(port, lambda: server.poll() is None)
         stream = client.chat.completions.create(
             model=str(tiny_model_folder),
             messages=[{"role": "user", "content": "count"}],
