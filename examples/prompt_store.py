@@ -17,7 +17,7 @@ from hf_int8_paged.tools.demo_model import demo_model_folder
 
 # A name on the hub, or a folder; without one SmolLM2-135M-Instruct, which needs no hub.
 name = sys.argv[1] if len(sys.argv) > 1 else demo_model_folder()
-folder = Path(sys.argv[2] if len(sys.argv) > 2 else "prompts")
+folder = Path(sys.argv[2] if len(sys.argv) > 2 else "stored-prompts")
 tokenizer = AutoTokenizer.from_pretrained(name)
 model = AutoModelForCausalLM.from_pretrained(name, attn_implementation="int8_paged")
 store = PromptStore(folder, max_bytes="2GiB")
@@ -35,7 +35,7 @@ for question in ("What turned the lens of a lighthouse?", "What did the keeper w
 
 torch.manual_seed(0)
 cache = PagedInt8Cache(model.config, max_bytes="1GiB")
-model.generate(ids, **{CACHE_ARGUMENT: cache}, max_new_tokens=120, do_sample=True, num_return_sequences=4)
+model.generate(ids, **{CACHE_ARGUMENT: cache}, max_new_tokens=60, do_sample=True, num_return_sequences=4)
 print(cache.describe())
 cache.plot().savefig(folder / "blocks.png", dpi=150)
 print(f"\n{len(store)} prompts in {store.nbytes:,} bytes; the blocks of four answers: {folder / 'blocks.png'}")

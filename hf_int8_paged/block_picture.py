@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 import numpy as np
@@ -9,10 +10,11 @@ import numpy as np
 from .block_allocator import HOLE
 from .sequences.growing import GrowingSequences
 
-#: Blocks in a row of the picture.
-_WIDTH = 64
+#: Blocks in a row of the picture, at least and at most.
+_WIDTHS = 16, 96
 #: Colours of the sequences, one after the other; a block that several hold has the first one's.
 _COLORS = ("#1f6fb2", "#d9822b", "#3a9a5b", "#b04a8b", "#7a6a2c", "#5a5fb0", "#c0504d", "#2f9aa0")
+_OTHERS, _EDGE = "#bbbbbb", "#e4e4e4"
 
 
 def picture_of(cache: Any, axes: Any = None) -> Any:
@@ -38,34 +40,63 @@ def picture_of(cache: Any, axes: Any = None) -> Any:
         raise ValueError("a preallocated cache shares no blocks: sequence i has the i-th part; describe() counts them")
     groups = list(sequences.groups.values())
     if axes is None:
-        rows = [max(-(-group.table.allocator.num_blocks // _WIDTH), 1) for group in groups]
-        figure = Figure(figsize=(8, sum(0.6 + 0.115 * count for count in rows) + 0.3), layout="constrained")
-        axes = figure.subplots(len(groups), 1, squeeze=False, height_ratios=[count + 3 for count in rows])
+        sizes = [8 / width * rows for width, rows in map(_grid, groups)]
+        figure = Figure(figsize=(8.4, sum(sizes) + 0.45 * len(sizes) + 0.5), layout="constrained")
+        axes = figure.subplots(len(groups), 1, squeeze=False, height_ratios=[size + 0.3 for size in sizes])
     panels = np.ravel(np.asarray(axes, dtype=object))
     if len(panels) < len(groups):
         raise ValueError(f"the cache has {len(groups)} groups of layers, but {len(panels)} axes were given")
     for group, panel in zip(groups, panels):
         _draw(group, panel)
+    _explain(panels[len(groups) - 1], sequences.batch_size or 0)
     return panels[0].figure
+
+
+def _grid(group: Any) -> tuple[int, int]:
+    """Columns and rows for the blocks of a group."""
+    count = group.table.allocator.num_blocks
+    width = min(max(math.isqrt(4 * count), _WIDTHS[0]), _WIDTHS[1])
+    return width, max(-(-count // width), 1)
+
+
+def _explain(axes: Any, batch: int) -> None:
+    from matplotlib.patches import Patch
+
+    shown = [Patch(color=color, label=f"sequence {row}") for row, color in enumerate(_COLORS[:batch])]
+    shown += [
+        Patch(color=_shade(_COLORS[0], 5), label="held by several"),
+        Patch(color=_OTHERS, label="another cache's"),
+    ]
+    shown.append(Patch(facecolor="white", edgecolor="#bbbbbb", label="free"))
+    axes.legend(
+        handles=shown, loc="upper left", bbox_to_anchor=(0, -0.02), ncols=8, frameon=False, fontsize=8, borderaxespad=0
+    )
+
+
+def _shade(color: str, holders: Any) -> np.ndarray:
+    """The colour of blocks that so many hold: the more, the darker."""
+    from matplotlib.colors import to_rgb
+
+    depth = np.minimum(np.asarray(holders) - 1, 4)[..., None] / 4
+    return np.array(to_rgb(color)) * (1 - 0.65 * depth)
 
 
 def _draw(group: Any, axes: Any) -> None:
     from matplotlib.colors import to_rgb
+    from matplotlib.patches import Rectangle
 
     table, allocator = group.table, group.table.allocator
-    count = allocator.num_blocks
+    count, (width, rows) = allocator.num_blocks, _grid(group)
     holders = np.array([allocator.ref_count(block) for block in range(count)])
-    shown = np.ones((max(-(-count // _WIDTH), 1) * _WIDTH, 3))
-    shown[:count][holders > 0] = to_rgb("#bbbbbb")
+    shown = np.zeros((rows * width, 4))  # nothing at all behind the last block
+    shown[:count] = 1
+    shown[:count, :3][holders > 0] = to_rgb(_OTHERS)
     for row in range(table.batch_size - 1, -1, -1):
         blocks = table.ids[row][table.ids[row] != HOLE]
-        depth = np.minimum(holders[blocks] - 1, 4)[:, None] / 4
-        shown[blocks] = np.array(to_rgb(_COLORS[row % len(_COLORS)])) * (1 - 0.65 * depth)
-    axes.imshow(shown.reshape(-1, _WIDTH, 3), interpolation="nearest", aspect="equal")
-    for edge in range(_WIDTH + 1):
-        axes.axvline(edge - 0.5, color="white", linewidth=0.6)
-    for edge in range(len(shown) // _WIDTH + 1):
-        axes.axhline(edge - 0.5, color="white", linewidth=0.6)
+        shown[blocks, :3] = _shade(_COLORS[row % len(_COLORS)], holders[blocks])
+    axes.imshow(shown.reshape(rows, width, 4), interpolation="nearest", aspect="equal")
+    for block in range(count):
+        axes.add_patch(Rectangle((block % width - 0.5, block // width - 0.5), 1, 1, fill=False, edgecolor=_EDGE))
     own = len(np.unique(table.held()))
     axes.set_title(
         f"{group.name}: {own} blocks of {table.batch_size} sequences, {int((holders > 1).sum())} shared, "
@@ -73,7 +104,4 @@ def _draw(group: Any, axes: Any) -> None:
         fontsize=9,
         loc="left",
     )
-    axes.set_xticks([])
-    axes.set_yticks([])
-    for spine in axes.spines.values():
-        spine.set_color("#bbbbbb")
+    axes.set_axis_off()

@@ -214,7 +214,7 @@ class PagedInt8Cache(SavedCaches, LookInside, CacheOperations, metaclass=_Marked
             return guard.inside.clear() or result
         except BaseException as error:
             self._take_back(layer_idx)
-            full = refused_memory(error)
+            full = refused_memory(error, self._sequences.broken)
             guard.inside.clear()
             if full is not None:
                 raise full from error

@@ -77,7 +77,7 @@ def whole(method: _F) -> _F:
             return guard.inside.clear() or result
         except BaseException as error:
             undo_interrupted(self, method.__name__)
-            full = refused_memory(error)
+            full = refused_memory(error, sequences.broken)
             guard.inside.clear()
             if full is not None:
                 raise full from error

@@ -78,7 +78,8 @@ class PromptStore:
         hashes = PrefixHashes(_stored_as(key, fresh), numbers, fresh.pool.block_size)
         most = len(numbers)
         lengths = {*range(fresh.pool.block_size, most, fresh.pool.block_size), *self._index.lengths(most)}
-        device = next((parameter.device for parameter in model.parameters()), None)
+        devices = {parameter.device for parameter in model.parameters()}
+        device = devices.pop() if len(devices) == 1 else None  # of several, each layer goes where it was
         for entry in self._index.find({hashes.of(tokens): tokens for tokens in lengths}):
             cache = self._load(entry, config, fresh, pool, device)
             if cache is None:

@@ -64,7 +64,7 @@ def test_a_picture_shows_every_block_by_its_owner() -> None:
     figure = cache.plot()
     assert len(figure.axes) == 2
     for axes, group in zip(figure.axes, cache._sequences.groups.values()):
-        colours = axes.images[0].get_array().reshape(-1, 3)
+        colours = axes.images[0].get_array().reshape(-1, 4)[:, :3]
         owners = {tuple(colours[block]) for row in group.table.ids for block in row if block >= 0}
         assert len(owners) == 2
         free = [b for b in range(group.table.allocator.num_blocks) if not group.table.allocator.ref_count(b)]
