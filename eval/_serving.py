@@ -5,6 +5,7 @@ from __future__ import annotations
 import threading
 import time
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any, NamedTuple
 
 import torch
@@ -127,10 +128,16 @@ def continuously(
     return Served(max(ends.values()), latencies, _asked(trace), nbytes, cache.num_sectors * page_size, samples)
 
 
-@torch.no_grad()
 def in_static_batches(model: PreTrainedModel, trace: list[Arrival], budget: int) -> Served:
-    """Serve a trace with `generate`: what has arrived goes into a batch, as many as the budget allows for the longest
-    request, and the next batch waits for all of them."""
+    """Serve a trace with `generate`, in a thread of its own as the engine: torch serves the main thread otherwise. What
+    has arrived goes into a batch, as many as the budget allows for the longest request, and the next batch waits for
+    all of them."""
+    with ThreadPoolExecutor(1) as thread:
+        return thread.submit(_in_static_batches, model, trace, budget).result()
+
+
+@torch.no_grad()
+def _in_static_batches(model: PreTrainedModel, trace: list[Arrival], budget: int) -> Served:
     model.set_attn_implementation("sdpa")
     per_token = dense_bytes_per_token(model)
     longest = max(len(request.prompt) + request.new_tokens for request in trace)

@@ -48,7 +48,8 @@ def whole_storage(
         stop = start + int(np.prod(shape)) * dtype.itemsize
         parts.append(memory[start:stop].view(dtype).view(shape))
         start = stop
-    return KvCacheQuant(*parts, backend=serving.NAME, tile_order=serving.TILE_ORDER)
+    k, v, k_scales, v_scales = parts
+    return KvCacheQuant(k, v, k_scales, v_scales, backend=serving.NAME, tile_order=serving.TILE_ORDER)
 
 
 def seen_from(

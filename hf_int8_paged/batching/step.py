@@ -151,8 +151,8 @@ class BatchStep:
         return chunks
 
     def _tokens(self, table: np.ndarray, before: np.ndarray, after: np.ndarray, window: int | None) -> Tokens:
-        lens = (self._on_device(x.astype(np.int32)) for x in (before, after))
-        return Tokens(self._on_device(table), *lens, window)
+        lens_before, lens = (self._on_device(x.astype(np.int32)) for x in (before, after))
+        return Tokens(self._on_device(table), lens_before, lens, window)
 
     def _first_tokens(
         self, names: list[str], before: np.ndarray, sees_fresh: bool, window: int | None, shortest: int
