@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
+from .full import refused_memory
 from .kernels import FLOAT_DTYPES
 
 if TYPE_CHECKING:
@@ -25,8 +26,19 @@ def assign(layer: PagedInt8Layer, dense: torch.Tensor, *, values: bool) -> None:
 
     Raises:
         ValueError, TypeError: shape, dtype or device are not those.
-        CacheFullError: the pool's budget does not allow blocks of their own. Nothing has changed then.
+        CacheFullError: the pool's budget does not allow blocks of their own, and nothing has changed; or memory was
+            refused, and the message says whether something has.
     """
+    try:
+        _assign(layer, dense, values)
+    except BaseException as error:
+        full = refused_memory(error, layer.sequences.broken)
+        if full is not None:
+            raise full from error
+        raise
+
+
+def _assign(layer: PagedInt8Layer, dense: torch.Tensor, values: bool) -> None:
     name = "values" if values else "keys"
     layer.sequences.refuse_if_broken()
     held = layer.stored(values=values)

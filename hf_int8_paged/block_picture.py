@@ -62,9 +62,10 @@ def _grid(group: Any) -> tuple[int, int]:
 def _explain(axes: Any, batch: int) -> None:
     from matplotlib.patches import Patch
 
+    several: Any = _shade(_COLORS[0], 5)
     shown = [Patch(color=color, label=f"sequence {row}") for row, color in enumerate(_COLORS[:batch])]
     shown += [
-        Patch(color=_shade(_COLORS[0], 5), label="held by several"),
+        Patch(color=several, label="held by several"),
         Patch(color=_OTHERS, label="another cache's"),
     ]
     shown.append(Patch(facecolor="white", edgecolor="#bbbbbb", label="free"))
