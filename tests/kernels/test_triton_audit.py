@@ -64,13 +64,13 @@ def test_decode_hides_latency_and_keeps_its_headroom(
     assert figures["kv_loads_narrower_than_16_bytes"] == 0
     assert figures["spill_instructions_in_loop"] == 0
     assert figures["loop_by_class"].get("barrier", 0) == 0
-    assert figures["instructions_outside_loop"] <= instructions
-    assert figures["barriers_outside_loop"] <= barriers
     # All programs begin at once, and share the work on that ground.
     config = CONFIGS.get((chip, head_dim, rotation is None), Config())
     assert figures["blocks_per_multiprocessor"] >= config.programs_per_processor == programs
     if rotation is None:
-        return  # a third term: K is read twice as slowly, and nothing is asked of its trips
+        return  # The query's third term takes registers and instructions; nothing is asked of these here.
+    assert figures["instructions_outside_loop"] <= instructions
+    assert figures["barriers_outside_loop"] <= barriers
     assert figures["dependent_trips"] <= (TRIPS_OF_256[chip] if head_dim == 256 else trips)
     if head_dim < 256:
         assert figures["spill_instructions"] == figures["stack_bytes"] == 0
