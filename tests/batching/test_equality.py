@@ -37,7 +37,8 @@ def test_greedy_tokens_are_those_of_each_request_alone(architecture: str, room: 
         results, names = run(manager, asked, cancelled=cancelled)
         check_nothing_is_held(manager.cache)
     assert steps.split > 10 or "in one step" in room, "prompts are computed in several steps"
-    assert not manager.cache.use_prefix_sharing or steps.shared > 5
+    # Prompts that begin in the same step find no block of each other's that is full already.
+    assert not manager.cache.use_prefix_sharing or steps.shared > 5 or "in one step" in room
     assert room != "requests lose their blocks" or steps.preempted > 0
     margins = []
     for i, (prompt, name) in enumerate(zip(asked, names)):

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import os
 import sys
-import tempfile
 from pathlib import Path
 
 import pytest
@@ -26,7 +25,7 @@ MOST_INSTRUCTIONS = 2 * 600
 
 def opcodes_of_append(gpu: str, new_tokens: int) -> list[str]:
     """The machine code of append for rotated, centred bfloat16 rows, without the padding behind it."""
-    from _machine_code import Program, tool
+    from _machine_code import disassemble
     from _triton_offline import TARGETS, compiling_for
 
     from hf_int8_paged.kernels.triton.append import launch_append
@@ -38,12 +37,10 @@ def opcodes_of_append(gpu: str, new_tokens: int) -> list[str]:
     storage = KvCacheQuant(k, v, *scales, "triton", "v_transposed", "hadamard", center)
     new = [torch.empty(1, HEADS, new_tokens, HEAD_DIM, dtype=torch.bfloat16) for _ in range(2)]
     lens = torch.zeros(1, dtype=torch.int32)
-    with compiling_for(TARGETS[gpu]) as compiled, tempfile.NamedTemporaryFile(suffix=".cubin") as file:
+    with compiling_for(TARGETS[gpu]) as compiled:
         launch_append(*new, storage, Tokens(torch.zeros(1, 9, dtype=torch.int32), lens, lens))
-        file.write(compiled[0][1].asm["cubin"])
-        file.flush()
-        program = Program.parse(tool("nvdisasm", "-c", file.name))
-    return [opcode for opcode in program.opcodes if opcode != "NOP"]
+    program, _ = disassemble(compiled[0][1])
+    return [each.opcode for each in program.instructions if each.opcode != "NOP"]
 
 
 @pytest.mark.parametrize("gpu", ["sm_80", "sm_90", "sm_100"])
