@@ -17,6 +17,7 @@ from hf_int8_paged.batching import PagedInt8BatchingManager
 
 def main(model_folder: str, output_folder: str) -> None:
     dist.init_process_group("gloo")
+    served = dist.new_group()  # beside the engine's own messages, which its threads exchange meanwhile
     model = AutoModelForCausalLM.from_pretrained(model_folder, tp_plan="auto", attn_implementation="int8_paged").eval()
     manager = PagedInt8BatchingManager(
         model,
@@ -30,15 +31,16 @@ def main(model_folder: str, output_folder: str) -> None:
         prompts = torch.load(Path(output_folder) / "prompts.pt")
         names = manager.add_requests(prompts)
         while len(tokens) < len(prompts):
-            result = manager.get_result(timeout=60)
+            result = manager.get_result(timeout=3600)
             assert result is not None
             assert result.error is None, result.error
             if result.is_finished():
                 tokens[names.index(result.request_id)] = result.generated_tokens
+    dist.barrier(served)  # whoever stops first stops all
     storage = manager.cache.cache_allocators["full_attention"].storages[0]  # type: ignore[attr-defined]
     manager.stop(keep_for_next_session=True)
     torch.save({"tokens": tokens, "heads": storage.num_kv_heads}, Path(output_folder) / f"rank_{dist.get_rank()}.pt")
-    dist.barrier()
+    dist.barrier(served)
     manager.destroy()
     dist.destroy_process_group()
 
