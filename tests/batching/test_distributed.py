@@ -2,19 +2,14 @@
 
 from __future__ import annotations
 
-import os
-import subprocess
-import sys
 from pathlib import Path
 
 import torch
 
-from tests.processes import HANGS
+from tests.processes import run_two_processes
 
 from .alone import run
 from .models import batching_model, manager_for, prompts
-
-ROOT = Path(__file__).parent.parent.parent
 
 
 def test_two_processes_with_a_kv_head_each_give_the_tokens_of_one(tmp_path: Path) -> None:
@@ -24,17 +19,7 @@ def test_two_processes_with_a_kv_head_each_give_the_tokens_of_one(tmp_path: Path
     model.save_pretrained(tmp_path / "model")
     torch.save(asked, tmp_path / "prompts.pt")
     worker = Path(__file__).with_name("tensor_parallel_worker.py")
-    launch = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", str(worker)]
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", "CUDA_VISIBLE_DEVICES": ""}
-    result = subprocess.run(
-        [sys.executable, *launch, str(tmp_path / "model"), str(tmp_path)],
-        cwd=ROOT,
-        env=environment,
-        capture_output=True,
-        text=True,
-        timeout=HANGS,
-    )
-    assert result.returncode == 0, result.stderr[-3000:]
+    run_two_processes(worker, str(tmp_path / "model"), str(tmp_path))
     ranks = [torch.load(tmp_path / f"rank_{rank}.pt") for rank in range(2)]
     assert [rank["heads"] for rank in ranks] == [1, 1]
     with manager_for(model, num_blocks=24, safety_margin=0.0) as manager:

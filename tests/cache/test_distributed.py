@@ -2,9 +2,6 @@
 
 from __future__ import annotations
 
-import os
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
@@ -13,9 +10,7 @@ import torch
 from hf_int8_paged import PagedInt8Cache
 from hf_int8_paged.kernels import KvCacheQuant, reference
 from tests.models import random_ids, tiny_model
-from tests.processes import HANGS
-
-ROOT = Path(__file__).parents[2]
+from tests.processes import run_two_processes
 
 
 @pytest.mark.slow
@@ -23,18 +18,8 @@ def test_two_processes_with_half_of_the_heads_each_give_the_tokens_of_one(tmp_pa
     """Tensor parallelism over gloo on the CPU: each process holds one of two KV heads."""
     model = tiny_model("llama")
     model.save_pretrained(tmp_path / "model")
-    worker = ROOT / "tests" / "cache" / "tensor_parallel_worker.py"
-    launch = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", str(worker)]
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", "CUDA_VISIBLE_DEVICES": ""}
-    result = subprocess.run(
-        [sys.executable, *launch, str(tmp_path / "model"), str(tmp_path)],
-        cwd=ROOT,
-        env=environment,
-        capture_output=True,
-        text=True,
-        timeout=HANGS,
-    )
-    assert result.returncode == 0, result.stderr[-3000:]
+    worker = Path(__file__).with_name("tensor_parallel_worker.py")
+    run_two_processes(worker, str(tmp_path / "model"), str(tmp_path))
     ranks = [torch.load(tmp_path / f"rank_{rank}.pt") for rank in range(2)]
     model.set_attn_implementation("int8_paged")
     expected = model.generate(

@@ -196,3 +196,11 @@ def test_strides_whose_products_pass_2_to_the_31(axis: int) -> None:
         answers.append((out, decoded, *gather_dense(storage, table, lens)))
     for narrow, wide in zip(*answers):
         assert torch.equal(narrow, wide)
+
+
+@pytest.mark.skipif(DEVICE.type != "cpu", reason="takes gigabytes where nothing can be reserved only")
+def test_a_mask_whose_rows_lie_past_2_to_the_31() -> None:
+    case = make_case("triton", lens=(20, 21, 22), kv_heads=1, head_dim=32, key_mask=0.5)
+    narrow = int8_paged_decode_attention(*case.arguments, **case.options)
+    case.options["key_mask"] = spread(case.options["key_mask"], 0, 2**30 + 2**20 + 16)
+    assert torch.equal(int8_paged_decode_attention(*case.arguments, **case.options), narrow)

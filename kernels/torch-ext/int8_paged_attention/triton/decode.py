@@ -1,4 +1,4 @@
-"""Decode attention in Triton: split over the context (`split`), then joined (`join`)."""
+"""Decode attention in Triton: read in even shares (`split`), then joined (`join`)."""
 
 from __future__ import annotations
 
@@ -69,7 +69,7 @@ def launch_decode(
     """`reference.attend` from the blocks on a GPU: two launches, whose grids depend on shapes alone.
 
     Args:
-        chip: its multiprocessors decide into how many splits the context falls.
+        chip: its multiprocessors decide how many programs share the work.
         integer: multiply int8 with int8; False multiplies in float16, for chips whose matrix unit knows no int8.
         config: instead of the chip's own.
     """

@@ -185,7 +185,8 @@ def decode_kernel(
                 if key_mask_ptr is not None:
                     columns = tokens - key_mask_start
                     known = (columns >= 0) & (columns < key_mask_width)
-                    exists &= tl.load(key_mask_ptr + sequence * key_mask_stride + columns, mask=known, other=0) != 0
+                    mask_row_ptr = key_mask_ptr + sequence.to(tl.int64) * key_mask_stride
+                    exists &= tl.load(mask_row_ptr + columns, mask=known, other=0) != 0
                     v_scales = tl.where(exists[:, None, :], v_scales, 0.0)
                 scores = tl.where(exists[:, None, :], scores, float("-inf"))
                 if (start < first_by_all) | (oldest < start + CHUNK - 1):
