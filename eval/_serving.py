@@ -106,21 +106,23 @@ def continuously(
             time.sleep(max(0.0, begin + request.second - time.monotonic()))
             manager.add_request(request.prompt, request_id=str(i), max_new_tokens=request.new_tokens)
 
-    threads = [threading.Thread(target=target) for target in (watch, arrive)]
-    for thread in threads:
-        thread.start()
     ends: dict[int, float] = {}
-    while len(ends) < len(trace):
-        result = manager.get_result(timeout=1)
-        if result is not None:
-            if result.error is not None:
-                raise RuntimeError(result.error)
-            ends[int(result.request_id)] = time.monotonic() - begin
-        elif not manager.is_running():
-            raise RuntimeError("the engine has stopped")
-    over.set()
-    for thread in threads:
-        thread.join()
+    with ThreadPoolExecutor(2) as threads:
+        threads.submit(watch)
+        arrivals = threads.submit(arrive)
+        try:
+            while len(ends) < len(trace):
+                result = manager.get_result(timeout=1)
+                if arrivals.done():
+                    arrivals.result()  # raises what a refused request has raised
+                if result is not None:
+                    if result.error is not None:
+                        raise RuntimeError(result.error)
+                    ends[int(result.request_id)] = time.monotonic() - begin
+                elif not manager.is_running():
+                    raise RuntimeError("the engine has stopped")
+        finally:
+            over.set()
     manager.stop()
     manager.destroy()
     latencies = [ends[i] - request.second for i, request in enumerate(trace)]

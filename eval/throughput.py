@@ -139,7 +139,7 @@ def main() -> None:
     parser.add_argument("--picture", type=Path, help="draw it to this file")
     args = parser.parse_args()
     device = device_called(args.device)
-    result = provenance(device, timed=True)
+    result = provenance(device, timed=True) | {"model": args.model}
     model, tokenizer = load_model(args, device)
     options = TraceOptions(
         args.requests, args.rate, args.shared, args.system_prompts, args.short, args.long, args.new_tokens, args.seed

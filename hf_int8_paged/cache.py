@@ -165,7 +165,7 @@ class PagedInt8Cache(SavedCaches, LookInside, CacheOperations, metaclass=_Marked
         paged = sum(isinstance(layer, PagedInt8Layer) for layer in layers)
         self._needs_wrapping = bool(getattr(config, "is_encoder_decoder", False)) and paged > 1
         self._sequences.beside_recurrent_states = any(isinstance(x, LinearAttentionCacheLayerMixin) for x in layers)
-        if own.max_bytes is not None and text_config is not None:
+        if given.max_bytes is not None and text_config is not None:
             self._sequences.expect(layer_geometry(text_config))
         # A `DynamicCache`, as transformers lets only those be cropped within an `EncoderDecoderCache`.
         Cache.__init__(self, layers=layers)

@@ -37,11 +37,6 @@ class LayerGeometry(NamedTuple):
         rows = format_called(format)
         return self.num_kv_heads * (rows.bytes_per_row(self.head_dim) + rows.bytes_per_row(self.v_head_dim))
 
-    @property
-    def shape(self) -> tuple[int, int, int]:
-        """Heads, and widths of a key row and of a value row."""
-        return self.num_kv_heads, self.head_dim, self.v_head_dim
-
     def elements_per_token(self) -> int:
         """Of keys and values, as a cache holds them that does not quantize."""
         return self.num_kv_heads * (self.head_dim + self.v_head_dim)

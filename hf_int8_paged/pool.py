@@ -93,6 +93,7 @@ class PagedInt8Pool(PoolBudget, PoolCentring):
             CacheFullError: the layer does not fit into ``max_bytes``.
         """
         with self.access.exclusive():
+            self.start_over_if_refused()
             held = self.storages.get(layer)
             theirs = None
             if held is not None:

@@ -56,8 +56,7 @@ class PoolBudget:
 
     def growth_targets(self, needed: Mapping[str, int], first_tokens: int) -> dict[str, int]:
         """Blocks that each group that has to grow should have; see `PagedInt8Pool.ensure_free`."""
-        if self._starts_over:
-            self._start_over()
+        self.start_over_if_refused()
         least, wished = {}, {}
         for group, count in needed.items():
             allocator = self.allocators[group]
@@ -175,9 +174,9 @@ class PoolBudget:
             "the prompt or raise max_bytes"
         )
 
-    def _start_over(self) -> None:
-        """Give all memory back, if no tokens are in it."""
-        if not any(allocator.num_used for allocator in self.allocators.values()):
+    def start_over_if_refused(self) -> None:
+        """Give all memory back, if a layer has been refused since and no tokens are in it."""
+        if self._starts_over and not any(allocator.num_used for allocator in self.allocators.values()):
             self._starts_over = False
             self.storages.clear()
             self._centers.clear()

@@ -13,7 +13,7 @@ from .cache import PagedInt8Cache
 from .options import checked_bytes
 from .persistence.prompt_index import Entry, PromptIndex, add, evict
 from .persistence.prompt_keys import PrefixHashes, model_key, token_ids
-from .persistence.tensor_file import CacheFileError
+from .persistence.tensor_file import CacheFileError, CacheFileMismatchError
 from .pool import PagedInt8Pool
 from .sequences.growing import GrowingSequences
 
@@ -61,8 +61,8 @@ class PromptStore:
         """A cache that holds the longest stored prefix of a prompt, and how long that is.
 
         It is shorter than the prompt, whose last token at least is the model's to compute. With nothing stored it is an
-        empty cache, and 0. A file that is damaged, or that the pool cannot take as its keys are centred otherwise, is
-        passed over.
+        empty cache, and 0. A file that this process cannot take is passed over: one of a newer release, or one whose
+        keys are centred otherwise than the pool's. A damaged one is deleted.
 
         Args:
             model: that computes the rest.
@@ -161,18 +161,19 @@ class PromptStore:
     def _load(
         self, entry: Entry, config: Any, like: PagedInt8Cache, pool: PagedInt8Pool | None, device: torch.device | None
     ) -> PagedInt8Cache | None:
-        """The cache of an entry, or None if it cannot be had: evicted meanwhile, damaged, or centred otherwise."""
+        """The cache of an entry, or None if it cannot be had: evicted meanwhile, damaged, or of another kind."""
         path = self.folder / entry.name
         limits: dict[str, Any] = (
             {} if pool is not None else {"backend": like.pool.backend, "max_bytes": like.pool.max_bytes}
         )
         try:
             return PagedInt8Cache.load(path, config, pool, device=device, **limits)
-        except CacheFileError as error:
-            if "key_center" not in str(error):
-                with self._index.writing() as database:
-                    database.execute("DELETE FROM entries WHERE name = ?", (entry.name,))
-                    path.unlink(missing_ok=True)
+        except CacheFileMismatchError:
+            return None  # another process, machine or release may take it
+        except CacheFileError:
+            with self._index.writing() as database:
+                database.execute("DELETE FROM entries WHERE name = ?", (entry.name,))
+                path.unlink(missing_ok=True)
             return None
 
     def _delete_strangers(self, known: set[str]) -> None:

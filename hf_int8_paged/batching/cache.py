@@ -61,17 +61,13 @@ class PagedInt8AttentionCache(PagedAttentionCache):
 
     Args:
         options: how rows are stored.
-        kwargs: what the engine gives to its own cache.
+        kwargs: what the engine gives to its own cache, with options that `check_engine_options` has passed.
 
     Raises:
-        ValueError: ``page_size`` is no multiple of 16, or no kernel serves the model's heads.
+        ValueError: no kernel serves the model's heads.
     """
 
     def __init__(self, *, options: Int8Options, **kwargs: Any):
-        page_size = kwargs["continuous_batching_config"].page_size
-        if page_size % BLOCK_SIZE:
-            raise ValueError(f"page_size must be a multiple of {BLOCK_SIZE} for int8 blocks, got {page_size}")
-
         def with_options(kind: type[Int8Pages]) -> Any:
             def make(**arguments: Any) -> Int8Pages:
                 allocator = kind(**arguments)
@@ -140,6 +136,15 @@ class PagedInt8AttentionCache(PagedAttentionCache):
         if matched:
             self.first_rows.hold(request_id, prompt_ids[0])
         return matched
+
+    def prepare_fork_request(
+        self, src_state: RequestState, dst_req_ids: list[str], copy_src_and_dst: dict[str, tuple[list[int], list[int]]]
+    ) -> list[str]:
+        forked = super().prepare_fork_request(src_state, dst_req_ids, copy_src_and_dst)
+        if self.first_rows is not None:
+            for request_id in forked:  # before the request that they were forked from can end
+                self.first_rows.hold(request_id, src_state.initial_tokens[0])
+        return forked
 
     def free_blocks(self, request_id: str, no_cache: bool = False) -> None:
         super().free_blocks(request_id, no_cache)

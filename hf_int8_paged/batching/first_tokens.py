@@ -135,6 +135,8 @@ class FirstTokenRows:
             unused = next((token for token in self._row_of if token not in self._users), None)
             if unused is not None:
                 self._unwritten.discard(unused)
+                # The step at hand may be writing this row, which is another token's from now on.
+                self._being_written.discard(unused)
                 return self._row_of.pop(unused)
         free = set(range(self._capacity)) - set(self._row_of.values())
         if not free:

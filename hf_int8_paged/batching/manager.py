@@ -18,6 +18,7 @@ from .attention import NAME
 from .cache import Int8Options, PagedInt8AttentionCache
 from .centers import key_centers
 from .engine import seeing
+from .pages import BLOCK_SIZE
 from .router import Router
 
 
@@ -66,7 +67,7 @@ class PagedInt8BatchingManager(ContinuousBatchingManager):
         if sink_tokens not in (0, 1):
             raise ValueError(f"sink_tokens must be 0 or 1 in continuous batching, got {sink_tokens!r}")
         config = ContinuousBatchingConfig() if continuous_batching_config is None else continuous_batching_config
-        _refuse_graphs(config)
+        check_engine_options(config)
         model.eval()
         held = key_centers(model) if centers is None else centers
         self._options = Int8Options(held, rotation, sink_tokens, backend)
@@ -106,6 +107,7 @@ class PagedInt8BatchingManager(ContinuousBatchingManager):
         most = self.max_request_tokens
         if max_new_tokens is None and self.generation_config.max_new_tokens is None and most is not None:
             max_new_tokens = most - len(input_ids)
+        self.output_router.expect(request_id)
         return super().add_request(input_ids, request_id, max_new_tokens, *args, **kwargs)
 
     def register_result_handler(self, request_id: str, callback: Callable) -> None:
@@ -170,27 +172,41 @@ class PagedInt8BatchingManager(ContinuousBatchingManager):
         self.switch_to_cb_friendly_attn(self.model)
         if self.batch_processor is None:
             self.batch_processor = self._create_batch_processor()
-            self._fail_what_never_fits()
+        if not self.is_running():
+            self._judge_what_came_before()
         super().start()
 
-    def _fail_what_never_fits(self) -> None:
-        """Answer requests with an error that came before it was known how many tokens there is room for."""
+    def _judge_what_came_before(self) -> None:
+        """Requests may have come before it was known how many tokens there is room for: answer those with an error that
+        never fit, and limit those that ask for no number of new tokens by the room."""
+        most = self.max_request_tokens
         for state in drain_queue(self.input_queue):
             try:
                 self.check_length(len(state.initial_tokens), state.max_new_tokens)
             except RequestTooLongError as error:
                 self.output_router.fail_and_deliver(state, error)
             else:
+                if state.max_new_tokens is None and most is not None:
+                    state.max_new_tokens = state._new_tokens_limit = most - len(state.initial_tokens)
                 self.input_queue.put(state)
 
     def _create_batch_processor(self) -> ContinuousBatchProcessor:
         with_blocks = functools.partial(PagedInt8AttentionCache, options=self._options)
         make = seeing(ContinuousBatchingManager._create_batch_processor, PagedAttentionCache=with_blocks)
-        return make(self)
+        try:
+            return make(self)
+        except BaseException:
+            if self._original_attn_impl is not None:  # nobody else would put it back
+                self.model.set_attn_implementation(self._original_attn_impl)
+                self._original_attn_impl = None
+            raise
 
 
-def _refuse_graphs(config: ContinuousBatchingConfig) -> None:
-    """Raise ``ValueError`` for options that record or compile steps: the host makes block tables anew for each."""
+def check_engine_options(config: ContinuousBatchingConfig) -> None:
+    """Raise ``ValueError`` for options that int8 blocks cannot honour: other pages than whole blocks of the kernels,
+    and steps that are recorded or compiled, as the host makes block tables anew for each."""
+    if config.page_size % BLOCK_SIZE:
+        raise ValueError(f"page_size must be a multiple of {BLOCK_SIZE} for int8 blocks, got {config.page_size}")
     graphs = config.use_cuda_graph
     asked = {
         "use_cuda_graph": any(graphs) if isinstance(graphs, tuple) else graphs,

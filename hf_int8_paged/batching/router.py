@@ -8,6 +8,9 @@ from collections.abc import Callable
 from transformers.generation.continuous_batching.continuous_api import OutputRouter
 from transformers.generation.continuous_batching.requests import GenerationOutput
 
+#: How many are remembered: what is cancelled delivers nothing after the next step.
+FORGOTTEN = 4096
+
 
 class Router(OutputRouter):
     """transformers' `OutputRouter`, without the moment in which a result is lost.
@@ -19,11 +22,13 @@ class Router(OutputRouter):
     def __init__(self) -> None:
         super().__init__()
         self._lock = threading.RLock()  # type: ignore[assignment]  # the one who hands over also registers
+        #: Requests that nobody waits for any more, the newest last.
+        self._forgotten: dict[str | None, None] = {}
 
     def deliver(self, output: GenerationOutput) -> None:
         with self._lock:
             entry = self.result_handlers.get(output.request_id)
-            if entry is None:
+            if entry is None and output.request_id not in self._forgotten:
                 self.output_queue.put(output)
         if entry is not None:
             callback, loop = entry
@@ -52,6 +57,15 @@ class Router(OutputRouter):
                 loop.call_soon_threadsafe(callback, mine[-1])
 
     def forget(self, request_id: str | None) -> None:
-        """Nobody waits for a request any more: it was cancelled, or refused."""
+        """Nobody waits for a request any more: it was cancelled, or refused. What the step at hand still delivers of it
+        is dropped."""
         with self._lock:
             self.result_handlers.pop(request_id, None)  # type: ignore[arg-type]
+            self._forgotten[request_id] = None
+            if len(self._forgotten) > FORGOTTEN:
+                del self._forgotten[next(iter(self._forgotten))]
+
+    def expect(self, request_id: str | None) -> None:
+        """A request with this id comes, perhaps after one that was forgotten."""
+        with self._lock:
+            self._forgotten.pop(request_id, None)

@@ -9,7 +9,7 @@ from typing import Any
 from ..kernels import FORMATS, MAX_FIRST_TOKENS, MAX_HEAD_DIM, ROTATIONS
 from .fields import Fields
 from .other_layers import DTYPE_NAMES
-from .tensor_file import CacheFileError, TensorFile
+from .tensor_file import CacheFileMismatchError, TensorFile
 
 #: Raised by one when an older release could not read a file any more.
 FORMAT_VERSION = 1
@@ -121,7 +121,7 @@ def read_header(file: TensorFile) -> Header:
     version = fields.integer("format_version", 1)
     library = fields.string("library_version")
     if version > FORMAT_VERSION:
-        raise CacheFileError(
+        raise CacheFileMismatchError(
             f"{file.path}: format_version {version} was written by hf-int8-paged {library}; this release reads up to "
             f"{FORMAT_VERSION}: update hf-int8-paged"
         )

@@ -91,23 +91,34 @@ def _fill_growing(cache: Any, header: Header, file: TensorFile) -> None:
     places = None
     if header.first_tokens:
         places = FirstTokenPlaces(_places("first_tokens", header, file).numpy())
-    taken = _take_over(sequences, header, ids, places)
-    for index, (layer, stored) in enumerate(zip(cache.layers, header.layers)):
-        if not stored.num_kv_heads:
-            continue
+    stored_layers = [x for x in zip(cache.layers, header.layers) if x[1].num_kv_heads]
+    # All is read and checked before the pool changes.
+    contents = []
+    for layer, stored in stored_layers:
         room = layer.room
-        group = room.group
-        center = _center(index, stored, file)
-        if (length or center is not None) and not pool.adopt_center(index, center, lambda g=group: g.holds_the_pool):  # type: ignore[misc]
-            raise file.error(
-                f"layers.{index}.key_center",
+        kept = None
+        if stored.first_tokens is not None:
+            table = None if places is None else places.table
+            kept = _kept(room.index, stored, file, table, room.storage.device)
+        blocks = header.groups[stored.group or ""].blocks
+        contents.append((_center(room.index, stored, file), _contents(room, blocks, file), kept))
+    taken = _take_over(sequences, header, ids, places)
+    for (layer, _), (_, _, kept) in zip(stored_layers, contents):
+        if kept is not None:
+            layer.room.kept_rows = kept
+    for (layer, _), (center, tensors, _) in zip(stored_layers, contents):
+        room, group = layer.room, layer.room.group
+        if (length or center is not None) and not pool.adopt_center(
+            room.index,
+            center,
+            lambda g=group: g.holds_the_pool,  # type: ignore[misc]
+        ):
+            raise file.mismatch(
+                f"layers.{room.index}.key_center",
                 "the pool holds tokens of another cache, whose keys were centred otherwise; load it into a pool of "
                 "its own, or make both with center_keys=False",
             )
-        blocks = torch.from_numpy(taken[group.name].astype(np.int64))
-        _write(index, room.storage, blocks, file, sequences.writer)
-        if stored.first_tokens is not None:
-            room.kept_rows = _kept(index, stored, file, None if places is None else places.table, room.storage.device)
+        _write(room, torch.from_numpy(taken[group.name].astype(np.int64)), tensors)
 
 
 def _take_over(
@@ -159,7 +170,7 @@ def _fill_preallocated(cache: Any, header: Header, file: TensorFile) -> None:
         blocks = header.groups[stored.group or ""].blocks
         if blocks != batch * used_blocks(room, length):
             raise file.error(f"groups.{stored.group}.blocks", f"{blocks} for {batch} sequences of {length} tokens")
-        _write(index, room.storage, ids_of(room, batch, length), file, room.writer)
+        _write(room, ids_of(room, batch, length), _contents(room, blocks, file))
         center, fixed = _center(index, stored, file), room.memory.first_tokens
         if center is not None:
             room.storage.key_center.copy_(center)
@@ -223,22 +234,29 @@ def _center(index: int, stored: LayerHeader, file: TensorFile) -> torch.Tensor |
     return file.read(f"layers.{index}.key_center", torch.float32, (stored.num_kv_heads, stored.head_dim))
 
 
-def _write(index: int, storage: KvCacheQuant, ids: torch.Tensor, file: TensorFile, writer: Any) -> None:
-    """Copy a layer's blocks from the file, a few at a time, in the order of the storage's tiles."""
-    names = Segment._fields
+def _contents(room: Any, blocks: int, file: TensorFile) -> list[torch.Tensor]:
+    """A layer's blocks in the file: the tensors of a `Segment`, blocks first, rows in the order of tokens."""
     tensors = []
-    for name, x in zip(names, storage.segments[0]):
-        rows = file.read(f"layers.{index}.{name}", x.dtype, (len(ids), storage.num_kv_heads, *x.shape[2:]))
+    for name, x in zip(Segment._fields, room.storage.segments[0]):
+        shape = (blocks, room.storage.num_kv_heads, *x.shape[2:])
+        rows = file.read(f"layers.{room.index}.{name}", x.dtype, shape)
         if rows.dtype == torch.int8 and bool((rows == -128).any()):
-            raise file.error(f"layers.{index}.{name}", "-128 is no stored element")
+            raise file.error(f"layers.{room.index}.{name}", "-128 is no stored element")
         tensors.append(rows)
+    return tensors
+
+
+def _write(room: Any, ids: torch.Tensor, tensors: list[torch.Tensor]) -> None:
+    """Copy a layer's blocks into those of these ids, a few at a time, in the order of the storage's tiles."""
     per_block = sum(x[:1].nbytes for x in tensors) or _CHUNK
-    for start in range(0, len(ids), max(_CHUNK // per_block, 1)):
-        stop = start + max(_CHUNK // per_block, 1)
-        parts = []
-        for name, rows in zip(names, tensors):
-            part = rows[start:stop].transpose(0, 1)
-            tiles = rows_to_tiles(part, storage.tile_order, values=name == "v") if name in ("k", "v") else part
-            parts.append(tiles.to(storage.device))
-        with writer:
-            write_blocks(storage, ids[start:stop].to(storage.device), Segment(*parts))
+    count = max(_CHUNK // per_block, 1)
+    for start in range(0, len(ids), count):
+        # Asked anew each time: another cache may let the pool grow meanwhile, which replaces the object.
+        with room.writer:
+            storage: KvCacheQuant = room.storage
+            parts = []
+            for name, rows in zip(Segment._fields, tensors):
+                part = rows[start : start + count].transpose(0, 1)
+                tiles = rows_to_tiles(part, storage.tile_order, values=name == "v") if name in ("k", "v") else part
+                parts.append(tiles.to(storage.device))
+            write_blocks(storage, ids[start : start + count].to(storage.device), Segment(*parts))

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from transformers import PreTrainedConfig
 
+from ..full import refused_memory
 from ..one_thread import whole
 from ..options import checked_device, decoder_config
 from ..version import __version__
@@ -83,7 +84,7 @@ class SavedCaches:
         Raises:
             CacheFileError: there is no such file, it is damaged, or it does not fit the config, the pool or this
                 machine. A ``ValueError``, whose message names the field.
-            CacheFullError: the pool's limit is reached.
+            CacheFullError: the pool's limit is reached, or memory was refused.
             TypeError, ValueError: an argument is of the wrong kind.
 
         A pool holds what it held before where it raises.
@@ -94,12 +95,12 @@ class SavedCaches:
         if header.model is not None:
             differs = difference(header.model, fingerprint(mine))
             if differs is not None:
-                raise file.error("config", f"it was filled by another model: {differs}")
+                raise file.mismatch("config", f"it was filled by another model: {differs}")
         options = dict(header.options)
         if pool is not None:
             for name in _POOL_OPTIONS:
                 if getattr(pool, name, None) != options[name]:
-                    raise file.error(
+                    raise file.mismatch(
                         f"options.{name}", f"{options[name]!r}, but the pool's is {getattr(pool, name, None)!r}"
                     )
                 del options[name]
@@ -110,13 +111,19 @@ class SavedCaches:
             try:
                 return chosen or checked_device(stored)
             except (TypeError, ValueError) as error:
-                raise file.error("device", f"{error}; load it with device=...") from error
+                raise file.mismatch("device", f"{error}; load it with device=...") from error
 
         try:
             cache = cls(config, pool=pool, backend=backend, max_bytes=max_bytes, **options)  # type: ignore[call-arg]
         except (NotImplementedError, ValueError) as error:
-            raise file.error("options", str(error)) from error
-        fill(cache, header, file, place)
+            raise file.mismatch("options", str(error)) from error
+        try:
+            fill(cache, header, file, place)
+        except BaseException as error:
+            full = refused_memory(error)
+            if full is not None:
+                raise full from error
+            raise
         return cache
 
 

@@ -34,6 +34,10 @@ class CacheFileError(ValueError):
     """A file that holds no cache, is damaged, or does not fit; the message names the part. Nothing has changed."""
 
 
+class CacheFileMismatchError(CacheFileError):
+    """A sound file that does not fit here: another release, model, machine or pool may take it."""
+
+
 class Stored(NamedTuple):
     """A tensor to be written.
 
@@ -193,4 +197,11 @@ class TensorFile:
 
     def error(self, field: str, what: str) -> CacheFileError:
         """The error for a part of the file."""
-        return CacheFileError(f"{self.path} holds no cache that can be loaded: {field}: {what}")
+        return CacheFileError(self._message(field, what))
+
+    def mismatch(self, field: str, what: str) -> CacheFileMismatchError:
+        """The error for a part that is sound, and does not fit here."""
+        return CacheFileMismatchError(self._message(field, what))
+
+    def _message(self, field: str, what: str) -> str:
+        return f"{self.path} holds no cache that can be loaded: {field}: {what}"

@@ -143,7 +143,7 @@ def _serve(options: argparse.Namespace) -> int:
         )
     except (DemoModelError, ServerError, OSError, ValueError) as error:
         return _error(str(error))
-    print(f"serving {model} at http://{options.host}:{options.port}/v1", file=sys.stderr)
+    print(f"serving {model} at http://{options.host}:{server.port}/v1", file=sys.stderr)
     server.run()
     return 0
 

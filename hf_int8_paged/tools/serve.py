@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import inspect
 import signal
+import socket
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -13,6 +14,7 @@ from typing import Any
 from transformers import ContinuousBatchingConfig, PreTrainedModel
 
 from ..batching import RequestTooLongError, int8_batching
+from ..batching.manager import check_engine_options
 
 
 class ServerError(RuntimeError):
@@ -48,9 +50,13 @@ class Server:
     Args:
         options: of the command.
 
+    Attributes:
+        port: that clients connect to; they wait until `run` answers.
+
     Raises:
         ServerError: the packages of ``hf-int8-paged[serve]`` are missing.
-        OSError, ValueError: the model cannot be loaded.
+        OSError: the port is taken, or the model cannot be loaded.
+        ValueError: an option of the engine that int8 blocks cannot honour, or the model cannot be loaded.
     """
 
     def __init__(self, options: ServerOptions):
@@ -62,7 +68,11 @@ class Server:
         except ImportError as error:
             raise ServerError(f"{error}; install what the server needs: pip install 'hf-int8-paged[serve]'") from error
         given = {name: value for name, value in options.batching.items() if value is not None}
-        self.state = GenerationState(continuous_batching=True, cb_config=ContinuousBatchingConfig(**given))
+        engine = ContinuousBatchingConfig(**given)
+        check_engine_options(engine)
+        self._socket = socket.create_server((options.host, options.port), family=_family(options.host))
+        self.port = self._socket.getsockname()[1]
+        self.state = GenerationState(continuous_batching=True, cb_config=engine)
         manager = ModelManager(
             device=options.device or "auto", dtype=options.dtype or "auto", force_model=options.model
         )
@@ -73,16 +83,21 @@ class Server:
         handlers = _handlers(inspect.signature(build_server).parameters, manager, self.state)
         app = build_server(manager, generation_state=self.state, **handlers)
         app.add_exception_handler(RequestTooLongError, _too_long)
-        self.uvicorn = uvicorn.Server(uvicorn.Config(app, host=options.host, port=options.port, log_level="warning"))
+        self.uvicorn = uvicorn.Server(uvicorn.Config(app, log_level="warning"))
 
     def run(self) -> None:
         """Serve until SIGTERM or SIGINT. Then no connection is taken any more, and those that are open get all of their
         answers."""
         with _no_second_signal(), int8_batching(self.model, max_request_tokens=self._limit):
             try:
-                self.uvicorn.run()
+                self.uvicorn.run(sockets=[self._socket])
             finally:
                 self.state.shutdown()
+                self._socket.close()
+
+
+def _family(host: str) -> socket.AddressFamily:
+    return socket.AF_INET6 if ":" in host else socket.AF_INET
 
 
 @contextmanager

@@ -80,8 +80,8 @@ def manager_for(
         ContinuousBatchingConfig(**defaults | options),
         **own,
     )
+    manager.warmup()
     try:
-        manager.warmup()
         yield manager
     finally:
         if manager._original_attn_impl is not None:

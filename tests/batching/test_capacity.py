@@ -80,6 +80,7 @@ def test_pages_of_16_tokens_lose_a_little_to_nothing() -> None:
     before = int8.first_rows.nbytes
     for i in range(64):
         assert int8.can_store_request_tokens(RequestState(f"request {i}", [1, 2, 3]), 3)
+    int8.first_rows.make_room()
     assert int8.first_rows.nbytes == before
 
 
@@ -100,19 +101,22 @@ def test_rows_of_first_tokens_are_given_back() -> None:
     assert rows.nbytes == held
 
 
-def test_requests_that_come_before_the_blocks_are_answered_too() -> None:
+@pytest.mark.parametrize("blocks", ["made by start", "made before"])
+def test_requests_that_come_before_the_blocks_are_answered_too(blocks: str) -> None:
     """One of them can never fit; the other one asks for no number of tokens and gets what there is room for."""
     model = batching_model("llama: full attention")
     with manager_for(model, {"max_new_tokens": None}, num_blocks=4) as manager:
         manager.batch_processor = None
         too_long = manager.add_request([5] * 100)
+        manager.add_request([5] * 20)
+        if blocks == "made before":
+            manager.warmup()
         manager.start()
         result = manager.get_result(timeout=3600)
         assert result is not None
         assert result.request_id == too_long
         assert result.error is not None
         assert "all blocks together hold 64" in result.error
-        manager.add_request([5] * 20)
         result = manager.get_result(timeout=3600)
         assert result is not None
         assert (result.error, len(result.generated_tokens)) == (None, 44)

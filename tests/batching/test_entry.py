@@ -115,6 +115,14 @@ def test_what_it_cannot_do_is_refused(options: dict, said: str) -> None:
     assert model.config._attn_implementation == "int8_paged"
 
 
+def test_a_refusal_by_the_blocks_leaves_the_model_as_it_was() -> None:
+    model = batching_model("llama: full attention")
+    with pytest.raises(ValueError, match="backend 'triton' cannot serve"):
+        generate_batch(model, [[1, 2]], *options(), int8_options={"backend": "triton"})
+    assert model.config._attn_implementation == "int8_paged"
+    assert len(generate_batch(model, [[1, 2]], *options())) == 1
+
+
 def test_another_engine_is_refused_by_its_version() -> None:
     def makes_its_cache_otherwise() -> None: ...
 

@@ -53,8 +53,8 @@ class Running:
     """A server in this process, in a thread of its own."""
 
     def __init__(self, folder: Path):
-        self.port = free_port()
-        self.server = Server(ServerOptions(str(folder), "127.0.0.1", self.port, "cpu", None, None, POOL))
+        self.server = Server(ServerOptions(str(folder), "127.0.0.1", 0, "cpu", None, None, POOL))
+        self.port = self.server.port
         self.model = str(folder)
         self._thread = threading.Thread(target=self.server.run)
         self._thread.start()
@@ -94,6 +94,7 @@ class Running:
             time.sleep(0.05)
         check_nothing_is_held(self.engine.cache)
         assert not self.engine.output_router.result_handlers
+        assert self.engine.output_router.output_queue.empty()
 
 
 @pytest.fixture(scope="module")
@@ -130,15 +131,37 @@ def test_two_clients_stream_at_once(running: Running) -> None:
     running.settle()
 
 
-def test_the_blocks_of_a_client_that_hangs_up_come_back(running: Running) -> None:
+def test_the_blocks_of_a_client_that_hangs_up_come_back(running: Running, monkeypatch: pytest.MonkeyPatch) -> None:
+    """In the middle of its answer: the engine waits for the client to be gone, and a little later for the server to
+    have cancelled the request."""
+    assert running.ask("are you there?", 5)[1] == 5
+    engine, closed, cancelled, tokens = running.engine, threading.Event(), threading.Event(), []
+    deliver, cancel = engine.output_router.deliver, engine.cancel_request
+
+    def delivering(output: Any) -> None:
+        tokens.append(len(output.generated_tokens))
+        if len(tokens) > 3:
+            assert closed.wait(HANGS)
+        if len(tokens) > 20:
+            assert cancelled.wait(HANGS)
+        deliver(output)
+
+    def cancelling(request_id: str) -> None:
+        cancel(request_id)
+        cancelled.set()
+
+    monkeypatch.setattr(engine.output_router, "deliver", delivering)
+    monkeypatch.setattr(engine, "cancel_request", cancelling)
     client = client_of(running.port)
     stream = running.stream("I will not wait for the end. " * 3, 400, client)
-    for _ in range(3):
-        next(stream)
-    assert running.engine.batch_processor.has_pending_requests()
+    next(stream)
     stream.close()
     client.close()
+    closed.set()
+    assert cancelled.wait(HANGS)
     running.settle()
+    assert max(tokens) < 100
+    monkeypatch.undo()
     assert running.ask("are you there?", 5)[1] == 5
 
 
@@ -150,6 +173,13 @@ def test_a_request_that_is_too_long_is_refused_at_once(running: Running, text: s
     assert refusal.value.status_code == 400
     assert refusal.value.code == "context_length_exceeded"
     running.settle()
+
+
+def test_what_cannot_be_served_is_refused_before_the_start(tiny_model_folder: Path) -> None:
+    with socket.create_server(("127.0.0.1", 0)) as taken, pytest.raises(OSError, match="in use"):
+        Server(ServerOptions(str(tiny_model_folder), "127.0.0.1", taken.getsockname()[1], "cpu", None, None, POOL))
+    with pytest.raises(ValueError, match="page_size must be a multiple of 16"):
+        Server(ServerOptions(str(tiny_model_folder), "127.0.0.1", 0, "cpu", None, None, {"page_size": 24}))
 
 
 def test_a_full_pool_lets_requests_wait_and_loses_none(running: Running) -> None:

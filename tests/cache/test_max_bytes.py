@@ -87,18 +87,32 @@ def test_the_tokens_that_the_error_names_are_those_that_fit(name, max_bytes, bac
     cache = PagedInt8Cache(model.config, max_bytes=max_bytes, backend=backend)
     with pytest.raises(CacheFullError, match=r"holds \d+ tokens of one sequence") as raised:
         # A window's layers hold the newest tokens only, so they alone never fill a limit: many sequences do.
-        step(model, cache, 90, 300)
+        step(model, cache, *((90, 300) if name == "mistral" else (1, 3000)))
     assert cache.nbytes_allocated == 0
     named = int(str(raised.value).partition("which holds ")[2].split()[0])
     if name == "mistral":
-        return  # its layers have windows only: any number fits
-    cache = PagedInt8Cache(model.config, max_bytes=max_bytes, backend=backend, sink_tokens=0)
-    limit = cache.pool.tokens_for(max_bytes)
-    assert limit >= named
-    step(model, cache, 1, limit)
-    cache = PagedInt8Cache(model.config, max_bytes=max_bytes, backend=backend, sink_tokens=0)
-    with pytest.raises(CacheFullError):
-        step(model, cache, 1, limit + 1)
+        assert named > 1_000_000, "its layers have windows only: any number fits"
+        return
+    first_token = cache.pool.first_tokens_bytes(1, torch.float32)
+    assert named == cache.pool.tokens_for(max_bytes - first_token) > 0
+    step(model, cache, 1, named)
+    for more, fits in ((0, True), (1, False)):
+        cache = PagedInt8Cache(model.config, max_bytes=max_bytes, backend=backend, sink_tokens=0)
+        said = refusal_of(model, cache, 1, cache.pool.tokens_for(max_bytes) + more)
+        assert (said is None) == fits
+
+
+def test_a_pools_limit_names_the_tokens_before_the_first_keys_come(backend) -> None:
+    """A pool and a cache with the same limit say the same, and nothing is allocated for a prompt that cannot fit."""
+    model = model_called("llama")
+    for max_bytes in (2_000, 20_000):
+        own = PagedInt8Cache(model.config, max_bytes=max_bytes, backend=backend)
+        pool = PagedInt8Pool(max_bytes=max_bytes, backend=backend)
+        shared = PagedInt8Cache(model.config, pool=pool)
+        said = [refusal_of(model, cache, 1, 100) for cache in (own, shared)]
+        assert said[0] is not None
+        assert said[0] == said[1]
+        assert pool.nbytes_allocated == 0
 
 
 def test_without_a_word_of_sizes_in_the_config_the_first_prompt_is_taken_back(monkeypatch, backend) -> None:

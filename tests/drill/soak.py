@@ -78,8 +78,10 @@ def soak(seconds: float, threads: int = 4, seed: int = 0) -> dict[str, Any]:
     return {
         "seconds": seconds,
         "threads": threads,
+        "max_bytes": MAX_BYTES,
         "counts": dict(sorted(found.items())),
         "pool_bytes_at_most": most,
+        "blocks_held_at_the_end": sum(allocator.num_used for allocator in pool.allocators.values()),
         "resident_bytes": {"second_fifth": begin, "last_fifth": end},
         "failures": sum(count for what, count in found.items() if what.startswith("failure")),
     }
