@@ -98,7 +98,8 @@ test-gpu: $(DEV)  ## On a GPU: numerics with fresh inputs, races, CUDA graphs, a
 drill: $(DEV)  ## Throw an exception at every line that an operation passes, refuse memory everywhere, damage files (over an hour)
 	OMP_NUM_THREADS=1 HF_HUB_OFFLINE=1 $(BIN)/python -m tests.drill.files --json eval/results/file_drill.json
 	OMP_NUM_THREADS=1 HF_HUB_OFFLINE=1 $(BIN)/python -m tests.drill.threads --json eval/results/thread_drill.json
-	OMP_NUM_THREADS=1 HF_HUB_OFFLINE=1 $(BIN)/python -m tests.drill.refusals --workers $(WORKERS)
+	OMP_NUM_THREADS=1 HF_HUB_OFFLINE=1 $(BIN)/python -m tests.drill.refusals --workers $(WORKERS) \
+		--json eval/results/refusal_drill.json
 	OMP_NUM_THREADS=1 HF_HUB_OFFLINE=1 $(BIN)/python -m tests.drill.drill --workers $(WORKERS)
 
 soak: $(DEV)  ## Serve requests of several threads from one pool for half an hour (SECONDS=60: a minute); writes eval/results/soak.json

@@ -34,8 +34,7 @@ class LayerGeometry(NamedTuple):
 
     def bytes_per_token(self, format: str) -> int:
         """Stored rows and scales of one token."""
-        rows = format_called(format)
-        return self.num_kv_heads * (rows.bytes_per_row(self.head_dim) + rows.bytes_per_row(self.v_head_dim))
+        return format_called(format).bytes_per_token(self.num_kv_heads, self.head_dim, self.v_head_dim)
 
     def elements_per_token(self) -> int:
         """Of keys and values, as a cache holds them that does not quantize."""

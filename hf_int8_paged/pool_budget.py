@@ -140,8 +140,7 @@ class PoolBudget:
         return tokens * dtype.itemsize * sum(heads * (dim + v_dim) for heads, dim, v_dim in shapes.values())
 
     def _bytes_per_token(self, shape: tuple[int, int, int]) -> int:
-        (heads, dim, v_dim), rows = shape, format_called(self.format)
-        return heads * (rows.bytes_per_row(dim) + rows.bytes_per_row(v_dim))
+        return format_called(self.format).bytes_per_token(*shape)
 
     def _bytes_per_block(self, group: str) -> int:
         per_token = {layer: self._bytes_per_token(shape) for layer, shape in self.forecast.get(group, {}).items()}

@@ -22,7 +22,7 @@ BLOCK_SIZE = 16
 
 def bytes_per_page(num_kv_heads: int, head_dim: int, page_size: int) -> int:
     """Bytes of the keys and values of ``page_size`` tokens in one layer, with their scales."""
-    return 2 * num_kv_heads * INT8.bytes_per_row(head_dim) * page_size
+    return INT8.bytes_per_token(num_kv_heads, head_dim, head_dim) * page_size
 
 
 def whole_storage(

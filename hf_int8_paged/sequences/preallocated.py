@@ -7,20 +7,18 @@ device. Compiled steps count on the device only; the host reads the lengths agai
 from __future__ import annotations
 
 import copy
-from bisect import bisect_right
 from collections.abc import Iterable, Sequence
 from typing import NamedTuple
 
 import torch
 
-from ..byte_sizes import bytes_as_text
 from ..full import CacheFullError
-from ..kernels import MAX_DECODE_ROWS, format_called
-from ..layer_checks import LayerShape, check_none_left_out, interrupted, refuse_broken
+from ..kernels import MAX_DECODE_ROWS
+from ..layer_checks import check_none_left_out, interrupted, refuse_broken
 from ..one_thread import OneThread
 from ..options import PoolOptions
 from ..seam.padding import Padding
-from .memory import blocks_of_a_sequence
+from .device_lengths import DeviceLengths
 from .preallocated_room import PreallocatedRoom
 
 
@@ -52,6 +50,8 @@ class PreallocatedSequences:
         #: Whether the cache has layers whose state cannot go back.
         self.beside_recurrent_states = False
         self.rooms: list[PreallocatedRoom] = []
+        #: Lengths, once for all layers of a device.
+        self.on_devices: list[DeviceLengths] = []
         #: By layer, heads and widths as the config has them, for layers whose first keys have yet to come.
         self.forecast: dict[int, tuple[int, int, int]] = {}
         self.step = PreallocatedStep()
@@ -82,13 +82,40 @@ class PreallocatedSequences:
         """Read from the device what compiled steps have made of the lengths."""
         if self.known and not self.captured:
             return
+        counts = [lengths.read() for lengths in self.on_devices]
+        length = max((stop for _, stop in counts), default=0)
+        for room in self.rooms if self.captured else ():
+            # A graph may have been replayed, of which the host sees nothing.
+            room.in_step = room.captured or room.memory is None or room.wrote_to == length
+        # Where some layers were compiled and others not, the step is still under way.
+        under_way = not all(room.in_step for room in self.rooms)
+        self.step_start = min((start for start, _ in counts), default=0) if under_way else length
+        self._length = length
         for room in self.rooms:
             room.count_again()
-        lengths = [room.counted for room in self.rooms]
-        self._length = max(lengths, default=0)
-        # Where some layers were compiled and others not, the step is still under way.
-        self.step_start = min(lengths, default=0)
         self.known = True
+
+    def length_of(self, in_step: bool) -> int:
+        """Tokens per sequence that layers hold which have had the newest step, or have not, as far as they are
+        counted."""
+        return self._length if in_step else self.step_start
+
+    def lengths_on(self, device: torch.device) -> DeviceLengths:
+        """The lengths of all layers on a device, made if need be."""
+        for lengths in self.on_devices:
+            if lengths.device == device:
+                return lengths
+        new = DeviceLengths(device, self.max_batch_size, self.max_cache_len, self.options.block_size)
+        used = {id(room.memory.lengths) for room in self.rooms if room.memory is not None}
+        self.on_devices = [*(lengths for lengths in self.on_devices if id(lengths) in used), new]
+        return new
+
+    def step_begins(self) -> None:
+        """No layer has had the next step yet."""
+        for room in self.rooms:
+            room.in_step = False
+        for lengths in self.on_devices:
+            lengths.counted = False
 
     def add_room(self, index: int, window: int | None) -> PreallocatedRoom:
         """Room for one more layer, whose window this is."""
@@ -124,7 +151,10 @@ class PreallocatedSequences:
             from_blocks=new_tokens == 1 or (start > 0 and new_tokens <= MAX_DECODE_ROWS),
             prompt_tokens=torch.from_numpy(tokens) if padded else None,
         )
-        self.step_start, self._length, self.batch_size = start, stop, batch
+        # In this order, as an exception may come between two lines: every layer holds `start` tokens in any case.
+        self.step_start = start
+        self.step_begins()
+        self._length, self.batch_size = stop, batch
         return self.step
 
     def check_batch(self, batch: int) -> None:
@@ -135,42 +165,6 @@ class PreallocatedSequences:
             raise ValueError(
                 f"the cache holds {self.batch_size} sequences, but keys of {batch} came; "
                 "use one cache per batch, or reset() it first"
-            )
-
-    def check_fits(self, index: int, shape: LayerShape, dtype: torch.dtype) -> None:
-        """Raise ``CacheFullError`` unless the memory of a layer fits into ``max_bytes`` beside that of all others.
-
-        Args:
-            index: of the layer, which has no memory yet, or other memory that stays until the new one is there.
-            shape: of its keys and values.
-            dtype: of its tokens in full precision.
-        """
-        limit = self.options.max_bytes
-        if limit is None:
-            return
-        assert isinstance(limit, int)
-        shapes = {**self.forecast, index: shape[:3]}
-
-        def needed(max_cache_len: int) -> int:
-            total = 0
-            for room in self.rooms:
-                held = room.memory
-                if held is not None:
-                    total += held.storage.nbytes + room.first_tokens_nbytes
-                if room.index in shapes and (held is None or room.index == index):
-                    heads, *dims = shapes[room.index]
-                    blocks = blocks_of_a_sequence(max_cache_len, room.window, self.options.block_size)
-                    rows = format_called(self.options.format)
-                    stored = blocks * self.options.block_size * sum(map(rows.bytes_per_row, dims))
-                    total += self.max_batch_size * heads * (stored + self.sink_tokens * sum(dims) * dtype.itemsize)
-            return total
-
-        if needed(self.max_cache_len) > limit:
-            fits = bisect_right(range(self.max_cache_len), limit, key=needed) - 1
-            raise CacheFullError(
-                f"{self.max_batch_size} sequences of max_cache_len={self.max_cache_len} take "
-                f"{needed(self.max_cache_len)} bytes, but max_bytes={limit} ({bytes_as_text(limit)}) holds "
-                f"{max(fits, 0)} tokens of each; lower max_cache_len or max_batch_size, or raise max_bytes"
             )
 
     def refuse_if_broken(self) -> None:
@@ -255,15 +249,28 @@ class PreallocatedSequences:
 
     def take_over(self, length: int, batch_size: int | None) -> None:
         """Be what other sequences were, whose tokens all layers hold already."""
-        self._length = self.step_start = length
+        self._count_all(length)
         self.batch_size = batch_size
 
     def _set_length(self, length: int) -> None:
         for room in self.rooms:
             room.truncate(length)
-        self._length = self.step_start = length
+        if length > self.step_start and not all(room.in_step for room in self.rooms):
+            for lengths in self.on_devices:  # some layers have had a step that is still under way
+                lengths.go_back(self.step_start, length)
+            self._length = length
+        else:
+            self._count_all(length)
         if not length:
             self.batch_size, self.known = None, True
+
+    def _count_all(self, length: int) -> None:
+        """Every layer holds so many tokens."""
+        for lengths in self.on_devices:
+            lengths.go_back(length, length)
+        self._length = self.step_start = length
+        for room in self.rooms:
+            room.in_step = True
 
     @property
     def nbytes_allocated(self) -> int:

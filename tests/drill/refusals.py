@@ -8,12 +8,14 @@ an undisturbed one leads to.
 from __future__ import annotations
 
 import argparse
+import json
 import sys
 import traceback
 from collections import Counter
 from collections.abc import Callable, Iterator
 from concurrent.futures import ProcessPoolExecutor
 from multiprocessing import get_context
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
@@ -129,6 +131,7 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--only", default="", help="scenarios whose name contains this")
     parser.add_argument("--workers", type=int, default=1, help="processes")
+    parser.add_argument("--json", type=Path, help="write the counts there")
     options = parser.parse_args()
     chosen = [refusal for refusal in refusals() if options.only in refusal.scenario]
     print(f"{len(chosen)} places", flush=True)
@@ -141,6 +144,9 @@ def main() -> int:
     for name, counts in (("outcome", outcomes), ("failure", failures)):
         for what, count in counts.most_common():
             print(f"{name:8} {count:7} {what}")
+    if options.json is not None:
+        result = {"places": len(chosen), "outcomes": dict(sorted(outcomes.items())), "failures": sum(failures.values())}
+        options.json.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
     return bool(failures)
 
 

@@ -32,6 +32,10 @@ class Format(ABC):
         """Bytes that one row of ``dim`` elements takes, its scale included: one token, one head, keys or values."""
         return dim * self.dtype.itemsize + self.scale_dtype.itemsize
 
+    def bytes_per_token(self, num_kv_heads: int, head_dim: int, v_head_dim: int) -> int:
+        """Bytes that one token takes in a layer: keys and values of all heads, their scales included."""
+        return num_kv_heads * (self.bytes_per_row(head_dim) + self.bytes_per_row(v_head_dim))
+
     @abstractmethod
     def quantize(self, rows: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """Float32 rows ``[..., dim]`` -> stored rows ``[..., dim]`` of ``dtype`` and scales ``[...]`` of

@@ -110,8 +110,7 @@ class KvCacheQuant:
     @property
     def bytes_per_token(self) -> int:
         """Bytes that one token takes in this layer: stored rows and scales, all heads."""
-        rows = format_called(self.format)
-        return self.num_kv_heads * (rows.bytes_per_row(self.head_dim) + rows.bytes_per_row(self.v_head_dim))
+        return format_called(self.format).bytes_per_token(self.num_kv_heads, self.head_dim, self.v_head_dim)
 
     @property
     def nbytes(self) -> int:

@@ -1,0 +1,198 @@
+"""Lengths of a preallocated cache: counted once for all layers, whoever counts: the host, a compiled step, a graph."""
+
+from __future__ import annotations
+
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+from torch.utils._python_dispatch import TorchDispatchMode, _get_current_dispatch_mode
+from torch.utils._pytree import tree_leaves
+from transformers import LlamaConfig
+
+from hf_int8_paged import CacheFullError, PagedInt8Cache, static_layer
+from hf_int8_paged.seam.attention import int8_paged_attention
+from tests.models import random_ids, tiny_model
+
+LAYERS, BATCH, DIM, LIMIT = 4, 2, 16, 96
+CONFIG = LlamaConfig(
+    num_hidden_layers=LAYERS,
+    hidden_size=2 * DIM,
+    num_attention_heads=2,
+    num_key_value_heads=1,
+    layer_types=["full_attention", "sliding_attention"] * 2,
+    sliding_window=20,
+)
+MODULE: Any = SimpleNamespace(is_causal=True, num_key_value_groups=2, training=False)
+
+
+def preallocated() -> PagedInt8Cache:
+    """On the reference backend, all of whose work is operations on tensors, which `Graph` sees."""
+    return PagedInt8Cache(CONFIG, max_batch_size=BATCH, max_cache_len=LIMIT, backend="reference")
+
+
+@pytest.fixture
+def capturing(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Within a `Graph` the cache believes that a CUDA graph is being captured."""
+    monkeypatch.setattr(static_layer, "_is_captured", lambda x: isinstance(_get_current_dispatch_mode(), Graph))
+
+
+def states(seed: int, tokens: int, heads: int) -> torch.Tensor:
+    return torch.randn(BATCH, heads, tokens, DIM, generator=torch.Generator().manual_seed(seed))
+
+
+class Inputs:
+    """Keys, values and queries of every layer for a step of one token, at fixed addresses, as a graph reads them."""
+
+    def __init__(self) -> None:
+        self.of = [[states(0, 1, heads) for heads in (1, 1, 2)] for _ in range(LAYERS)]
+
+    def become(self, position: int) -> None:
+        for layer, tensors in enumerate(self.of):
+            for kind, x in enumerate(tensors):
+                x.copy_(states(1000 * position + 10 * layer + kind, 1, x.shape[1]))
+
+
+def prompt(cache: PagedInt8Cache, tokens: int) -> None:
+    for layer in range(LAYERS):
+        keys, values, query = (states(7 + 10 * layer + kind, tokens, heads) for kind, heads in enumerate((1, 1, 2)))
+        int8_paged_attention(MODULE, query, *cache.update(keys, values, layer), None)
+
+
+def forward(cache: PagedInt8Cache, inputs: Inputs, layers: range) -> list[torch.Tensor]:
+    """A step of some layers; returns what each attends to."""
+    found = []
+    for layer in layers:
+        keys, values, query = inputs.of[layer]
+        found.append(int8_paged_attention(MODULE, query, *cache.update(keys, values, layer), None)[0])
+    return found
+
+
+class Recorded(TorchDispatchMode):
+    """What is done to tensors."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.done: list[tuple[Any, tuple, dict, Any]] = []
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        result = func(*args, **(kwargs or {}))
+        self.done.append((func, args, kwargs or {}, result))
+        return result
+
+
+class Graph(Recorded):
+    """The same, to be done to the same tensors again without Python, as a CUDA graph does it."""
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        assert func is not torch.ops.aten._local_scalar_dense.default, "a graph cannot hold a number of the host"
+        return super().__torch_dispatch__(func, types, args, kwargs)
+
+    def replay(self) -> None:
+        for func, args, kwargs, result in self.done:
+            again = func(*args, **kwargs)
+            for held, new in zip(tree_leaves(result), tree_leaves(again), strict=True):
+                if isinstance(held, torch.Tensor) and held.data_ptr() != new.data_ptr():
+                    held.copy_(new)
+
+
+def test_a_step_counts_once_for_all_layers(capturing: None) -> None:
+    """Two tensors are written where the host counts. In a graph it is those, whether the step fits and where it begins
+    to write, and the table of each of the two kinds of layers."""
+    cache, inputs = preallocated(), Inputs()
+    prompt(cache, 21)
+    lengths = cache.layers[0].room.memory.lengths
+    assert all(layer.room.memory.lengths is lengths for layer in cache.layers)
+    tables = [x for layer in cache.layers[:2] for x in lengths.table(layer.room.memory.blocks)]
+    kept = {x.data_ptr() for x in (lengths.before, lengths.after, lengths.write_from, lengths.fits, *tables)}
+
+    def written(done: list[tuple]) -> int:
+        return sum(func._schema.name.endswith("_") and args[0].data_ptr() in kept for func, args, *_ in done)
+
+    recorded = Recorded()
+    with recorded:
+        forward(cache, inputs, range(LAYERS))
+    assert written(recorded.done) == 2
+    graph = Graph()
+    with graph:
+        forward(cache, inputs, range(LAYERS))
+    assert written(graph.done) == 6
+    assert int(cache.get_seq_length()) == 23
+
+
+@pytest.mark.parametrize(
+    ("first", "stop"), [(0, LAYERS), (0, 2), (2, LAYERS), (1, 3)], ids=["all", "first", "last", "middle"]
+)
+def test_layers_in_a_graph_beside_others(capturing: None, first: int, stop: int) -> None:
+    """Some layers are captured by hand, the others run as Python; lengths are right for all, whoever begins a step."""
+    cache, plain, inputs = preallocated(), preallocated(), Inputs()
+    for each in (cache, plain):
+        prompt(each, 21)
+    graph, captured = Graph(), []
+    for position in range(21, 50):
+        inputs.become(position)
+        found = forward(cache, inputs, range(first))
+        if position == 25:
+            with graph:
+                captured = forward(cache, inputs, range(first, stop))
+        elif position > 25:
+            graph.replay()
+        found += captured if position >= 25 else forward(cache, inputs, range(first, stop))
+        found += forward(cache, inputs, range(stop, LAYERS))
+        want = forward(plain, inputs, range(LAYERS))
+        assert int(cache.get_seq_length()) == position + 1
+        for layer in range(LAYERS):
+            torch.testing.assert_close(found[layer], want[layer], rtol=0, atol=0, msg=f"{position} {layer}")
+    assert [layer.length for layer in cache.layers] == [50] * LAYERS
+
+
+def test_a_graph_that_does_not_fit_leaves_the_length(capturing: None) -> None:
+    cache, inputs, graph = preallocated(), Inputs(), Graph()
+    prompt(cache, LIMIT - 2)
+    with graph:
+        found = forward(cache, inputs, range(LAYERS))
+    graph.replay()
+    assert int(cache.get_seq_length()) == LIMIT
+    before = [x.clone() for layer in cache.layers for x in layer.room.memory.tensors[:4]]
+    graph.replay()
+    assert all(x.isnan().all() for x in found)
+    assert int(cache.get_seq_length()) == LIMIT
+    after = [x for layer in cache.layers for x in layer.room.memory.tensors[:4]]
+    assert all(torch.equal(x, y) for x, y in zip(before, after))
+    with pytest.raises(CacheFullError, match=f"max_cache_len is {LIMIT}"):
+        forward(cache, inputs, range(LAYERS))
+    cache.crop(-3)
+    graph.replay()
+    assert int(cache.get_seq_length()) == LIMIT - 2
+    assert not any(x.isnan().any() for x in found)
+
+
+@pytest.mark.parametrize("compiled", [(0, 3), (1,)], ids=str)
+def test_compiled_layers_beside_eager_ones(compiled: tuple[int, ...]) -> None:
+    """As regional compilation leaves it: each of some decoder layers is a graph of its own."""
+    model: Any = tiny_model("llama", num_hidden_layers=LAYERS, attn_implementation="int8_paged")
+    options: dict[str, Any] = {"max_new_tokens": 12, "do_sample": False, "pad_token_id": 0, "disable_compile": True}
+    ids = random_ids(2, 21)
+    want = model.generate(ids, past_key_values=PagedInt8Cache(model.config, backend="reference"), **options)
+    torch._dynamo.reset()
+    for index in compiled:
+        layer = model.model.layers[index]
+        layer.forward = torch.compile(layer.forward, backend="eager", dynamic=False)
+    cache = PagedInt8Cache(model.config, max_batch_size=2, max_cache_len=LIMIT, backend="reference")
+    assert torch.equal(model.generate(ids, past_key_values=cache, **options), want)
+    assert [layer.length for layer in cache.layers] == [32] * LAYERS
+
+
+def test_a_step_is_seen_layer_by_layer() -> None:
+    """What a layer says of its length while others have had the step and it has not."""
+    cache, inputs = preallocated(), Inputs()
+    prompt(cache, 21)
+    forward(cache, inputs, range(2))
+    assert [int(layer.get_seq_length()) for layer in cache.layers] == [22, 22, 21, 21]
+    assert [layer.length for layer in cache.layers] == [22, 22, 21, 21]
+    attended = int8_paged_attention(MODULE, inputs.of[3][2], cache.layers[3].keys, cache.layers[3].values, None)[0]
+    cache.crop(-1)
+    assert [int(layer.get_seq_length()) for layer in cache.layers] == [21] * LAYERS
+    again = int8_paged_attention(MODULE, inputs.of[3][2], cache.layers[3].keys, cache.layers[3].values, None)[0]
+    assert torch.equal(attended, again)
