@@ -16,14 +16,15 @@ from hf_int8_paged.seam.attention import int8_paged_attention
 from tests.models import random_ids, tiny_model
 
 LAYERS, BATCH, DIM, LIMIT = 4, 2, 16, 96
-CONFIG = LlamaConfig(
-    num_hidden_layers=LAYERS,
-    hidden_size=2 * DIM,
-    num_attention_heads=2,
-    num_key_value_heads=1,
-    layer_types=["full_attention", "sliding_attention"] * 2,
-    sliding_window=20,
-)
+_OPTIONS: dict[str, Any] = {
+    "num_hidden_layers": LAYERS,
+    "hidden_size": 2 * DIM,
+    "num_attention_heads": 2,
+    "num_key_value_heads": 1,
+    "layer_types": ["full_attention", "sliding_attention"] * 2,
+    "sliding_window": 20,
+}
+CONFIG = LlamaConfig(**_OPTIONS)
 MODULE: Any = SimpleNamespace(is_causal=True, num_key_value_groups=2, training=False)
 
 
