@@ -161,6 +161,12 @@ class PagedInt8AttentionCache(PagedAttentionCache):
             else:
                 self.first_rows.release_all()
 
+    def outdate_first_tokens(self) -> None:
+        """The model's weights may have changed, between two steps: requests that come write first tokens anew."""
+        if self.first_rows is not None:
+            self._finish_step()
+            self.first_rows.outdate()
+
     # -- one step --------------------------------------------------------------------------------------------------
 
     def extend_read_and_write_indices(

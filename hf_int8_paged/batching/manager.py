@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -173,8 +174,21 @@ class PagedInt8BatchingManager(ContinuousBatchingManager):
         if self.batch_processor is None:
             self.batch_processor = self._create_batch_processor()
         if not self.is_running():
+            self.cache.outdate_first_tokens()
             self._judge_what_came_before()
         super().start()
+
+    @contextmanager
+    def pause(self) -> Iterator[None]:
+        """A context in which the engine takes no step, so that the model can be used and its weights changed. Requests
+        keep their blocks; those that come later compute with the new weights, except what they find in blocks of
+        equal content, as with the engine's own pages (``allow_block_sharing=False``: nothing)."""
+        with super().pause():
+            try:
+                yield
+            finally:
+                if self.batch_processor is not None:  # else a stop of another thread did not wait for this
+                    self.cache.outdate_first_tokens()
 
     def _judge_what_came_before(self) -> None:
         """Requests may have come before it was known how many tokens there is room for: answer those with an error that
