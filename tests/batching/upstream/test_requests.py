@@ -37,7 +37,7 @@ def test_results_are_snapshots() -> None:
 
 
 def test_a_stream_goes_on_where_it_was_when_its_request_begins_anew() -> None:
-    """Requests that lose their blocks are computed again. Their streams repeat nothing, lose nothing and end in time."""
+    """Requests that lose their blocks are computed again. Their streams repeat, lose and add nothing."""
     asked = prompts(12)
     with manager_for(batching_model(LLAMA), num_blocks=20, safety_margin=0.0) as manager:
         steps = Steps(manager.cache)
