@@ -105,6 +105,8 @@ class PagedInt8BatchingManager(ContinuousBatchingManager):
             RequestTooLongError: more tokens than the blocks can hold of one request, with those that it asks for. Such
                 a request would stop the engine, and all others with it.
             ValueError: no tokens.
+            RuntimeError: the engine is stopping or has died. It would drop the request, and who waits for it would wait
+                for ever.
         """
         try:
             self.check_length(len(input_ids), max_new_tokens)
@@ -115,7 +117,12 @@ class PagedInt8BatchingManager(ContinuousBatchingManager):
         if max_new_tokens is None and self.generation_config.max_new_tokens is None and most is not None:
             max_new_tokens = most - len(input_ids)
         self.output_router.expect(request_id)
-        return super().add_request(input_ids, request_id, max_new_tokens, *args, **kwargs)
+        name = super().add_request(input_ids, request_id, max_new_tokens, *args, **kwargs)
+        if name is None and self.is_tp_driver:
+            self.output_router.forget(request_id)
+            fault = self.background_thread_status.fatal_error
+            raise RuntimeError("the engine is stopping, or has died, and takes no more requests") from fault
+        return name
 
     def register_result_handler(self, request_id: str, callback: Callable) -> None:
         """Call ``callback`` on this thread's event loop with every result of a request; also with the newest of those

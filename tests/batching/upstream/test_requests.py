@@ -204,3 +204,30 @@ def test_settings_that_the_manager_does_not_know_fail_their_request_alone() -> N
     assert "warmth" in errors[1]
     assert errors[2] == "None"
     assert [results[name].status for name in names if name] == 2 * [RequestStatus.FAILED] + [RequestStatus.FINISHED]
+
+
+@pytest.mark.parametrize("dead", [False, True], ids=["that has stopped", "that has died"])
+def test_an_engine_takes_no_request_that_it_would_drop(dead: bool) -> None:
+    """Whoever asks is told, and waits for nothing."""
+    fault = RuntimeError("an illegal access to memory")
+
+    def die() -> None:
+        raise fault
+
+    with manager_for(batching_model(LLAMA)) as manager:
+        manager.start()
+        if dead:
+            manager._generation_step = die  # type: ignore[method-assign]
+            manager.add_request(prompts(1)[0])
+            result = manager.get_result(timeout=HANGS)
+            assert result is not None
+            assert "illegal access" in str(result.error)
+            thread = manager._generation_thread
+            assert thread is not None
+            thread.join(HANGS)
+        else:
+            manager.stop(keep_for_next_session=True)
+        with pytest.raises(RuntimeError, match="takes no more requests") as error:
+            manager.add_request(prompts(1)[0])
+        assert error.value.__cause__ is (fault if dead else None)
+        manager.stop()
