@@ -24,7 +24,17 @@ from .blocks import FULL, SLIDING, bare_cache, free_blocks, request, store_numbe
         (None, None, {FULL: [0, 1, 2, 3]}),
         (None, 4096, {SLIDING: [0, 1, 2, 3]}),
     ],
-    ids=lambda x: {None: "not said"}.get(x, x) if not isinstance(x, (dict, int)) else "",
+    ids=[
+        "one full layer",
+        "full layers",
+        "layers with windows",
+        "one of each",
+        "every third one full",
+        "the last one full",
+        "two with windows",
+        "kinds not said, no window",
+        "kinds not said, a window",
+    ],
 )
 def test_layers_of_a_kind_share_an_allocator(
     layers: str | None, window: int | None, groups: dict[str, list[int]]
@@ -32,7 +42,7 @@ def test_layers_of_a_kind_share_an_allocator(
     cache = bare_cache(layers, window, count=4)
     assert {kind: list(pages.storages) for kind, pages in cache.cache_allocators.items()} == groups
     for kind, members in groups.items():
-        assert all(cache.layer_to_allocator[layer].layer_type == kind for layer in members)
+        assert all(cache.layer_to_allocator[layer] is cache.cache_allocators[kind] for layer in members)
         storages = cache.cache_allocators[kind].storages.values()
         starts = {storage.segments[0].k.data_ptr() for storage in storages}
         assert len(starts) == len(members), "each layer begins at a page of its own"
