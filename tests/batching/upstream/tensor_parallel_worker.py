@@ -29,7 +29,8 @@ class Session:
     """
 
     def __init__(self, model: Any, group: Any, do_sample: bool = False, new: int = 10):
-        self.group, self.results = group, {}
+        self.group = group
+        self.results: dict[str, list[int]] = {}
         self.manager = PagedInt8BatchingManager(
             model,
             GenerationConfig(max_new_tokens=new, do_sample=do_sample, eos_token_id=-1),
@@ -80,9 +81,8 @@ def cancelled(model: Any, group: Any, prompt: list[int]) -> int:
         while dist.get_rank() == rank and processor.has_pending_requests():
             time.sleep(0.001)
         dist.barrier(group)  # from the first one on, which has cancelled, no request comes
-    held = session.manager.cache.cache_allocators["full_attention"].block_table  # type: ignore[attr-defined]
-    assert not held
-    steps = session.manager.current_batch  # type: ignore[attr-defined]
+    assert not session.manager.cache.cache_allocators["full_attention"].block_table
+    steps = session.manager.current_batch
     session.end()
     return steps
 

@@ -40,7 +40,7 @@ def test_too_few_blocks_for_all_change_no_token(moved: float | None, monkeypatch
         asked_to, to_host = offloading.offload_requests, offloading._offload_to_cpu
         calls: list[str] = []
         monkeypatch.undo()
-        offloading.offload_requests = lambda: calls.append("asked") or asked_to()
+        offloading.offload_requests = lambda: _noted(calls, asked_to())
         offloading._offload_to_cpu = lambda *args: _moved(calls, to_host(*args))
         steps = Steps(manager.cache)
         results, names = run(manager, asked)
@@ -50,6 +50,11 @@ def test_too_few_blocks_for_all_change_no_token(moved: float | None, monkeypatch
     margins = [difference(model, p, results[n], steps.lives[n], manager).margin for p, n in zip(asked, names)]
     assert max(margins) < tipped_roundings(model)
     assert sum(margin > 0 for margin in margins) <= 2
+
+
+def _noted(calls: list[str], answer: bool) -> bool:
+    calls.append("asked")
+    return answer
 
 
 def _moved(calls: list[str], requests: set[str]) -> set[str]:
@@ -177,7 +182,8 @@ def test_no_more_than_the_share_of_the_memory_is_taken(
     architecture: str, share: float, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """All tensors that the manager makes before the first step, beside the model."""
-    free, made = 2**24, []
+    free = 2**24
+    made: list[torch.Tensor] = []
     breakdown = (torch.device("cpu"), free, 0, 0)
     monkeypatch.setattr(engine_cache, "get_device_and_memory_breakdown", lambda: breakdown)
     model = batching_model(architecture)

@@ -28,7 +28,8 @@ def alone(model: PreTrainedModel, prompt: list[int], new: int) -> Any:
     """What ``generate`` makes of one prompt, with its scores."""
     generation = GenerationConfig(max_new_tokens=new, do_sample=False, eos_token_id=-1, pad_token_id=0)
     cache = PagedInt8Cache(model.config, pool=CentredPool(key_centers(model)), sink_tokens=1)
-    return model.generate(
+    generate: Any = model.generate
+    return generate(
         torch.tensor([prompt]),
         generation_config=generation,
         past_key_values=cache,

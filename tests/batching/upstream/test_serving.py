@@ -133,7 +133,12 @@ def test_a_stream_that_is_closed_is_cancelled_by_its_name(running: Running, way:
         deliver(output)
 
     engine.output_router.deliver = delivering
-    engine.cancel_request = lambda name: cancelled.append(name) or cancel(name)
+
+    def cancelling(name: str) -> None:
+        cancelled.append(name)
+        cancel(name)
+
+    engine.cancel_request = cancelling
     try:
         headers = {"X-Request-ID": f"mine {way}"}
         with ask_server(running.port, "POST", f"/v1/{way}", headers=headers, body=body) as answer:
