@@ -17,7 +17,8 @@ OVERLAYS := $(abspath $(VENV))/overlays
 TRITON ?= 3.6.0 3.7.0 3.7.1 3.8.0
 AUDIT_OPTIONS ?= --json docs/gpu_versions.json
 # What is tested with them: the cache, and the engine's seam.
-VERSIONED := tests/cache $(patsubst %,tests/batching/test_%.py,equality entry engine capacity server)
+VERSIONED := tests/cache $(patsubst %,tests/batching/test_%.py,equality entry engine capacity server start) \
+	$(patsubst %,tests/batching/upstream/test_%.py,allocators places requests pause)
 # Those of the cache's tests that are about the cache alone; releases of transformers differ in what the others touch.
 UNVERSIONED := block_policy block_table beam_reorder interrupted native_backend overhead read_only_views shared_pool_threads \
 	states_checked two_readers wide_batches

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from contextlib import suppress
 from typing import Any, NamedTuple
 
 import torch
@@ -10,7 +11,6 @@ from transformers.generation.continuous_batching.cache import (
     FULL_ATTENTION,
     SLIDING_ATTENTION,
     PagedAttentionCache,
-    PagedAttentionMemoryHandler,
 )
 from transformers.generation.continuous_batching.requests import RequestState
 
@@ -18,6 +18,7 @@ from ..kernels import Scoring
 from .allocators import Int8FullAllocator, Int8Pages, Int8SlidingAllocator
 from .engine import seeing
 from .first_tokens import FirstTokenRows
+from .memory import HasRoomError, Int8Memory, Measuring
 from .pages import BLOCK_SIZE
 from .step import BatchStep, Request
 
@@ -43,16 +44,6 @@ class Int8Options(NamedTuple):
         return None if center is None else center.to(device, torch.float32).contiguous()
 
 
-class _MemoryHandler(PagedAttentionMemoryHandler):
-    """The engine's arithmetic of memory, without what int8 blocks do not need: masks, and copies of keys and values
-    that are read from the cache, repeated for all query heads."""
-
-    def __init__(self, *args: Any, **kwargs: Any):
-        super().__init__(*args, **kwargs)
-        self.num_attention_masks = 0
-        self.kv_heads_at_peak = 0
-
-
 class PagedInt8AttentionCache(PagedAttentionCache):
     """transformers' `PagedAttentionCache` with keys and values as int8 blocks.
 
@@ -65,9 +56,25 @@ class PagedInt8AttentionCache(PagedAttentionCache):
 
     Raises:
         ValueError: no kernel serves the model's heads.
+        MemoryError: the blocks have no room.
     """
 
     def __init__(self, *, options: Int8Options, **kwargs: Any):
+        self._construct(options, Int8Memory, kwargs)
+        #: The engine's buffer for indices of tokens to read; see `_infer_read_cache_limit`.
+        self.max_tokens_read = 1
+        self.first_rows: FirstTokenRows | None = None
+        if options.sink_tokens:
+            pages: Any = next(iter(self.cache_allocators.values()))
+            sizes = (pages.num_key_value_heads, pages.head_dim, self.dtype, self.cache_tensor.device)
+            self.first_rows = FirstTokenRows(sorted(self.layer_to_allocator), *sizes)
+        self._requests: list[Request] = []
+        self._step: BatchStep | None = None
+        self._layers_left: set[int] = set()
+
+    def _construct(self, options: Int8Options, memory: type[Int8Memory], kwargs: dict[str, Any]) -> None:
+        """The engine's own ``__init__``, with allocators and arithmetic of memory for int8 blocks."""
+
         def with_options(kind: type[Int8Pages]) -> Any:
             def make(**arguments: Any) -> Int8Pages:
                 allocator = kind(**arguments)
@@ -81,19 +88,15 @@ class PagedInt8AttentionCache(PagedAttentionCache):
             PagedAttentionCache.__init__,
             ATTN_TYPE_TO_ALLOCATOR=kinds,
             FullAttentionCacheAllocator=Int8FullAllocator,
-            PagedAttentionMemoryHandler=_MemoryHandler,
+            PagedAttentionMemoryHandler=memory,
         )
         make(self, **kwargs)
-        #: The engine's buffer for indices of tokens to read; see `_infer_read_cache_limit`.
-        self.max_tokens_read = 1
-        self.first_rows: FirstTokenRows | None = None
-        if options.sink_tokens:
-            pages: Any = next(iter(self.cache_allocators.values()))
-            sizes = (pages.num_key_value_heads, pages.head_dim, self.dtype, self.cache_tensor.device)
-            self.first_rows = FirstTokenRows(sorted(self.layer_to_allocator), *sizes)
-        self._requests: list[Request] = []
-        self._step: BatchStep | None = None
-        self._layers_left: set[int] = set()
+
+    @classmethod
+    def check_room(cls, *, options: Int8Options, **kwargs: Any) -> None:
+        """Raise ``MemoryError`` if the blocks have no room, and allocate nothing. The arguments are the class's."""
+        with suppress(HasRoomError):
+            cls.__new__(cls)._construct(options, Measuring, kwargs)
 
     def _infer_read_cache_limit(self) -> int:
         """No token is read by its index, so none counts."""
@@ -160,6 +163,12 @@ class PagedInt8AttentionCache(PagedAttentionCache):
                 self.first_rows.forget_all()
             else:
                 self.first_rows.release_all()
+
+    def outdate_first_tokens(self) -> None:
+        """The model's weights may have changed, between two steps: requests that come write first tokens anew."""
+        if self.first_rows is not None:
+            self._finish_step()
+            self.first_rows.outdate()
 
     # -- one step --------------------------------------------------------------------------------------------------
 

@@ -39,6 +39,8 @@ class FirstTokenRows:
         #: Tokens whose rows hold nothing yet, and those of them that the step at hand writes.
         self._unwritten: set[int] = set()
         self._being_written: set[int] = set()
+        #: Tokens whose rows are written anew by the next request that computes them.
+        self._outdated: set[int] = set()
 
     def __contains__(self, token: int) -> bool:
         """Whether there is a row of this token that a request may begin with although it does not compute it."""
@@ -74,10 +76,16 @@ class FirstTokenRows:
         self._users.clear()
         for token in self._unwritten:
             del self._row_of[token]
+        self._outdated -= self._unwritten
         self._unwritten.clear()
 
+    def outdate(self) -> None:
+        """The model's weights may have changed. Rows serve the requests that have them, and those that find the blocks
+        behind them; who computes a first token writes its row anew."""
+        self._outdated.update(self._row_of)
+
     def forget_all(self) -> None:
-        """Forget every row: the model's weights have changed."""
+        """Forget every row."""
         self._unwritten.update(self._row_of)
         self.release_all()
 
@@ -104,14 +112,18 @@ class FirstTokenRows:
         found: dict[int, int] = {}
         for request, before, start in zip(requests, past, starts):
             token = self._begins[request]
-            if before == 0 and token in self._unwritten:
+            if before == 0 and (token in self._unwritten or token in self._outdated):
                 found.setdefault(token, start)
         self._being_written = set(found)
+        # Should a layer fail, the row is partly old and partly new.
+        self._unwritten |= self._being_written
         return [self._row_of[token] for token in found], list(found.values())
 
     def written(self) -> None:
         """Every layer has written the rows of the step at hand."""
         self._unwritten -= self._being_written
+        self._outdated -= self._being_written
+        self._being_written = set()
 
     def write(self, layer: int, rows: torch.Tensor, keys: torch.Tensor, values: torch.Tensor) -> None:
         """Write rows, int64 ``[count]``, of keys and values ``[count, num_kv_heads, head_dim]``, in place."""
@@ -135,6 +147,7 @@ class FirstTokenRows:
             unused = next((token for token in self._row_of if token not in self._users), None)
             if unused is not None:
                 self._unwritten.discard(unused)
+                self._outdated.discard(unused)
                 # The step at hand may be writing this row, which is another token's from now on.
                 self._being_written.discard(unused)
                 return self._row_of.pop(unused)

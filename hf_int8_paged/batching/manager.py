@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -72,7 +74,12 @@ class PagedInt8BatchingManager(ContinuousBatchingManager):
         held = key_centers(model) if centers is None else centers
         self._options = Int8Options(held, rotation, sink_tokens, backend)
         generation_config = model.generation_config if generation_config is None else generation_config
-        super().__init__(model, generation_config, config, workload_hints)  # type: ignore[arg-type]
+        before = model.config._attn_implementation
+        try:
+            super().__init__(model, generation_config, config, workload_hints)  # type: ignore[arg-type]
+        except BaseException:
+            model.set_attn_implementation(before)
+            raise
         self.output_router: Router = Router()
         self._max_request_tokens = max_request_tokens
 
@@ -98,6 +105,8 @@ class PagedInt8BatchingManager(ContinuousBatchingManager):
             RequestTooLongError: more tokens than the blocks can hold of one request, with those that it asks for. Such
                 a request would stop the engine, and all others with it.
             ValueError: no tokens.
+            RuntimeError: the engine is stopping or has died. It would drop the request, and who waits for it would wait
+                for ever.
         """
         try:
             self.check_length(len(input_ids), max_new_tokens)
@@ -108,7 +117,12 @@ class PagedInt8BatchingManager(ContinuousBatchingManager):
         if max_new_tokens is None and self.generation_config.max_new_tokens is None and most is not None:
             max_new_tokens = most - len(input_ids)
         self.output_router.expect(request_id)
-        return super().add_request(input_ids, request_id, max_new_tokens, *args, **kwargs)
+        name = super().add_request(input_ids, request_id, max_new_tokens, *args, **kwargs)
+        if name is None and self.is_tp_driver:
+            self.output_router.forget(request_id)
+            fault = self.background_thread_status.fatal_error
+            raise RuntimeError("the engine is stopping, or has died, and takes no more requests") from fault
+        return name
 
     def register_result_handler(self, request_id: str, callback: Callable) -> None:
         """Call ``callback`` on this thread's event loop with every result of a request; also with the newest of those
@@ -173,8 +187,21 @@ class PagedInt8BatchingManager(ContinuousBatchingManager):
         if self.batch_processor is None:
             self.batch_processor = self._create_batch_processor()
         if not self.is_running():
+            self.cache.outdate_first_tokens()
             self._judge_what_came_before()
         super().start()
+
+    @contextmanager
+    def pause(self) -> Iterator[None]:
+        """A context in which the engine takes no step, so that the model can be used and its weights changed. Requests
+        keep their blocks; those that come later compute with the new weights, except what they find in blocks of
+        equal content, as with the engine's own pages (``allow_block_sharing=False``: nothing)."""
+        with super().pause():
+            try:
+                yield
+            finally:
+                if self.batch_processor is not None:  # else a stop of another thread did not wait for this
+                    self.cache.outdate_first_tokens()
 
     def _judge_what_came_before(self) -> None:
         """Requests may have come before it was known how many tokens there is room for: answer those with an error that
@@ -190,8 +217,10 @@ class PagedInt8BatchingManager(ContinuousBatchingManager):
                     state.max_new_tokens = state._new_tokens_limit = most - len(state.initial_tokens)
                 self.input_queue.put(state)
 
-    def _create_batch_processor(self) -> ContinuousBatchProcessor:
-        with_blocks = functools.partial(PagedInt8AttentionCache, options=self._options)
+    def _create_batch_processor(
+        self, make_cache: Callable[..., PagedInt8AttentionCache] = PagedInt8AttentionCache
+    ) -> ContinuousBatchProcessor:
+        with_blocks = functools.partial(make_cache, options=self._options)
         make = seeing(ContinuousBatchingManager._create_batch_processor, PagedAttentionCache=with_blocks)
         try:
             return make(self)
@@ -202,11 +231,42 @@ class PagedInt8BatchingManager(ContinuousBatchingManager):
             raise
 
 
+def check_start(
+    model: PreTrainedModel, config: ContinuousBatchingConfig, generation_config: GenerationConfig | None = None
+) -> None:
+    """Raise what `PagedInt8BatchingManager` and its `start` would raise, but allocate only one block.
+
+    Args:
+        model: as it will be served; its key centres are worked out, and remembered.
+        config: the engine's options.
+        generation_config: default the model's own.
+
+    Raises:
+        MemoryError: the blocks have no room.
+        ValueError: an option is out of range, or the model has layers that cannot be served.
+    """
+
+    def measured(**arguments: Any) -> PagedInt8AttentionCache:
+        PagedInt8AttentionCache.check_room(**arguments)
+        arguments["continuous_batching_config"] = replace(arguments["continuous_batching_config"], num_blocks=1)
+        return PagedInt8AttentionCache(**arguments)
+
+    before = model.config._attn_implementation
+    manager = PagedInt8BatchingManager(model, generation_config, config)
+    try:
+        manager._create_batch_processor(measured)
+    finally:
+        model.set_attn_implementation(before)
+        manager.destroy()
+
+
 def check_engine_options(config: ContinuousBatchingConfig) -> None:
     """Raise ``ValueError`` for options that int8 blocks cannot honour: other pages than whole blocks of the kernels,
-    and steps that are recorded or compiled, as the host makes block tables anew for each."""
+    more than all memory, and steps that are recorded or compiled, as the host makes block tables anew for each."""
     if config.page_size % BLOCK_SIZE:
         raise ValueError(f"page_size must be a multiple of {BLOCK_SIZE} for int8 blocks, got {config.page_size}")
+    if config.max_memory_percent is not None and not 0 < config.max_memory_percent <= 1:
+        raise ValueError(f"max_memory_percent must be a share between 0 and 1, got {config.max_memory_percent}")
     graphs = config.use_cuda_graph
     asked = {
         "use_cuda_graph": any(graphs) if isinstance(graphs, tuple) else graphs,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import inspect
 import signal
 import socket
@@ -11,10 +12,10 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
-from transformers import ContinuousBatchingConfig, PreTrainedModel
+from transformers import ContinuousBatchingConfig, GenerationConfig, PreTrainedModel
 
 from ..batching import RequestTooLongError, int8_batching
-from ..batching.manager import check_engine_options
+from ..batching.manager import check_engine_options, check_start
 
 
 class ServerError(RuntimeError):
@@ -54,7 +55,8 @@ class Server:
         port: that clients connect to; they wait until `run` answers.
 
     Raises:
-        ServerError: the packages of ``hf-int8-paged[serve]`` are missing.
+        ServerError: the packages of ``hf-int8-paged[serve]`` are missing, or the engine could not start: there is no
+            room for its blocks, say.
         OSError: the port is taken, or the model cannot be loaded.
         ValueError: an option of the engine that int8 blocks cannot honour, or the model cannot be loaded.
     """
@@ -77,6 +79,11 @@ class Server:
             device=options.device or "auto", dtype=options.dtype or "auto", force_model=options.model
         )
         self.model, _ = manager.load_model_and_processor(manager.process_model_name(options.model))
+        try:
+            check_start(self.model, engine, _sampling(self.model))
+        except (ValueError, MemoryError, NotImplementedError) as error:
+            self._socket.close()
+            raise ServerError(f"{options.model} cannot be served: {error}") from error
         self._limit = options.max_request_tokens or _context(self.model)
         # transformers lists what the hub's cache holds; this server has one model.
         manager.get_gen_models = lambda *_: [{"id": options.model, "object": "model"}]  # type: ignore[assignment]
@@ -136,6 +143,13 @@ async def _too_long(_request: Any, error: Exception) -> Any:
 
     said = {"message": str(error), "type": "invalid_request_error", "code": "context_length_exceeded"}
     return JSONResponse({"error": said}, status_code=400)
+
+
+def _sampling(model: PreTrainedModel) -> GenerationConfig:
+    """What a request may ask for: the engine leaves more memory free for those that sample."""
+    config = copy.deepcopy(model.generation_config) or GenerationConfig()
+    config.update(do_sample=True, temperature=0.5)
+    return config
 
 
 def _context(model: PreTrainedModel) -> int | None:

@@ -1,4 +1,4 @@
-"""What the engine does with its own pages it does with int8 blocks: streaming, sharing, pauses, offloading."""
+"""What the engine does with its own pages it does with int8 blocks: handlers, sharing, hard stops, offloading."""
 
 from __future__ import annotations
 
@@ -17,18 +17,6 @@ from .alone import Steps, check_nothing_is_held, difference, run
 from .models import batching_model, manager_for, prompts, random_ids
 
 FULL, HYBRID = "llama: full attention", "gemma3: most layers windows"
-
-
-def test_streamed_and_whole_answers_may_alternate() -> None:
-    model, prompt = batching_model(FULL), prompts(1)[0]
-    with manager_for(model) as manager:
-        manager.start()
-        for streaming in (False, True, False, True):
-            name = manager.add_request(prompt, max_new_tokens=3, streaming=streaming)
-            assert name is not None
-            lengths = [len(result.generated_tokens) for result in manager.request_id_iter(name)]
-            assert lengths == ([1, 2, 3] if streaming else [3])
-        manager.stop(keep_for_next_session=True)
 
 
 @pytest.mark.parametrize("late", [False, True], ids=["named at once", "named after the last token"])
@@ -101,26 +89,6 @@ def test_equal_prompts_at_once_end_in_the_same_blocks() -> None:
         check_nothing_is_held(manager.cache)
     assert len({tuple(results[name].generated_tokens) for name in names}) == 1
     assert difference(model, prompt, results[names[0]], steps.lives[names[0]], manager).margin == 0
-
-
-def test_a_pause_stops_the_steps_and_loses_nothing() -> None:
-    model, asked = batching_model(FULL), prompts(6)
-    with manager_for(model, {"max_new_tokens": 100}) as manager:
-        manager.start()
-        manager.add_requests(asked)
-        while getattr(manager, "current_batch", 0) < 2:
-            time.sleep(0.001)
-        with manager.pause():
-            before = manager.current_batch
-            time.sleep(0.2)
-            assert manager.current_batch == before
-        results: list[GenerationOutput] = []
-        while len(results) < 6:
-            result = manager.get_result(timeout=HANGS)
-            assert result is not None
-            results.append(result)
-        manager.stop(keep_for_next_session=True)
-        assert all(len(result.generated_tokens) == 100 for result in results)
 
 
 def test_a_hard_stop_fails_what_is_left_and_the_next_session_works() -> None:

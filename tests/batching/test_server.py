@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import signal
 import socket
 import subprocess
@@ -18,7 +19,8 @@ import openai
 import pytest
 
 from hf_int8_paged.batching import PagedInt8BatchingManager
-from hf_int8_paged.tools.serve import Server, ServerOptions
+from hf_int8_paged.tools import cli
+from hf_int8_paged.tools.serve import Server, ServerError, ServerOptions
 from tests.processes import HANGS
 
 from .alone import check_nothing_is_held
@@ -180,6 +182,30 @@ def test_what_cannot_be_served_is_refused_before_the_start(tiny_model_folder: Pa
         Server(ServerOptions(str(tiny_model_folder), "127.0.0.1", taken.getsockname()[1], "cpu", None, None, POOL))
     with pytest.raises(ValueError, match="page_size must be a multiple of 16"):
         Server(ServerOptions(str(tiny_model_folder), "127.0.0.1", 0, "cpu", None, None, {"page_size": 24}))
+
+
+@pytest.mark.parametrize(
+    ("options", "said"),
+    [
+        (["--num-blocks", "1000000000"], r"num_blocks=1000000000: .* have no room: .* ask for at most \d+ blocks"),
+        (["--max-batch-tokens", "1000000000000"], "make max_batch_tokens smaller or that share larger"),
+        (["--max-memory-percent", "0.000000001"], "max_memory_percent=1e-09"),
+        (["--max-memory-percent", "60"], "max_memory_percent must be a share between 0 and 1, got 60"),
+    ],
+    ids=["more blocks than there is memory", "steps that leave no memory", "no share", "percent for a share"],
+)
+def test_the_command_ends_at_once_where_the_engine_could_not_start(
+    tiny_model_folder: Path, capsys: pytest.CaptureFixture[str], options: list[str], said: str
+) -> None:
+    """And not with the first request; nothing of the memory is taken."""
+    assert cli.main(["serve", str(tiny_model_folder), "--port", "0", "--device", "cpu", *options]) == 1
+    assert re.search(said, capsys.readouterr().err)
+
+
+def test_what_the_scheduler_refuses_is_told_before_the_start(tiny_model_folder: Path) -> None:
+    options = ServerOptions(str(tiny_model_folder), "127.0.0.1", 0, "cpu", None, None, POOL | {"safety_margin": 3})
+    with pytest.raises(ServerError, match=r"cannot be served: Got safety_margin = 3"):
+        Server(options)
 
 
 def test_a_full_pool_lets_requests_wait_and_loses_none(running: Running) -> None:
