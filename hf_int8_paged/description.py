@@ -130,7 +130,7 @@ def description_of(cache: Any) -> Description:
         bytes_allocated=cache.nbytes_allocated,
         bytes_dense=dense,
         max_bytes=options.max_bytes,
-        backends=tuple(sorted({layer.storage.backend for layer in layers if layer.is_initialized})),
+        backends=tuple(sorted({layer.room.backend.NAME for layer in layers if layer.is_initialized})),
         format=options.format,
         options=", ".join(conditioning),
         preallocated=not growing,

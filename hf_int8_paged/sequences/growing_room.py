@@ -9,8 +9,10 @@ from typing import TYPE_CHECKING
 import numpy as np
 import torch
 
+from ..block_allocator import HOLE
 from ..kernels import Backend, FirstTokens, KvCacheQuant, Scoring, Tokens, load_backend
 from ..layer_checks import LayerShape, dense_dtypes, interrupted, shape_of
+from ..offloading.storages import Appending, Blocks
 from ..pool_centring import MIN_CENTER_TOKENS
 from ..seam.views import PagedView
 from .first_tokens import LayerFirstTokens
@@ -48,6 +50,11 @@ class GrowingRoom:
         self.sequences, self.group, self.writer = sequences, group, sequences.writer
         # Asked in every layer and step, so without a Python function between.
         self.storages = sequences.pool.storages
+        self.for_reading: Blocks = self.storages
+        self.for_appending: Blocks = self.storages
+        if sequences.offloaded is not None:
+            self.for_reading = sequences.offloaded.reading
+            self.for_appending = Appending(sequences.offloaded, self._newest_blocks)
         self.first_shown = group.first_visible
 
     @property
@@ -83,10 +90,10 @@ class GrowingRoom:
 
     def allocate(self, keys: torch.Tensor, values: torch.Tensor) -> None:
         shape = shape_of(keys, values)
-        self.sequences.pool.add_layer(self.index, self.group.name, shape, lambda: self.group.holds_the_pool)
-        if self.shape is None or self._backend_name != self.storage.backend:
-            self._backend_name = self.storage.backend
-            self.backend = load_backend(self._backend_name)
+        pool, group = self.sequences.pool, self.group
+        name = pool.add_layer(self.index, group.name, shape, lambda: group.holds_the_pool)
+        if self.shape is None or self._backend_name != name:
+            self._backend_name, self.backend = name, load_backend(name)
         self.dtypes, self.shape = dense_dtypes(keys.dtype, values.dtype), shape
 
     def center(self, keys: torch.Tensor, tokens: torch.Tensor | None) -> None:
@@ -190,6 +197,12 @@ class GrowingRoom:
     @property
     def long_chunks(self) -> bool:
         return self.backend.LONG_CHUNKS
+
+    def _newest_blocks(self) -> np.ndarray:
+        """Blocks of the newest step's tokens."""
+        state, block_size = self.sequences.books.state, self.sequences.pool.block_size
+        ids = self.group.table.ids[:, state.step_start // block_size : -(-state.length // block_size)]
+        return np.unique(ids[ids != HOLE])
 
     def fork(self, sequences: GrowingSequences) -> GrowingRoom:
         """The same for another cache over the same pool, whose sequences were forked from this one's."""

@@ -51,6 +51,8 @@ class PreallocatedSequences:
         self.padding = Padding()
         #: Whether the cache has layers whose state cannot go back.
         self.beside_recurrent_states = False
+        #: No layer leaves its device.
+        self.offloaded = None
         self.rooms: list[PreallocatedRoom] = []
         #: By layer, heads and widths as the config has them, for layers whose first keys have yet to come.
         self.forecast: dict[int, tuple[int, int, int]] = {}
