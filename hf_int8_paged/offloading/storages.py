@@ -50,7 +50,6 @@ class OffloadedStorages(dict[int, KvCacheQuant]):
         only_non_sliding: layers with a window stay.
         folder: for files; ``None`` takes the system's for temporary ones.
         blocks_in_use: of a layer, how many blocks from the first one on may hold tokens.
-        far_side: makes the far side of a device.
     """
 
     def __init__(
@@ -59,13 +58,15 @@ class OffloadedStorages(dict[int, KvCacheQuant]):
         only_non_sliding: bool,
         folder: str | None,
         blocks_in_use: Callable[[int], int],
-        far_side: Callable[[torch.device], FarSide] | None = None,
     ):
         super().__init__()
         self._resident_layers = resident_layers
         self.only_non_sliding = only_non_sliding
         self._blocks_in_use = blocks_in_use
-        self._make = far_side or (lambda device: MappedFiles(folder) if device.type == "cpu" else CopiedLayers(device))
+        #: Makes the far side of a device. What is done for a GPU can so be tried on the CPU.
+        self.make_far_side: Callable[[torch.device], FarSide] = (
+            lambda device: MappedFiles(folder) if device.type == "cpu" else CopiedLayers(device)
+        )
         self.far_sides: dict[torch.device, FarSide] = {}
         #: Layers that could leave, in their order.
         self._leaving: list[int] = []
@@ -87,7 +88,7 @@ class OffloadedStorages(dict[int, KvCacheQuant]):
         if not self.leaves(layer):
             return None
         if device not in self.far_sides:
-            self.far_sides[device] = self._make(device)
+            self.far_sides[device] = self.make_far_side(device)
         return self.far_sides[device]
 
     def __getitem__(self, layer: int) -> KvCacheQuant:
