@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable, Mapping
+from functools import partial
 
 import numpy as np
 import torch
@@ -81,6 +82,7 @@ class PagedInt8Pool(PoolBudget, PoolCentring):
         #: By layer, the blocks as they are now; growth replaces the object. Nothing before the layer's first token.
         self.storages: dict[int, KvCacheQuant] = {}
         self.offloading, self.offload_only_non_sliding, self.resident_layers, self.offload_folder = options[7:]
+        self._members: dict[str, list[int]] = {}
         #: The same with ``offloading``, else None.
         self.offloaded: OffloadedStorages | None = None
         if options.offloading:
@@ -88,9 +90,8 @@ class PagedInt8Pool(PoolBudget, PoolCentring):
                 options.resident_layers,
                 options.offload_only_non_sliding,
                 options.offload_folder,  # type: ignore[arg-type]
-                self._blocks_in_use,
+                partial(_blocks_in_use, self.allocators, self._members),
             )
-        self._members: dict[str, list[int]] = {}
 
     def add_group(self, group: str, window: int | None) -> BlockAllocator:
         """The allocator of ``group``, the layers with this window, made if need be."""
@@ -197,11 +198,6 @@ class PagedInt8Pool(PoolBudget, PoolCentring):
         """A layer's blocks, of which those that ``which`` names are about to be written to."""
         return self.storages[layer] if self.offloaded is None else self.offloaded.writing(layer, which)
 
-    def _blocks_in_use(self, layer: int) -> int:
-        return max(
-            (self.allocators[group].end for group, layers in self._members.items() if layer in layers), default=0
-        )
-
     @property
     def nbytes_allocated(self) -> int:
         """Bytes of int8 values and scales allocated, all layers."""
@@ -215,3 +211,8 @@ class PagedInt8Pool(PoolBudget, PoolCentring):
             for group, layers in self._members.items()
             for layer in layers
         )
+
+
+def _blocks_in_use(allocators: Mapping[str, BlockAllocator], members: Mapping[str, list[int]], layer: int) -> int:
+    """One more than the last of a layer's blocks that holds tokens."""
+    return max((allocators[group].end for group, layers in members.items() if layer in layers), default=0)

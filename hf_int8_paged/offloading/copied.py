@@ -27,11 +27,16 @@ _ALIGNMENT = 256
 
 
 class Held(NamedTuple):
-    """A layer in a slot: its index, its blocks at home, and those in the slot."""
+    """A layer in a slot: its index, its memory at home, and its blocks in the slot."""
 
     layer: int
-    home: KvCacheQuant
+    home: tuple[Segment, ...]
     storage: KvCacheQuant
+
+    def is_made_of(self, home: KvCacheQuant) -> bool:
+        """Whether the layer has the same memory at home as then, and the same centre."""
+        same_memory = self.home[0].k is home.k and self.storage.num_blocks == home.num_blocks
+        return same_memory and self.storage.key_center is home.key_center
 
 
 class Returning(NamedTuple):
@@ -125,7 +130,7 @@ class CopiedLayers(FarSide):
         if home is not None and any(storage.k is k for k in same):
             home = dataclasses.replace(home, key_center=storage.key_center)
             if slot is not None and near is not None:
-                slot.held = Held(layer, home, dataclasses.replace(near, key_center=storage.key_center))
+                slot.held = Held(layer, home.segments, dataclasses.replace(near, key_center=storage.key_center))
             return home
         # Other memory, which is complete.
         self._touched.pop(layer, None)
@@ -162,10 +167,10 @@ class CopiedLayers(FarSide):
         self._empty(slot)
         self.settle(layer, home)
         made = slot.made.get(layer)
-        if made is None or made.home is not home:
-            made = slot.made[layer] = Held(layer, home, self._in_slot(slot, home))
+        if made is None or not made.is_made_of(home):
+            made = slot.made[layer] = Held(layer, home.segments, self._in_slot(slot, home))
         with self._streams.after(slot.left, slot.buffer):
-            for near, far in zip(made.storage.segments, home.segments, strict=True):
+            for near, far in zip(made.storage.segments, made.home, strict=True):
                 for target, source in zip(near, far, strict=True):
                     target.copy_(source, non_blocking=True)
                     self.bytes_brought += source.nbytes
@@ -191,7 +196,7 @@ class CopiedLayers(FarSide):
     def _return(self, held: Held, touched: set[int] | None) -> Returning:
         """Begin to copy blocks home; all of them without ``touched``."""
         if touched is None:
-            for near, far in zip(held.storage.segments, held.home.segments, strict=True):
+            for near, far in zip(held.storage.segments, held.home, strict=True):
                 for source, target in zip(near, far, strict=True):
                     target.copy_(source, non_blocking=True)
                     self.bytes_returned += source.nbytes

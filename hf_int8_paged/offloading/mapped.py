@@ -18,7 +18,7 @@ import weakref
 
 import torch
 
-from ..kernels import KvCacheQuant
+from ..kernels import KvCacheQuant, Segment
 from .far_side import FarSide, WhichBlocks
 
 _NO_ROOM = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
@@ -41,8 +41,8 @@ class MappedFiles(FarSide):
 
     def __init__(self, folder: str | None):
         self._folder = tempfile.gettempdir() if folder is None else folder
-        #: The layer that was asked for last, and its blocks, as long as nobody has sent it away: all others are away.
-        self._newest: tuple[int, KvCacheQuant] | None = None
+        #: The layer that was asked for last, and its memory, as long as nobody has sent it away: all others are away.
+        self._newest: tuple[int, tuple[Segment, ...]] | None = None
         #: Whether this is a child process, whose parent has the same files.
         self.forked = False
         _of_this_process.add(self)
@@ -80,15 +80,14 @@ class MappedFiles(FarSide):
         if self.forked:
             raise RuntimeError(_FORKED)
         newest = self._newest
-        if newest is None or newest[1] is not home:
-            if newest is not None and newest[0] != layer:
-                self.leave(*newest)
-            self._newest = layer, home
+        if newest is None or newest[0] != layer:
+            if newest is not None:
+                _give_back(newest[1])
+            self._newest = layer, home.segments
         return home
 
     def leave(self, layer: int, home: KvCacheQuant) -> None:
-        for x in (x for segment in home.segments for x in segment if hasattr(mmap, "MADV_DONTNEED")):
-            _advise(x, mmap.MADV_DONTNEED)
+        _give_back(home.segments)
         if layer in self.near:
             self._newest = None
 
@@ -100,7 +99,7 @@ class MappedFiles(FarSide):
 
     def replaced(self, layer: int, storage: KvCacheQuant, home: KvCacheQuant | None) -> KvCacheQuant:
         if layer in self.near:
-            self._newest = layer, storage
+            self._newest = layer, storage.segments
         else:
             self.leave(layer, storage)  # growing may have copied
         return storage
@@ -126,6 +125,13 @@ def _reserve(descriptor: int, size: int) -> None:
     zeros = bytes(1 << 20)
     while size > 0:
         size -= os.write(descriptor, zeros[:size])
+
+
+def _give_back(segments: tuple[Segment, ...]) -> None:
+    """Have no page of these in the process; their files keep what they hold."""
+    for segment in segments if hasattr(mmap, "MADV_DONTNEED") else ():
+        for x in segment:
+            _advise(x, mmap.MADV_DONTNEED)
 
 
 def _advise(x: torch.Tensor, advice: int) -> None:

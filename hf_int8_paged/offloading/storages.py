@@ -64,15 +64,14 @@ class OffloadedStorages(dict[int, KvCacheQuant]):
         self.only_non_sliding = only_non_sliding
         self._blocks_in_use = blocks_in_use
         #: Makes the far side of a device. What is done for a GPU can so be tried on the CPU.
-        self.make_far_side: Callable[[torch.device], FarSide] = (
-            lambda device: MappedFiles(folder) if device.type == "cpu" else CopiedLayers(device)
+        self.make_far_side: Callable[[torch.device], FarSide] = lambda device: (
+            MappedFiles(folder) if device.type == "cpu" else CopiedLayers(device)
         )
         self.far_sides: dict[torch.device, FarSide] = {}
         #: Layers that could leave, in their order.
         self._leaving: list[int] = []
         #: The layer that was asked for last.
         self._newest: int | None = None
-        self.reading = Reading(self)
 
     def expect(self, layer: int, window: int | None) -> None:
         """Know of a layer of the model, before it holds anything."""

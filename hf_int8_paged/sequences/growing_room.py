@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 from dataclasses import replace
+from functools import partial
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -12,7 +13,8 @@ import torch
 from ..block_allocator import HOLE
 from ..kernels import Backend, FirstTokens, KvCacheQuant, Scoring, Tokens, load_backend
 from ..layer_checks import LayerShape, dense_dtypes, interrupted, shape_of
-from ..offloading.storages import Appending, Blocks
+from ..offloading.storages import Appending, Blocks, Reading
+from ..pool_access import Books
 from ..pool_centring import MIN_CENTER_TOKENS
 from ..seam.views import PagedView
 from .first_tokens import LayerFirstTokens
@@ -53,8 +55,9 @@ class GrowingRoom:
         self.for_reading: Blocks = self.storages
         self.for_appending: Blocks = self.storages
         if sequences.offloaded is not None:
-            self.for_reading = sequences.offloaded.reading
-            self.for_appending = Appending(sequences.offloaded, self._newest_blocks)
+            newest = partial(_newest_blocks, sequences.books, group.name, sequences.pool.block_size)
+            self.for_reading = Reading(sequences.offloaded)
+            self.for_appending = Appending(sequences.offloaded, newest)
         self.first_shown = group.first_visible
 
     @property
@@ -198,14 +201,15 @@ class GrowingRoom:
     def long_chunks(self) -> bool:
         return self.backend.LONG_CHUNKS
 
-    def _newest_blocks(self) -> np.ndarray:
-        """Blocks of the newest step's tokens."""
-        state, block_size = self.sequences.books.state, self.sequences.pool.block_size
-        ids = self.group.table.ids[:, state.step_start // block_size : -(-state.length // block_size)]
-        return np.unique(ids[ids != HOLE])
-
     def fork(self, sequences: GrowingSequences) -> GrowingRoom:
         """The same for another cache over the same pool, whose sequences were forked from this one's."""
         twin = copy.copy(self)
         twin._belong_to(sequences, sequences.groups[self.group.name])
         return twin
+
+
+def _newest_blocks(books: Books, group: str, block_size: int) -> np.ndarray:
+    """Blocks of the newest step's tokens."""
+    state = books.state
+    ids = state.tables[group].ids[:, state.step_start // block_size : -(-state.length // block_size)]
+    return np.unique(ids[ids != HOLE])

@@ -56,10 +56,14 @@ def test_whichever_layers_stay(way: str, resident_layers: int, only_non_sliding:
     """Gemma 2 has four layers, every other one with a window."""
     model = model_called("gemma2")
     options: dict[str, Any] = {"resident_layers": resident_layers, "offload_only_non_sliding": only_non_sliding}
-    plain, cache = PagedInt8Cache(model.config, backend=backend), offloaded(model.config, way, backend=backend, **options)
+    plain, cache = (
+        PagedInt8Cache(model.config, backend=backend),
+        offloaded(model.config, way, backend=backend, **options),
+    )
     for one in (plain, cache):
         HISTORIES["out_of_the_window"](model, one)
     leaving = [layer for layer in range(4) if not (only_non_sliding and cache.layers[layer].is_sliding)]
+    assert cache.pool.offloaded is not None
     assert [layer for layer in range(4) if cache.pool.offloaded.leaves(layer)] == leaving[resident_layers:]
     assert_go_on_alike(model, cache, plain)
 
@@ -90,7 +94,8 @@ def test_views_are_read_long_after_their_layer_has_left(way: str) -> None:
 @pytest.mark.parametrize("way", WAYS)
 @pytest.mark.parametrize("search", [{"num_beams": 3}, {"do_sample": True, "num_return_sequences": 3}], ids=str)
 def test_generate(search: dict[str, Any], way: str) -> None:
-    model, tokens = model_called("gemma2"), []
+    model: Any = model_called("gemma2")
+    tokens = []
     for cache in (PagedInt8Cache(model.config), offloaded(model.config, way)):
         torch.manual_seed(0)
         given: dict[str, Any] = {CACHE_ARGUMENT: cache, "max_new_tokens": 40, **search}

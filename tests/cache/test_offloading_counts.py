@@ -49,7 +49,7 @@ def test_after_a_step_the_process_has_pages_of_the_last_layer_and_of_those_that_
 
 @needs_smaps
 def test_a_layer_that_is_sent_away_leaves_no_page_behind_and_comes_back_as_it_was() -> None:
-    model, cache = filled("mapped", tokens=600)
+    _, cache = filled("mapped", tokens=600)
     layer = cache.layers[2]
     held = [x for segment in cache.pool.look_at(2).segments for x in segment]
     before = [x.clone() for x in layer.gather(0, layer.length, torch.float32)]
@@ -114,7 +114,7 @@ def test_a_step_brings_every_layer_once_and_takes_the_blocks_of_its_tokens_back(
 
 
 def test_reading_takes_nothing_back() -> None:
-    model, cache = filled("copied")
+    _, cache = filled("copied")
     side = slots_of(cache)
     for layer in range(LAYERS):
         cache.offload(layer)
