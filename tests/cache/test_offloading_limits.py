@@ -61,7 +61,7 @@ def test_a_file_has_its_room_before_anybody_writes_to_it(tmp_path: Path) -> None
     soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
     try:
         resource.setrlimit(resource.RLIMIT_FSIZE, (4096, hard))
-        with pytest.raises(CacheFullError, match="File too large: [0-9,]+ bytes for an offloaded layer"):
+        with pytest.raises(CacheFullError, match=r"File too large: [0-9,]+ bytes for an offloaded layer"):
             step(model, cache, 1, 900)
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
@@ -87,7 +87,7 @@ def test_no_descriptor_stays_open_and_no_mapping_outlives_the_cache(tmp_path: Pa
 @pytest.mark.skipif(os.geteuid() == 0, reason="root may write everywhere")
 def test_a_folder_without_permission(tmp_path: Path) -> None:
     tmp_path.chmod(0o500)
-    with pytest.raises(ValueError, match="offload_folder: no file can be made in .*Permission denied"):
+    with pytest.raises(ValueError, match=r"offload_folder: no file can be made in .*Permission denied"):
         PagedInt8Pool(offloading=True, offload_folder=tmp_path)
 
 
