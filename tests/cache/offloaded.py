@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import sys
+from mmap import PAGESIZE
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from transformers import PreTrainedConfig
@@ -15,7 +17,7 @@ from hf_int8_paged.offloading.copied import CopiedLayers, Slot
 
 #: ``mapped``: a file, as it is on the CPU. ``copied``: slots, as it is on a GPU, with the CPU in the place of both.
 WAYS = ("mapped", "copied")
-needs_smaps = pytest.mark.skipif(sys.platform != "linux", reason="reads /proc/self/smaps")
+needs_pagemap = pytest.mark.skipif(sys.platform != "linux", reason="reads /proc/self/pagemap")
 
 
 class PoisonedSlots(CopiedLayers):
@@ -57,16 +59,13 @@ def slots_of(cache: PagedInt8Cache) -> CopiedLayers:
 
 
 def resident_bytes(tensors: list[torch.Tensor]) -> int:
-    """Bytes of the mappings that hold these tensors which the process has in memory: ``Rss`` of /proc/self/smaps."""
-    wanted = {x.data_ptr() for x in tensors}
-    found, inside = 0, False
-    for line in Path("/proc/self/smaps").read_text().splitlines():
-        name = line.split()[0]
-        if not name.endswith(":"):
-            first, last = (int(address, 16) for address in name.split("-"))
-            inside = any(first <= address < last for address in wanted)
-        elif inside and name == "Rss:":
-            found += int(line.split()[1]) << 10
+    """Bytes of the pages of these tensors that the process has in memory, by /proc/self/pagemap."""
+    found = 0
+    with Path("/proc/self/pagemap").open("rb", buffering=0) as pagemap:
+        for x in tensors:
+            pages = range(x.data_ptr() // PAGESIZE, -(-(x.data_ptr() + x.nbytes) // PAGESIZE))
+            pagemap.seek(8 * pages.start)  # eight bytes for each page; the highest bit says that it is there
+            found += int((np.frombuffer(pagemap.read(8 * len(pages)), np.int64) < 0).sum()) * PAGESIZE
     return found
 
 
