@@ -49,8 +49,8 @@ class World:
     def __init__(self, kind: str, backend: str):
         self.caches: dict[str, PagedInt8Cache] = {"main": PagedInt8Cache(CONFIG, backend=backend, **KINDS[kind])}
         self.pool: Any = vars(self.caches["main"]).get("pool")
-        if kind == "copied":
-            choose(self.pool, kind)
+        if KINDS[kind] is _OFFLOADING:
+            choose(self.main.pool, kind)
 
     @property
     def main(self) -> PagedInt8Cache:
