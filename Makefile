@@ -19,7 +19,7 @@ AUDIT_OPTIONS ?= --json docs/gpu_versions.json
 # What is tested with them: the cache, and the engine's seam.
 VERSIONED := tests/cache $(patsubst %,tests/batching/test_%.py,equality entry engine capacity server)
 # Those of the cache's tests that are about the cache alone; releases of transformers differ in what the others touch.
-UNVERSIONED := block_policy block_table beam_reorder interrupted native_backend overhead read_only_views shared_pool_threads \
+UNVERSIONED := block_policy block_table beam_reorder interrupted native_backend offloading_counts offloading_limits overhead read_only_views shared_pool_threads \
 	states_checked two_readers wide_batches
 # `make test-matrix`: rows of tests/matrix.py (none: all), where their environments are, arguments for pytest and for it.
 ROWS ?=

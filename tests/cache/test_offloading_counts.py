@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import pytest
@@ -180,3 +182,78 @@ def test_what_a_cache_says_of_it(way: str) -> None:
     plain = PagedInt8Cache(cache._config)
     assert plain.describe().offloaded is None
     assert "away" not in repr(plain)
+
+
+class Recorded:
+    """Stands for the streams of a device: events are moments, and what waits for which is written down."""
+
+    def __init__(self) -> None:
+        self.now = 0
+        #: What kernels have waited for.
+        self.waits: list[Moment] = []
+
+    @contextmanager
+    def after(self, event: Moment | None, buffer: torch.Tensor) -> Iterator[None]:
+        yield
+
+    def mark(self) -> Moment:
+        self.now += 1
+        return Moment(self.now)
+
+    mark_side = mark
+
+    def wait(self, event: Moment) -> None:
+        self.waits.append(event)
+
+    def finish(self) -> None:
+        pass
+
+
+class Moment:
+    """An event, which the host may have waited for."""
+
+    def __init__(self, number: int):
+        self.number = number
+        self.waited = False
+
+    def synchronize(self) -> None:
+        self.waited = True
+
+
+def test_no_slot_is_filled_before_its_kernels_have_read_and_none_is_read_before_it_is_filled() -> None:
+    """On a device with streams; the copies themselves are the CPU's."""
+    model, cache = filled("copied")
+    side, streams = slots_of(cache), Recorded()
+    side._streams = streams  # type: ignore[assignment]
+    arrive, handed_out = side.arrive, dict[int, int]()
+
+    def arriving(layer: int, home: Any) -> Any:
+        storage = arrive(layer, home)
+        (slot,) = (slot for slot in side.slots if slot.held is not None and slot.held.layer == layer)
+        assert slot.arrived is None, "somebody has waited for the copy"
+        streams.now += 1
+        handed_out[slot.buffer.data_ptr()] = streams.now
+        return storage
+
+    side.arrive = arriving  # type: ignore[method-assign]
+    used = dict[int, int]()
+    begin = streams.after
+
+    def beginning(event: Moment | None, buffer: torch.Tensor) -> Any:
+        used_until = handed_out.get(buffer.data_ptr())
+        if used_until is not None:
+            assert event is not None
+            assert event.number > used_until, "the event comes after the last kernel that was given the slot"
+            used[buffer.data_ptr()] = used_until
+        return begin(event, buffer)
+
+    streams.after = beginning  # type: ignore[method-assign]
+    for tokens in (1, 1, 20, 1):
+        step(model, cache, 2, tokens)
+    assert len(used) >= 2  # growth makes other buffers
+    assert len(streams.waits) >= 4 * LAYERS
+    assert not any(x.event.waited for returning in side._returning.values() for x in returning if x.event is not None)
+    waiting = [x.event for x in side._returning[2] if x.event is not None]
+    cache.pool.offloaded.home(2)  # type: ignore[union-attr]
+    assert waiting
+    assert all(event.waited for event in waiting), "the host puts blocks in their places when they are there"
