@@ -83,7 +83,8 @@ for (label, options), color in zip(kinds.items(), ("tab:gray", "tab:green", "tab
 print(cache.describe())
 print(f"all three went on alike: {tokenizer.decode(said)!r}")
 
-left.set(xlabel="tokens in context", ylabel="MiB of blocks in the process' memory", ylim=(0, None))
+left.set(xlabel="tokens in context", ylabel="MiB of blocks in the process' memory", title="one text, three times")
+left.set_ylim(0, 1.12 * left.get_ylim()[1])
 left.legend(loc="upper left", frameon=False)
 image = right.imshow(torch.tensor(seen).T / 2**20, origin="lower", cmap="Blues", aspect="auto", vmin=0)
 figure.colorbar(image, label="MiB of the layer's blocks in memory")
