@@ -83,7 +83,7 @@ def _attributes(*names: str) -> dict[str, Row]:
 
 ORDER, CHOICE = torch.tensor([1, 0]), torch.tensor([1])
 EARLY = (BATCH, HEADS, DIM, torch.float32, "cpu")
-_FIXED = "blocks stay on their device"
+_FIXED = "this cache was made without offloading=True"
 _SEQUENCES = "layers share their sequences; call {}() of the cache"
 _RING = "a window is a ring over all positions, so a layer with one answers as one without, max_cache_len"
 _NO_OFFLOADING = {

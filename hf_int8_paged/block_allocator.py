@@ -48,6 +48,12 @@ class BlockAllocator:
         return len(self._ref_counts)
 
     @property
+    def end(self) -> int:
+        """One more than the last block that a table holds; 0 if none is held."""
+        (held,) = self._ref_counts.nonzero()
+        return int(held[-1]) + 1 if len(held) else 0
+
+    @property
     def num_free(self) -> int:
         """Blocks that no table holds."""
         if self._settle is not None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterable, Iterator
 from typing import Any, NoReturn
 
@@ -81,10 +82,15 @@ class PagedInt8Cache(SavedCaches, LookInside, CacheOperations, metaclass=_Marked
             number, or a text such as ``"8GiB"``; ``None`` sets no limit. `CacheFullError` says how many tokens it
             holds.
         pool: take blocks from this pool, which other caches of the same model may use too. ``block_size``, ``backend``,
-            ``max_tokens``, ``rotation``, ``center_keys``, ``format`` and ``max_bytes`` are then the pool's.
+            ``max_tokens``, ``rotation``, ``center_keys``, ``format``, ``max_bytes`` and what is about offloading
+            are then the pool's.
         device: where the model will run, to be checked now: that the machine has it, and that the backend serves it.
             Without ``device``, a backend that can serve no device of this machine is refused.
-        offloading: must be False. Models that make a cross-attention cache of the same class pass it.
+        offloading: whether layers leave their device until they are needed: those of the CPU for files that are mapped
+            into memory, those of another device for the host's memory. Not for a preallocated cache.
+        offload_only_non_sliding: whether layers with a window stay.
+        resident_layers: so many of the layers that could leave stay, the first ones.
+        offload_folder: for the files, with room for all blocks; ``None`` takes the system's folder for temporary ones.
 
     Raises:
         TypeError, ValueError: an option is of the wrong kind or out of range, or this mode cannot honour it.
@@ -128,8 +134,14 @@ class PagedInt8Cache(SavedCaches, LookInside, CacheOperations, metaclass=_Marked
         pool: PagedInt8Pool | None = None,
         device: torch.device | str | None = None,
         offloading: bool = False,
+        offload_only_non_sliding: bool = True,
+        resident_layers: int = 0,
+        offload_folder: str | os.PathLike | None = None,
     ):
-        own = PoolOptions(block_size, backend, max_tokens, rotation, center_keys, format, max_bytes).checked()
+        own = PoolOptions(
+            block_size, backend, max_tokens, rotation, center_keys, format, max_bytes, offloading,
+            offload_only_non_sliding, resident_layers, offload_folder,
+        ).checked()  # fmt: skip
         if pool is not None and not isinstance(pool, PagedInt8Pool):
             raise TypeError(f"pool must be a PagedInt8Pool or None, got {pool!r}")
         options = check_cache_options(
@@ -138,7 +150,6 @@ class PagedInt8Cache(SavedCaches, LookInside, CacheOperations, metaclass=_Marked
             max_cache_len=max_cache_len,
             sink_tokens=sink_tokens,
             pool_given=pool is not None,
-            offloading=offloading,
         )
         given = own if pool is None else pool
         check_device(device, given.backend, own.block_size, given.format)
@@ -147,7 +158,7 @@ class PagedInt8Cache(SavedCaches, LookInside, CacheOperations, metaclass=_Marked
         self._not_flattened = NotFlattened()
         self._config = text_config
         if options.max_batch_size is None:
-            self.pool = PagedInt8Pool(*own) if pool is None else pool
+            self.pool = PagedInt8Pool(**own._asdict()) if pool is None else pool
             self._sequences = GrowingSequences(self.pool, options.max_cache_len, options.sink_tokens)
             if text_config is None:
                 layers = layers_of_data(data or [], self._sequences)
@@ -169,6 +180,10 @@ class PagedInt8Cache(SavedCaches, LookInside, CacheOperations, metaclass=_Marked
             self._sequences.expect(layer_geometry(text_config))
         # A `DynamicCache`, as transformers lets only those be cropped within an `EncoderDecoderCache`.
         Cache.__init__(self, layers=layers)
+        offloaded = None if options.max_batch_size is not None else self.pool.offloaded
+        self.offloading = offloaded is not None
+        if offloaded is not None:
+            self.only_non_sliding = offloaded.only_non_sliding
         for index, (keys, values, *_) in enumerate(data or []):
             if keys is not None:
                 self.update(keys, values, index)
@@ -176,12 +191,6 @@ class PagedInt8Cache(SavedCaches, LookInside, CacheOperations, metaclass=_Marked
     def __getattr__(self, name: str) -> Any:
         what = ABSENT.get(name)
         raise AttributeError(f"{type(self).__name__} has no {name!r}" + (f": {what}" if what else ""))
-
-    def __iter__(self) -> Iterator[tuple[torch.Tensor | None, torch.Tensor | None, torch.Tensor | None]]:
-        """Keys, values and window of each layer, as `DynamicCache` gives and takes them."""
-        for layer in self.layers:
-            window = getattr(layer, "sliding_window", None)
-            yield layer.keys, layer.values, None if window is None else torch.tensor(window)
 
     def update(
         self, key_states: torch.Tensor, value_states: torch.Tensor, layer_idx: int, *args, **kwargs
@@ -262,12 +271,6 @@ class PagedInt8Cache(SavedCaches, LookInside, CacheOperations, metaclass=_Marked
         if self is None:
             raise TypeError(_THE_CLASS)
         return super().get_seq_length(layer_idx)
-
-    def prefetch(self, layer_idx: int, only_non_sliding: bool = True) -> None:
-        raise NotImplementedError("prefetch is not supported by PagedInt8Cache: the blocks stay on their device")
-
-    def offload(self, layer_idx: int, only_non_sliding: bool = True) -> None:
-        raise NotImplementedError("offload is not supported by PagedInt8Cache: the blocks stay on their device")
 
     @_OfACache
     def is_linear(self) -> list[bool]:

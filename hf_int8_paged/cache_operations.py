@@ -11,6 +11,7 @@ from transformers.cache_utils import DynamicCache, LinearAttentionCacheLayerMixi
 from .batch_rows import reordered_rows, selected_rows
 from .hybrid import PagedInt8HybridLayer
 from .layer import PagedInt8Layer
+from .offloading.storages import made_for_offloading
 from .one_thread import whole
 
 if TYPE_CHECKING:
@@ -116,6 +117,48 @@ class CacheOperations(DynamicCache):
         self._select(rows)
         for layer in others:
             layer.batch_select_indices(indices)
+
+    @whole
+    def prefetch(self, layer_idx: int, only_non_sliding: bool = True) -> None:
+        """Begin to bring a layer near, without waiting: ``layer_idx``, or the next one after it that is offloaded,
+        after the last one the first. A step does so itself, one layer ahead.
+
+        Args:
+            layer_idx: index of the layer; their number is allowed, for the first.
+            only_non_sliding: pass over layers with a window.
+
+        Raises:
+            NotImplementedError: the cache was made without ``offloading=True``.
+        """
+        offloaded = made_for_offloading(self._sequences.offloaded, "prefetch")
+        layers = [
+            index
+            for index, layer in enumerate(self.layers)
+            if offloaded.leaves(index) and not (only_non_sliding and layer.is_sliding)
+        ]
+        offloaded.prefetch(next((index for index in layers if index >= layer_idx), layers[0] if layers else None))
+
+    @whole
+    def offload(self, layer_idx: int, only_non_sliding: bool = True) -> None:
+        """Send a layer away now. A step does so itself, when it has reached the next layer.
+
+        Layers that stay, by ``resident_layers`` or as they are transformers' own, do.
+
+        Args:
+            layer_idx: index of the layer.
+            only_non_sliding: leave a layer with a window where it is.
+
+        Raises:
+            NotImplementedError: the cache was made without ``offloading=True``.
+            ValueError: the layer has a window, and those stay by ``offload_only_non_sliding=True``.
+        """
+        offloaded, layer = made_for_offloading(self._sequences.offloaded, "offload"), self.layers[layer_idx]
+        if not (only_non_sliding and layer.is_sliding):
+            if layer.is_sliding and offloaded.only_non_sliding:
+                raise ValueError(
+                    f"layer {layer_idx} has a window and stays: the cache was made with offload_only_non_sliding=True"
+                )
+            offloaded.send_away(range(len(self.layers))[layer_idx])
 
     @whole
     def fork(self) -> Self:

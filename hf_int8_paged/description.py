@@ -7,6 +7,7 @@ from typing import Any, NamedTuple
 
 from .byte_sizes import bytes_as_text
 from .layer import PagedInt8Layer
+from .offloading.storages import WhereLayersAre
 from .sequences.group import group_name
 from .sequences.growing import GrowingSequences
 
@@ -45,6 +46,7 @@ class Description(NamedTuple):
         format: of stored rows.
         options: rotation, centring and first tokens, as text.
         preallocated: whether all memory is taken at the first use.
+        offloaded: where the layers are that leave their device; None if all stay.
     """
 
     sequences: int
@@ -59,6 +61,7 @@ class Description(NamedTuple):
     format: str
     options: str
     preallocated: bool
+    offloaded: WhereLayersAre | None
 
     def rows(self) -> list[tuple[str, str]]:
         """Name and value of each line of the table."""
@@ -82,8 +85,12 @@ class Description(NamedTuple):
             ("stored as", f"{self.format}, {self.options}"),
             ("backend", ", ".join(self.backends) or "not chosen yet"),
         ]
+        if self.offloaded is not None:
+            layers, near, bytes_near, bytes_far, place = self.offloaded
+            sizes = f"{bytes_as_text(bytes_near)} near, {bytes_as_text(bytes_far)} {place}"
+            found.insert(-3, ("offloaded", f"{layers} layers, {near} near: {sizes}"))
         if self.other_layers:
-            found.insert(-5, ("other layers", f"{self.other_layers}, transformers' own"))
+            found.insert(1 + len(self.groups), ("other layers", f"{self.other_layers}, transformers' own"))
         return found
 
     def __str__(self) -> str:
@@ -130,10 +137,11 @@ def description_of(cache: Any) -> Description:
         bytes_allocated=cache.nbytes_allocated,
         bytes_dense=dense,
         max_bytes=options.max_bytes,
-        backends=tuple(sorted({layer.storage.backend for layer in layers if layer.is_initialized})),
+        backends=tuple(sorted({layer.room.backend.NAME for layer in layers if layer.is_initialized})),
         format=options.format,
         options=", ".join(conditioning),
         preallocated=not growing,
+        offloaded=None if sequences.offloaded is None else sequences.offloaded.where(),
     )
 
 

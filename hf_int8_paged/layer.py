@@ -14,6 +14,7 @@ from .assignment import assign
 from .kernels import Tokens
 from .layer_checks import check_first_states, check_states, of_one_dtype
 from .layer_reader import LayerReader
+from .offloading.storages import Blocks, made_for_offloading
 from .seam.once import say_once
 from .seam.views import Content
 from .sequences.growing import GrowingSequences
@@ -139,7 +140,7 @@ class PagedInt8Layer(OfTheWholeCache, LayerReader, CacheLayerMixin):
         if start and fresh is not None and room.overwrites(stop):
             past = self.gather(0, start, torch.float32)
             fresh = _joined(past[0], key_states), _joined(past[1], value_states)
-        self._append(*room.to_write(key_states, value_states, stop))
+        self._append(*room.to_write(key_states, value_states, stop), room.for_appending)
         room.wrote(stop, (key_states.dtype, value_states.dtype))
         first = room.first_shown(start)
         keys, values = room.blank_views(stop - first)
@@ -147,6 +148,14 @@ class PagedInt8Layer(OfTheWholeCache, LayerReader, CacheLayerMixin):
         if learning and fresh is not None:
             return keys.dense(), values.dense()  # autograd does not look into views
         return keys, values
+
+    def prefetch(self) -> None:
+        """Begin to bring the layer near, if it is offloaded."""
+        made_for_offloading(self.sequences.offloaded, "prefetch").prefetch(self.index)
+
+    def offload(self) -> None:
+        """Send the layer away now, if it is one that leaves."""
+        made_for_offloading(self.sequences.offloaded, "offload").send_away(self.index)
 
     def get_seq_length(self) -> Any:
         """Tokens per sequence; of a preallocated layer as a tensor on its device."""
@@ -206,13 +215,13 @@ class PagedInt8Layer(OfTheWholeCache, LayerReader, CacheLayerMixin):
         """Quantize tokens that the layer holds already and store them once more, from position ``start`` on."""
         keys, values, tokens = self.room.to_write(keys, values, start)
         lens = torch.full_like(tokens.context_lens_before, start)
-        self._append(keys, values, replace(tokens, context_lens_before=lens))
+        self._append(keys, values, replace(tokens, context_lens_before=lens), self.room.storages)
 
-    def _append(self, key_states: torch.Tensor, value_states: torch.Tensor, tokens: Tokens) -> None:
+    def _append(self, key_states: torch.Tensor, value_states: torch.Tensor, tokens: Tokens, blocks: Blocks) -> None:
         if key_states.requires_grad or value_states.requires_grad:
             key_states, value_states = key_states.detach(), value_states.detach()
         with self.room.writer:
-            self.room.backend.append(*of_one_dtype(key_states, value_states), self.room.storages[self.index], tokens)
+            self.room.backend.append(*of_one_dtype(key_states, value_states), blocks[self.index], tokens)
 
     def _known(self, name: str) -> tuple[int, int, int, torch.device]:
         """The layer's shape, which the attribute ``name`` is a fact of: without it there is no such attribute yet."""

@@ -36,7 +36,7 @@ class LayerReader:
     def gather(self, start: int, stop: int, dtype: torch.dtype) -> tuple[torch.Tensor, torch.Tensor]:
         """Dense keys and values of positions ``start`` to ``stop``, ``[batch, num_kv_heads, stop - start, dim]``."""
         room = self.room
-        keys, values = room.backend.gather(room.storage, room.tokens(), start, stop, dtype)
+        keys, values = room.backend.gather(room.for_reading[self.index], room.tokens(), start, stop, dtype)
         first_tokens = room.first_tokens(start)
         if first_tokens is not None:
             first_tokens.put_both(keys, values, start)
@@ -71,7 +71,7 @@ class LayerReader:
         room.backend.attend(
             out.transpose(1, 2),
             query,
-            room.storages[self.index],
+            room.for_reading[self.index],
             room.tokens_for(stop, q_len, fresh is not None),
             scoring,
             fresh,

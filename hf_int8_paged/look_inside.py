@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from typing import Any
+
+import torch
 
 from .block_picture import picture_of
 from .description import Description, description_of
@@ -16,6 +19,12 @@ class LookInside:
     layers: list
     _sequences: Any
 
+    def __iter__(self) -> Iterator[tuple[torch.Tensor | None, torch.Tensor | None, torch.Tensor | None]]:
+        """Keys, values and window of each layer, as `DynamicCache` gives and takes them."""
+        for layer in self.layers:
+            window = getattr(layer, "sliding_window", None)
+            yield layer.keys, layer.values, None if window is None else torch.tensor(window)
+
     def describe(self) -> Description:
         """Sequences, blocks and bytes now, as a record; ``print`` and notebooks show it as a table."""
         return description_of(self)
@@ -27,6 +36,9 @@ class LookInside:
     def __repr__(self) -> str:
         length, batch = self._sequences.length, self._sequences.batch_size or 0
         kind = "" if isinstance(self._sequences, GrowingSequences) else ", preallocated"
+        if isinstance(self._sequences, GrowingSequences) and self._sequences.pool.offloaded is not None:
+            where = self._sequences.pool.offloaded.where()
+            kind = f", {where.layers - where.near} of {where.layers} layers are away"
         return f"PagedInt8Cache({len(self.layers)} layers, {batch} sequences of {length} tokens{kind})"
 
     @property

@@ -7,6 +7,8 @@ it. The message names the value and what would work.
 from __future__ import annotations
 
 import operator
+import os
+import tempfile
 from typing import Any, NamedTuple
 
 import torch
@@ -26,6 +28,10 @@ class PoolOptions(NamedTuple):
     center_keys: bool = True
     format: str = INT8.name
     max_bytes: int | str | None = None
+    offloading: bool = False
+    offload_only_non_sliding: bool = True
+    resident_layers: int = 0
+    offload_folder: str | os.PathLike | None = None
 
     def checked(self) -> PoolOptions:
         """The same options as Python's own types.
@@ -58,7 +64,23 @@ class PoolOptions(NamedTuple):
             max_tokens=max_tokens,
             center_keys=_switch("center_keys", self.center_keys),
             max_bytes=checked_bytes("max_bytes", self.max_bytes),
+            **self._checked_offloading(),
         )
+
+    def _checked_offloading(self) -> dict[str, Any]:
+        offloading = _switch("offloading", self.offloading)
+        resident_layers = _integer("resident_layers", self.resident_layers)
+        if resident_layers < 0:
+            raise ValueError(f"resident_layers must be at least 0, got {resident_layers}")
+        for name in ("resident_layers", "offload_folder"):
+            if not offloading and getattr(self, name) != PoolOptions._field_defaults[name]:
+                raise ValueError(f"{name}={getattr(self, name)!r} needs offloading=True, without which no layer leaves")
+        return {
+            "offloading": offloading,
+            "offload_only_non_sliding": _switch("offload_only_non_sliding", self.offload_only_non_sliding),
+            "resident_layers": resident_layers,
+            "offload_folder": _writable_folder("offload_folder", self.offload_folder),
+        }
 
 
 class CacheOptions(NamedTuple):
@@ -76,7 +98,6 @@ def check_cache_options(
     max_cache_len: Any,
     sink_tokens: Any,
     pool_given: bool,
-    offloading: Any,
 ) -> CacheOptions:
     """Check the options of a cache, and whether they go together.
 
@@ -87,11 +108,6 @@ def check_cache_options(
     Raises:
         TypeError, ValueError: an option is of the wrong kind, out of range, or not honoured in this mode.
     """
-    if offloading:
-        raise ValueError(
-            f"offloading={offloading!r}: PagedInt8Cache does not offload layers, the blocks stay on their device; "
-            "leave it False"
-        )
     options = CacheOptions(
         _limit("max_batch_size", max_batch_size),
         _limit("max_cache_len", max_cache_len),
@@ -113,6 +129,11 @@ def check_cache_options(
         )
     if pool_given:
         raise ValueError("max_batch_size preallocates everything, which needs no pool; leave out one of the two")
+    if pool_options.offloading:
+        raise ValueError(
+            "a preallocated cache does not offload layers: its memory stays at addresses that compiled steps know; a "
+            "cache that grows does, leave out max_batch_size"
+        )
     if pool_options.max_tokens is not None:
         raise ValueError(
             f"max_tokens={pool_options.max_tokens} limits a cache that grows; with max_batch_size all is allocated at "
@@ -217,6 +238,18 @@ def checked_bytes(name: str, value: Any) -> int | None:
         except ValueError as error:
             raise ValueError(f"{name}: {error}") from error
     return _limit(name, value)
+
+
+def _writable_folder(name: str, value: Any) -> str | None:
+    if value is None:
+        return None
+    if not isinstance(value, str | os.PathLike):
+        raise TypeError(f"{name} must be a folder or None, got {_shown(value)}; None takes the system's temporary one")
+    try:
+        with tempfile.TemporaryFile(dir=os.fspath(value)):
+            return os.fspath(value)
+    except OSError as error:
+        raise ValueError(f"{name}: no file can be made in {os.fspath(value)!r}: {error.strerror}") from error
 
 
 def _switch(name: str, value: Any) -> bool:

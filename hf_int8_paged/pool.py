@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable, Mapping
+from functools import partial
 
 import numpy as np
 import torch
@@ -15,6 +17,8 @@ from .kernels import (
     grow_paged_int8_layer,
 )
 from .layer_checks import LayerShape
+from .offloading.far_side import WhichBlocks
+from .offloading.storages import OffloadedStorages
 from .options import PoolOptions
 from .pool_access import PoolAccess
 from .pool_budget import PoolBudget
@@ -38,7 +42,13 @@ class PagedInt8Pool(PoolBudget, PoolCentring):
         center_keys: whether the mean of a layer's first tokens is subtracted from its keys before quantization.
         format: name of the storage format (`kernels.Format`).
         max_bytes: most bytes that are allocated for blocks, and for first tokens in full precision of all caches
-            (a hard limit): a number, or a text such as ``"8GiB"``; ``None`` sets no limit.
+            (a hard limit): a number, or a text such as ``"8GiB"``; ``None`` sets no limit. Blocks count wherever they
+            are.
+        offloading: whether layers leave their device until they are needed: those of the CPU for files that are mapped
+            into memory, those of another device for the host's memory.
+        offload_only_non_sliding: whether layers with a window stay.
+        resident_layers: so many of the layers that could leave stay, the first ones.
+        offload_folder: for the files; ``None`` takes the system's folder for temporary files.
 
     Raises:
         TypeError, ValueError: an option is of the wrong kind or out of range.
@@ -53,8 +63,16 @@ class PagedInt8Pool(PoolBudget, PoolCentring):
         center_keys: bool = True,
         format: str = "int8",
         max_bytes: int | str | None = None,
+        *,
+        offloading: bool = False,
+        offload_only_non_sliding: bool = True,
+        resident_layers: int = 0,
+        offload_folder: str | os.PathLike | None = None,
     ):
-        options = PoolOptions(block_size, backend, max_tokens, rotation, center_keys, format, max_bytes).checked()
+        options = PoolOptions(
+            block_size, backend, max_tokens, rotation, center_keys, format, max_bytes, offloading,
+            offload_only_non_sliding, resident_layers, offload_folder,
+        ).checked()  # fmt: skip
         self.block_size, self.backend, self.max_tokens, self.rotation, self.center_keys, self.format = options[:6]
         PoolBudget.__init__(self, options.max_bytes)  # type: ignore[arg-type]
         self.allocators: dict[str, BlockAllocator] = {}
@@ -63,7 +81,17 @@ class PagedInt8Pool(PoolBudget, PoolCentring):
         self._centers: dict[int, torch.Tensor] = {}
         #: By layer, the blocks as they are now; growth replaces the object. Nothing before the layer's first token.
         self.storages: dict[int, KvCacheQuant] = {}
+        self.offloading, self.offload_only_non_sliding, self.resident_layers, self.offload_folder = options[7:]
         self._members: dict[str, list[int]] = {}
+        #: The same with ``offloading``, else None.
+        self.offloaded: OffloadedStorages | None = None
+        if options.offloading:
+            self.storages = self.offloaded = OffloadedStorages(
+                options.resident_layers,
+                options.offload_only_non_sliding,
+                options.offload_folder,  # type: ignore[arg-type]
+                partial(_blocks_in_use, self.allocators, self._members),
+            )
 
     def add_group(self, group: str, window: int | None) -> BlockAllocator:
         """The allocator of ``group``, the layers with this window, made if need be."""
@@ -79,8 +107,9 @@ class PagedInt8Pool(PoolBudget, PoolCentring):
         group: str,
         mine: LayerShape,
         only_user: Callable[[], bool],
-    ) -> None:
+    ) -> str:
         """Allocate a layer's blocks with the heads, widths and device of its first keys and values, unless it has them.
+        Returns the name of their backend.
 
         Args:
             layer: index of the layer.
@@ -97,13 +126,14 @@ class PagedInt8Pool(PoolBudget, PoolCentring):
             held = self.storages.get(layer)
             theirs = None
             if held is not None:
-                theirs = LayerShape(held.num_kv_heads, held.head_dim, held.v_head_dim, held.device)
-            if mine == theirs and layer in self._members[group]:
-                return
+                device = held.device if self.offloaded is None else self.offloaded.device_of(layer)
+                theirs = LayerShape(held.num_kv_heads, held.head_dim, held.v_head_dim, device)
+            if held is not None and mine == theirs and layer in self._members[group]:
+                return held.backend
             if theirs is None or mine == theirs or only_user():
                 blocks = self.allocators[group].num_blocks
                 self.check_layer_fits(layer, blocks, mine)
-                self.storages[layer] = alloc_paged_int8_layer(
+                new = alloc_paged_int8_layer(
                     blocks,
                     self.block_size,
                     mine.num_kv_heads,
@@ -114,10 +144,13 @@ class PagedInt8Pool(PoolBudget, PoolCentring):
                     rotation=self.rotation,
                     center_keys=self.center_keys,
                     format=self.format,
+                    empty=None if self.offloaded is None else self.offloaded.memory_for(layer, mine.device),
                 )
+                self.storages[layer] = new
                 if layer not in self._members[group]:
                     self._members[group].append(layer)
-                return
+                return new.backend
+        assert theirs is not None
         raise ValueError(
             f"layer {layer} of this pool has {theirs[0]} KV heads of widths {theirs[1]} and {theirs[2]} on "
             f"{theirs[3]}, but keys with {mine[0]} heads of widths {mine[1]} and {mine[2]} came on {mine[3]}; "
@@ -142,8 +175,9 @@ class PagedInt8Pool(PoolBudget, PoolCentring):
         with self.access.growing(), torch.inference_mode(False):
             for group, target in targets.items():
                 for layer in self._members[group]:
-                    if self.storages[layer].num_blocks < target:  # an interrupted growth may have come this far
-                        self.storages[layer] = grow_paged_int8_layer(self.storages[layer], target)
+                    if self.look_at(layer).num_blocks < target:  # an interrupted growth may have come this far
+                        held = self.storages[layer] if self.offloaded is None else self.offloaded.home(layer)
+                        self.storages[layer] = grow_paged_int8_layer(held, target)
                 self.allocators[group].grow(target)
 
     def copy(self, group: str, pairs: np.ndarray) -> None:
@@ -157,8 +191,12 @@ class PagedInt8Pool(PoolBudget, PoolCentring):
             return
         src, dst = torch.from_numpy(np.ascontiguousarray(pairs.T))
         for layer in self._members[group]:
-            storage = self.storages[layer]
+            storage = self.to_write(layer, lambda: pairs[:, 1])
             copy_blocks(storage, src.to(storage.device), dst.to(storage.device))
+
+    def to_write(self, layer: int, which: WhichBlocks) -> KvCacheQuant:
+        """A layer's blocks, of which those that ``which`` names are about to be written to."""
+        return self.storages[layer] if self.offloaded is None else self.offloaded.writing(layer, which)
 
     @property
     def nbytes_allocated(self) -> int:
@@ -169,7 +207,12 @@ class PagedInt8Pool(PoolBudget, PoolCentring):
     def nbytes_used(self) -> int:
         """Bytes of the blocks that hold tokens, all layers."""
         return sum(
-            self.allocators[group].num_used * self.block_size * self.storages[layer].bytes_per_token
+            self.allocators[group].num_used * self.block_size * self.look_at(layer).bytes_per_token
             for group, layers in self._members.items()
             for layer in layers
         )
+
+
+def _blocks_in_use(allocators: Mapping[str, BlockAllocator], members: Mapping[str, list[int]], layer: int) -> int:
+    """One more than the last of a layer's blocks that holds tokens."""
+    return max((allocators[group].end for group, layers in members.items() if layer in layers), default=0)

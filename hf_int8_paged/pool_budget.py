@@ -114,6 +114,12 @@ class PoolBudget:
         blocks = sum(storage.nbytes for storage in self.storages.values())
         return blocks + sum(kept.nbytes for kept in list(self.first_tokens))
 
+    def look_at(self, layer: int) -> KvCacheQuant:
+        """A layer's blocks for who asks what they are like, not what they hold: they may be away."""
+        storage = self.storages.get(layer)
+        assert storage is not None, f"layer {layer} holds nothing yet"
+        return storage
+
     def tokens_for(self, max_bytes: int) -> int:
         """Tokens of one sequence that so many bytes hold."""
 
@@ -144,7 +150,7 @@ class PoolBudget:
 
     def _bytes_per_block(self, group: str) -> int:
         per_token = {layer: self._bytes_per_token(shape) for layer, shape in self.forecast.get(group, {}).items()}
-        per_token |= {layer: self.storages[layer].bytes_per_token for layer in self._members[group]}
+        per_token |= {layer: self.look_at(layer).bytes_per_token for layer in self._members[group]}
         return self.block_size * sum(per_token.values())
 
     def _bytes_with(self, targets: Mapping[str, int]) -> int:
@@ -153,7 +159,7 @@ class PoolBudget:
         for group, allocator in self.allocators.items():
             target = targets.get(group, allocator.num_blocks)
             for layer in self._members[group]:
-                storage = self.storages[layer]
+                storage = self.look_at(layer)
                 more = target - storage.num_blocks
                 if more > 0:
                     total += more * self.block_size * storage.bytes_per_token

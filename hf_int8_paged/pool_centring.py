@@ -142,5 +142,6 @@ class PoolCentring:
 
     def lacks_center(self, layer: int) -> bool:
         """Whether a layer's keys are to be centred and are not yet."""
-        center = self.storages[layer].key_center
+        storage = self.storages.get(layer)  # which may be away
+        center = None if storage is None else storage.key_center
         return center is not None and self._centers.get(layer) is not center

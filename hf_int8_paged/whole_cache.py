@@ -25,9 +25,3 @@ class OfTheWholeCache:
 
     def activate_past_recording(self) -> None:
         raise NotImplementedError("layers share their sequences; call activate_past_recording() of the cache")
-
-    def prefetch(self) -> None:
-        raise NotImplementedError("prefetch is not supported by PagedInt8Cache: the blocks stay on their device")
-
-    def offload(self) -> None:
-        raise NotImplementedError("offload is not supported by PagedInt8Cache: the blocks stay on their device")

@@ -59,6 +59,29 @@ def test_the_prompt_store_finds_in_another_process_what_one_has_stored(tiny_mode
     assert (tmp_path / "blocks.png").read_bytes().startswith(b"\x89PNG")
 
 
+def test_the_code_of_the_readme_for_offloading_runs(tiny_model_folder: Path):
+    model = LlamaForCausalLM.from_pretrained(tiny_model_folder, attn_implementation="int8_paged")
+    scope: dict[str, Any] = {
+        "model": model, "inputs": {"input_ids": torch.arange(1, 61)[None]}, "PagedInt8Cache": PagedInt8Cache
+    }  # fmt: skip
+    exec(readme_blocks()[3], scope)
+    assert scope["output"].shape == (1, 100)
+    assert scope["cache"].offloading
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="it reads /proc/self/pagemap")
+def test_the_script_for_offloading_measures_and_draws(tiny_model_folder: Path, tmp_path: Path):
+    picture = tmp_path / "offloading.png"
+    command = [sys.executable, str(ROOT / "examples" / "offloading.py"), str(tiny_model_folder), str(picture), "600"]
+    environment = {**os.environ, "HF_HUB_OFFLINE": "1"}
+    result = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=HANGS)
+    assert result.returncode == 0, result.stderr
+    kept, _, offloaded = re.findall(r": ([\d.]+) MiB of [\d.]+ MiB in memory", result.stdout)
+    assert float(offloaded) <= 0.6 * float(kept)  # one of two layers
+    assert "all three went on alike" in result.stdout
+    assert picture.read_bytes().startswith(b"\x89PNG")
+
+
 def test_the_code_of_the_readme_for_stored_prompts_runs(
     tiny_model_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ):

@@ -27,6 +27,7 @@ ORDER = (
     "seam",
     "block_allocator",
     "pool_access",
+    "offloading",
     "options",
     "pool_centring",
     "pool_budget",

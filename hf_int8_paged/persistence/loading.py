@@ -99,7 +99,7 @@ def _fill_growing(cache: Any, header: Header, file: TensorFile) -> None:
         kept = None
         if stored.first_tokens is not None:
             table = None if places is None else places.table
-            kept = _kept(room.index, stored, file, table, room.storage.device)
+            kept = _kept(room.index, stored, file, table, room.shape.device)
         blocks = header.groups[stored.group or ""].blocks
         contents.append((_center(room.index, stored, file), _contents(room, blocks, file), kept))
     taken = _take_over(sequences, header, ids, places)
@@ -236,9 +236,9 @@ def _center(index: int, stored: LayerHeader, file: TensorFile) -> torch.Tensor |
 
 def _contents(room: Any, blocks: int, file: TensorFile) -> list[torch.Tensor]:
     """A layer's blocks in the file: the tensors of a `Segment`, blocks first, rows in the order of tokens."""
-    tensors = []
-    for name, x in zip(Segment._fields, room.storage.segments[0]):
-        shape = (blocks, room.storage.num_kv_heads, *x.shape[2:])
+    tensors, storage = [], room.for_reading[room.index]
+    for name, x in zip(Segment._fields, storage.segments[0]):
+        shape = (blocks, storage.num_kv_heads, *x.shape[2:])
         rows = file.read(f"layers.{room.index}.{name}", x.dtype, shape)
         if rows.dtype == torch.int8 and bool((rows == -128).any()):
             raise file.error(f"layers.{room.index}.{name}", "-128 is no stored element")

@@ -147,7 +147,7 @@ def _layer(index: int, layer: Any, sequences: Any, header: Header, tensors: dict
     group = group_name(layer.window)
     if room.shape is None:
         return LayerHeader(type(layer).__name__, group, state=state)
-    storage, length = room.storage, header.length
+    storage, length = room.for_reading[index], header.length
     if isinstance(sequences, GrowingSequences):
         blocks = blocks_of(sequences, group)
         table = sequences.books.state.tables[group]
@@ -168,7 +168,7 @@ def _layer(index: int, layer: Any, sequences: Any, header: Header, tensors: dict
     blank = ids[last] if length % storage.block_size else ids[:0]
     for field, shape in _shapes(storage, len(ids)).items():
         dtype = getattr(storage, field).dtype
-        tensors[f"{name}.{field}"] = Stored(dtype, shape, lambda f=field: _chunks(storage, ids, f, blank, length))  # type: ignore[misc]
+        tensors[f"{name}.{field}"] = Stored(dtype, shape, lambda f=field: _chunks(room, ids, f, blank, length))  # type: ignore[misc]
     if centred:
         tensors[f"{name}.key_center"] = Stored.of(storage.key_center)
     if kept is not None:
@@ -187,15 +187,16 @@ def _shapes(storage: KvCacheQuant, blocks: int) -> dict[str, tuple[int, ...]]:
     return {name: (blocks, heads, *x.shape[2:]) for name, x in storage.segments[0]._asdict().items()}
 
 
-def _chunks(
-    storage: KvCacheQuant, ids: torch.Tensor, field: str, blank: torch.Tensor, length: int
-) -> Iterator[torch.Tensor]:
-    """Blocks ``ids`` of one of a storage's tensors, row by row, a few at a time, each ``[some, num_kv_heads, ...]``;
+def _chunks(room: Any, ids: torch.Tensor, field: str, blank: torch.Tensor, length: int) -> Iterator[torch.Tensor]:
+    """Blocks ``ids`` of one of a layer's tensors, row by row, a few at a time, each ``[some, num_kv_heads, ...]``;
     those in ``blank`` with zeros behind the slot of position ``length``."""
-    x = getattr(storage, field)
+    device, x = room.shape.device, getattr(room.for_reading[room.index], field)
     per_block = x[:, :1].numel() * x.element_size() or _CHUNK
-    blank = blank.to(storage.device)
-    for some in ids.to(storage.device).split(max(_CHUNK // per_block, 1)):
+    blank = blank.to(device)
+    for some in ids.to(device).split(max(_CHUNK // per_block, 1)):
+        # Asked anew each time: the layer may have left meanwhile, or grown.
+        storage: KvCacheQuant = room.for_reading[room.index]
+        x = getattr(storage, field)
         tiles = x.new_empty((x.shape[0], len(some), *x.shape[2:]))
         for segment, here, blocks in in_segments(storage, some):
             tiles[:, here] = getattr(segment, field)[:, blocks]

@@ -52,6 +52,7 @@ class GrowingSequences(SequenceRecovery):
         self.books = Books(SequenceState({}, {}))
         pool.access.register(self, self.books)
         self.writer = pool.access.join()
+        self.offloaded = pool.offloaded
         self._turn = 0
 
     def add_room(self, index: int, window: int | None) -> GrowingRoom:
@@ -61,6 +62,8 @@ class GrowingSequences(SequenceRecovery):
             self.books.state.tables[name] = BlockTable(self.pool.add_group(name, window), self.pool.block_size)
             self.groups[name] = Group(name, self.books, window)
         self.groups[name].num_layers += 1
+        if self.offloaded is not None:
+            self.offloaded.expect(index, window)
         return GrowingRoom(index, self, self.groups[name])
 
     def expect(self, layers: Iterable[tuple[int, str, int | None, int, int, int]]) -> None:

@@ -4,13 +4,17 @@ from __future__ import annotations
 
 import copy
 from dataclasses import replace
+from functools import partial
 from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
 
+from ..block_allocator import HOLE
 from ..kernels import Backend, FirstTokens, KvCacheQuant, Scoring, Tokens, load_backend
 from ..layer_checks import LayerShape, dense_dtypes, interrupted, shape_of
+from ..offloading.storages import Appending, Blocks, Reading
+from ..pool_access import Books
 from ..pool_centring import MIN_CENTER_TOKENS
 from ..seam.views import PagedView
 from .first_tokens import LayerFirstTokens
@@ -48,6 +52,12 @@ class GrowingRoom:
         self.sequences, self.group, self.writer = sequences, group, sequences.writer
         # Asked in every layer and step, so without a Python function between.
         self.storages = sequences.pool.storages
+        self.for_reading: Blocks = self.storages
+        self.for_appending: Blocks = self.storages
+        if sequences.offloaded is not None:
+            newest = partial(_newest_blocks, sequences.books, group.name, sequences.pool.block_size)
+            self.for_reading = Reading(sequences.offloaded)
+            self.for_appending = Appending(sequences.offloaded, newest)
         self.first_shown = group.first_visible
 
     @property
@@ -83,10 +93,10 @@ class GrowingRoom:
 
     def allocate(self, keys: torch.Tensor, values: torch.Tensor) -> None:
         shape = shape_of(keys, values)
-        self.sequences.pool.add_layer(self.index, self.group.name, shape, lambda: self.group.holds_the_pool)
-        if self.shape is None or self._backend_name != self.storage.backend:
-            self._backend_name = self.storage.backend
-            self.backend = load_backend(self._backend_name)
+        pool, group = self.sequences.pool, self.group
+        name = pool.add_layer(self.index, group.name, shape, lambda: group.holds_the_pool)
+        if self.shape is None or self._backend_name != name:
+            self._backend_name, self.backend = name, load_backend(name)
         self.dtypes, self.shape = dense_dtypes(keys.dtype, values.dtype), shape
 
     def center(self, keys: torch.Tensor, tokens: torch.Tensor | None) -> None:
@@ -196,3 +206,10 @@ class GrowingRoom:
         twin = copy.copy(self)
         twin._belong_to(sequences, sequences.groups[self.group.name])
         return twin
+
+
+def _newest_blocks(books: Books, group: str, block_size: int) -> np.ndarray:
+    """Blocks of the newest step's tokens."""
+    state = books.state
+    ids = state.tables[group].ids[:, state.step_start // block_size : -(-state.length // block_size)]
+    return np.unique(ids[ids != HOLE])

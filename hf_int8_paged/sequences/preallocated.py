@@ -49,6 +49,8 @@ class PreallocatedSequences:
         self.padding = Padding()
         #: Whether the cache has layers whose state cannot go back.
         self.beside_recurrent_states = False
+        #: No layer leaves its device.
+        self.offloaded = None
         self.rooms: list[PreallocatedRoom] = []
         #: Lengths, once for all layers of a device.
         self.on_devices: list[DeviceLengths] = []

@@ -13,6 +13,7 @@ import torch
 
 from ..kernels import Backend, FirstTokens, KvCacheQuant, Scoring, Tokens, load_backend, mean_key
 from ..layer_checks import LayerShape, check_first_states, shape_of
+from ..offloading.storages import Blocks
 from ..pool_centring import enough_for_mean
 from ..seam.views import PagedView
 from .memory import PreallocatedMemory
@@ -41,6 +42,8 @@ class PreallocatedRoom:
         #: None before the first keys.
         self.memory: PreallocatedMemory | None = None
         self.storages: dict[int, KvCacheQuant] = {}
+        self.for_reading: Blocks = self.storages
+        self.for_appending: Blocks = self.storages
         #: dtypes of the newest keys and values.
         self.dtypes = (torch.float32, torch.float32)
         #: Views made before tokens were moved are no longer valid.
@@ -114,6 +117,7 @@ class PreallocatedRoom:
         self.dtypes, self.may_be_empty, self.first_held = dtypes, True, 0
         self.epoch += 1
         self.memory, self.storages = memory, {self.index: memory.storage}
+        self.for_reading = self.for_appending = self.storages
 
     def center(self, keys: torch.Tensor, tokens: torch.Tensor | None) -> None:
         center = self.storage.key_center

@@ -9,6 +9,7 @@ import torch
 
 from ..kernels import Backend, FirstTokens, KvCacheQuant, Scoring, Tokens
 from ..layer_checks import LayerShape
+from ..offloading.storages import Blocks
 from ..seam.views import PagedView
 
 
@@ -53,6 +54,9 @@ class Room(Protocol):
         preallocated: which of the two it is.
         index: of the layer in the model.
         storages: the layer's blocks by its index, perhaps among those of others: nothing before the first keys.
+            Whoever takes them from here may write to all of them.
+        for_reading: the same for who only reads.
+        for_appending: the same for a step's new tokens, and nothing else.
         window: sliding window in tokens (a query sees ``window`` positions, its own included), or ``None``.
         shape: heads, widths and device of keys and values; None before the first ones.
         dtypes: that dense keys and values are shown in.
@@ -66,6 +70,8 @@ class Room(Protocol):
     preallocated: bool
     index: int
     storages: dict[int, KvCacheQuant]
+    for_reading: Blocks
+    for_appending: Blocks
     window: int | None
     dtypes: tuple[torch.dtype, torch.dtype]
 

@@ -169,10 +169,11 @@ def test_an_interrupted_forward_pass_is_noticed():
 
 
 @pytest.mark.parametrize("operation", ["offload", "prefetch"])
-def test_offloading_is_refused(operation):
+def test_a_cache_made_without_offloading_refuses_it(operation):
     cache = filled(llama())
-    with pytest.raises(NotImplementedError, match="blocks stay on their device"):
-        getattr(cache.layers[0], operation)()
+    for call in (getattr(cache.layers[0], operation), lambda: getattr(cache, operation)(0)):
+        with pytest.raises(NotImplementedError, match=rf"{operation}: this cache was made without offloading=True"):
+            call()
 
 
 @pytest.mark.parametrize("operation", ["crop", "reorder_cache", "reset"])

@@ -104,11 +104,6 @@ def test_views_can_be_reshaped_without_a_copy():
     assert torch.equal(keys.view(4, 9, 16), rows.reshape(4, 9, 16))
 
 
-def test_offloading_is_refused():
-    with pytest.raises(ValueError, match="does not offload"):
-        PagedInt8Cache(tiny_model("llama").config, offloading=True)
-
-
 @pytest.mark.parametrize("options", [{}, {"max_batch_size": 2, "max_cache_len": 64}], ids=["growing", "preallocated"])
 def test_a_first_prompt_without_a_mask_is_causal_and_no_more(options: dict[str, Any]) -> None:
     """As SDPA has it, also where the layer has a window that is shorter: Moshi's mask does not know of it."""

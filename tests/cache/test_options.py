@@ -39,6 +39,12 @@ OF_THE_POOL = [
     ({"rotation": True}, ValueError, "unknown rotation True; choose one of hadamard, or None"),
     ({"rotation": ["hadamard"]}, ValueError, "unknown rotation .*; choose one of hadamard, or None"),
     ({"rotation": "walsh"}, ValueError, "unknown rotation 'walsh'; choose one of hadamard, or None"),
+    ({"offloading": 1}, TypeError, r"offloading must be True or False, got 1 \(int\)"),
+    ({"offload_only_non_sliding": None}, TypeError, "offload_only_non_sliding must be True or False, got None"),
+    ({"offloading": True, "resident_layers": 1.5}, TypeError, "resident_layers must be an integer, got 1.5"),
+    ({"offloading": True, "resident_layers": -1}, ValueError, "resident_layers must be at least 0, got -1"),
+    ({"offloading": True, "offload_folder": 3}, TypeError, r"offload_folder must be a folder or None, got 3 \(int\)"),
+    ({"offloading": True, "offload_folder": "/no/folder"}, ValueError, "offload_folder: no file can be made in '/no/f"),
     ({"backend": 3}, TypeError, r"backend must be a backend's name or None, got 3 \(int\)"),
     ({"backend": "cuda"}, ValueError, "unknown backend 'cuda'; choose one of reference, cpu, triton"),
 ]
@@ -57,7 +63,10 @@ OF_THE_CACHE = [
     ({"device": "hpu:3"}, ValueError, "there is no device 'hpu:3' here; this machine has cpu"),
 ]
 TOGETHER = [
-    ({"offloading": True}, "does not offload layers"),
+    (PREALLOCATED | {"offloading": True}, "a preallocated cache does not offload layers: .*leave out max_batch_size"),
+    ({"resident_layers": 2}, "resident_layers=2 needs offloading=True"),
+    ({"offload_folder": "."}, "offload_folder='.' needs offloading=True"),
+    ({"pool": PagedInt8Pool(), "offloading": True}, "^offloading: .* belong to the pool"),
     ({"max_batch_size": 2}, "max_batch_size=2 preallocates everything, which needs max_cache_len too"),
     (PREALLOCATED | {"max_tokens": 64}, "max_tokens=64 limits a cache that grows"),
     (PREALLOCATED | {"pool": PagedInt8Pool()}, "needs no pool; leave out one of the two"),

@@ -11,7 +11,7 @@ from tests.kernels.test_triton import in_another_python
 
 FILES = [
     "two_readers", "state_machine", "decoding_matrix", "operations", "sink_tokens", "static_limits", "fuzz", "layouts",
-    "save_load",
+    "save_load", "offloading",
 ]  # fmt: skip
 
 

@@ -245,7 +245,7 @@ def main() -> int:
     parser.add_argument("--sample", type=int, help="so many injections, chosen at random (default: all)")
     parser.add_argument("--seed", type=int, default=0, help="of the choice")
     parser.add_argument("--only", default="", help="scenarios whose name contains this")
-    parser.add_argument("--kind", choices=sorted(KINDS), help="of the cache (default: both)")
+    parser.add_argument("--kind", choices=sorted(KINDS), help="of the cache (default: all)")
     parser.add_argument("--at", default="", help="points in files whose path, with the line, contains this")
     parser.add_argument("--workers", type=int, default=1, help="processes")
     parser.add_argument("--show", type=int, default=1, help="failures of each kind to print, of each tenth")

@@ -13,6 +13,7 @@ from transformers import LlamaConfig
 
 from hf_int8_paged import PagedInt8Cache
 from hf_int8_paged.seam.attention import int8_paged_attention
+from tests.cache.offloaded import choose
 
 LAYERS, HEADS, DIM, WINDOW = 3, 1, 16, 20
 _OPTIONS: dict[str, Any] = {
@@ -26,8 +27,15 @@ _OPTIONS: dict[str, Any] = {
 CONFIG = LlamaConfig(**_OPTIONS)
 #: Stands for a model's attention module.
 MODULE: Any = SimpleNamespace(is_causal=True, num_key_value_groups=2, training=False)
-#: Options of the cache, by kind.
-KINDS: dict[str, dict[str, Any]] = {"growing": {}, "preallocated": {"max_batch_size": 4, "max_cache_len": 80}}
+_OFFLOADING = {"offloading": True, "offload_only_non_sliding": False}
+#: Options of the cache, by kind. The last two are caches whose layers leave: for files, and for where slots are filled
+#: from.
+KINDS: dict[str, dict[str, Any]] = {
+    "growing": {},
+    "preallocated": {"max_batch_size": 4, "max_cache_len": 80},
+    "mapped": _OFFLOADING,
+    "copied": _OFFLOADING,
+}
 
 
 class World:
@@ -41,6 +49,8 @@ class World:
     def __init__(self, kind: str, backend: str):
         self.caches: dict[str, PagedInt8Cache] = {"main": PagedInt8Cache(CONFIG, backend=backend, **KINDS[kind])}
         self.pool: Any = vars(self.caches["main"]).get("pool")
+        if KINDS[kind] is _OFFLOADING:
+            choose(self.main.pool, kind)
 
     @property
     def main(self) -> PagedInt8Cache:
@@ -132,7 +142,7 @@ def call(method: str, *arguments: Any) -> Action:
     return lambda world: getattr(world.main, method)(*arguments)
 
 
-_GROWING = ("growing",)
+_GROWING = ("growing", "mapped", "copied")
 SCENARIOS: dict[str, Scenario] = {
     "first prompt": Scenario((), Step(20)),
     "short first prompt": Scenario((), Step(5)),

@@ -171,3 +171,18 @@ def advice(address: int) -> list[str]:
         elif inside and line.startswith("VmFlags:"):
             return line.split()[1:]
     return []
+
+
+def test_memory_comes_from_whoever_was_named_also_when_the_storage_grows(backend: str) -> None:
+    made: list[torch.Tensor] = []
+
+    def empty(shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> torch.Tensor:
+        made.append(torch.empty(shape, dtype=dtype, device=device))
+        return made[-1]
+
+    storage = alloc_paged_int8_layer(2, 16, 2, 16, device=device_of(backend), backend=backend, empty=empty)
+    assert [x.data_ptr() for x in storage.segments[0]] == [x.data_ptr() for x in made]
+    larger = grow_paged_int8_layer(storage, 5)
+    assert len(made) == 8
+    assert [x.data_ptr() for x in larger.segments[-1]] == [x.data_ptr() for x in made[4:]]
+    assert larger.empty is empty

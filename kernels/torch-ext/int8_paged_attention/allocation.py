@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from functools import partial
 
 import torch
 
@@ -10,7 +11,7 @@ from .backends import Backend, load_backend, resolve_backend
 from .checks import check_geometry
 from .conditioning import ROTATIONS
 from .formats import INT8, format_called
-from .storage import TILE_ORDERS, KvCacheQuant, Segment
+from .storage import TILE_ORDERS, Empty, KvCacheQuant, Segment
 
 
 def alloc_paged_int8_layer(
@@ -26,6 +27,7 @@ def alloc_paged_int8_layer(
     rotation: str | None = None,
     center_keys: bool = False,
     format: str = INT8.name,
+    empty: Empty | None = None,
 ) -> KvCacheQuant:
     """Allocate the storage of one attention layer.
 
@@ -44,6 +46,9 @@ def alloc_paged_int8_layer(
         center_keys: allocate a key centre, zero at first (``storage.key_center``). Set its values before the
             first append.
         format: name of the format of the rows, one of ``FORMATS``.
+        empty: makes the memory, now and when the storage grows: ``empty(shape, dtype, device)`` returns an
+            uninitialised contiguous tensor, which need not be on ``device`` as long as no kernel is given it. ``None``
+            leaves it to the backend.
 
     Returns:
         The storage.
@@ -65,12 +70,13 @@ def alloc_paged_int8_layer(
     if order == "dot4" and head_dim % 4:
         raise ValueError(f"tile_order 'dot4' needs a head_dim that is a multiple of 4, got {head_dim}")
     return KvCacheQuant(
-        *_segment(serving, (num_kv_heads, num_blocks, block_size), head_dim, v_head_dim, device, format, False),
+        *_segment(serving, (num_kv_heads, num_blocks, block_size), head_dim, v_head_dim, device, format, empty),
         backend=serving.NAME,
         tile_order=order,
         rotation=rotation,
         key_center=torch.zeros(num_kv_heads, head_dim, device=device) if center_keys else None,
         format=format,
+        empty=empty,
     )
 
 
@@ -97,9 +103,11 @@ def grow_paged_int8_layer(storage: KvCacheQuant, num_blocks: int) -> KvCacheQuan
     serving = load_backend(storage.backend)
     keep = bool(held) and serving.SEGMENTS
     slots = (storage.num_kv_heads, num_blocks - held if keep else num_blocks, storage.block_size)
-    new = _segment(serving, slots, storage.head_dim, storage.v_head_dim, storage.device, storage.format, keep)
+    make = storage.empty or (partial(serving.empty, filled_slowly=True) if keep else None)
+    new = _segment(serving, slots, storage.head_dim, storage.v_head_dim, storage.device, storage.format, make)
     if keep:
-        serving.filled(storage.segments[-1])
+        if storage.empty is None:
+            serving.filled(storage.segments[-1])
         return replace(storage, more=(*storage.more, new))
     for old, larger in zip(storage.segments[0], new, strict=True):
         larger[:, :held].copy_(old)
@@ -113,13 +121,14 @@ def _segment(
     v_head_dim: int,
     device: torch.device,
     format: str,
-    filled_slowly: bool,
+    empty: Empty | None,
 ) -> Segment:
-    """Uninitialised memory for ``slots``, that is KV heads, blocks and tokens of each."""
-    rows = format_called(format)
+    """Uninitialised memory for ``slots``, that is KV heads, blocks and tokens of each; by default a backend's own,
+    which a prompt fills at once."""
+    rows, make = format_called(format), empty or serving.empty
     return Segment(
-        k=serving.empty((*slots, head_dim), rows.dtype, device, filled_slowly=filled_slowly),
-        v=serving.empty((*slots, v_head_dim), rows.dtype, device, filled_slowly=filled_slowly),
-        k_scales=serving.empty(slots, rows.scale_dtype, device, filled_slowly=filled_slowly),
-        v_scales=serving.empty(slots, rows.scale_dtype, device, filled_slowly=filled_slowly),
+        k=make((*slots, head_dim), rows.dtype, device),
+        v=make((*slots, v_head_dim), rows.dtype, device),
+        k_scales=make(slots, rows.scale_dtype, device),
+        v_scales=make(slots, rows.scale_dtype, device),
     )

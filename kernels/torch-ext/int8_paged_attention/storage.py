@@ -5,7 +5,7 @@ The memory layout is defined here and nowhere else. DESIGN.md section 2 gives th
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from typing import NamedTuple
 
@@ -25,6 +25,8 @@ from .notes import Notes
 #:     K ``[head_dim / 4, block_size, 4]``, V ``[block_size / 4, v_head_dim, 4]``: four consecutive
 #:     elements of the axis that is summed over lie together, as VNNI and SDOT instructions read them.
 TILE_ORDERS = ("row_major", "v_transposed", "dot4")
+#: Makes uninitialised memory of a shape and a dtype, for a layer on a device: what a `Backend` does of its own accord.
+Empty = Callable[[tuple[int, ...], torch.dtype, torch.device], torch.Tensor]
 
 
 class Segment(NamedTuple):
@@ -62,6 +64,7 @@ class KvCacheQuant:
             quantization, or ``None``. Must not change while the blocks hold tokens.
         format: name of the rows' format (`formats`).
         more: the segments after the first, whose tensors differ from the first's in ``num_blocks`` only.
+        empty: what makes the memory, also when the storage grows; ``None`` for the backend.
     """
 
     k: torch.Tensor
@@ -74,6 +77,7 @@ class KvCacheQuant:
     key_center: torch.Tensor | None = None
     format: str = INT8.name
     more: tuple[Segment, ...] = ()
+    empty: Empty | None = field(default=None, repr=False)
     notes: Notes = field(default_factory=Notes, init=False, repr=False)
 
     @property

@@ -1,0 +1,1 @@
+"""Layers whose blocks leave their device between the steps that need them."""
