@@ -44,9 +44,11 @@ def test_nothing_is_tuned_unless_asked_for_and_possible(
         monkeypatch.setenv("HF_INT8_PAGED_TUNE", asked_for)
     monkeypatch.setattr(torch.cuda, "is_available", lambda: gpu)
     timer = Timer(Config(128, 2))
-    assert config_for(CHIP, 200, 4, False, timer) == Config(248)
-    assert config_for(CHIP, 128, 4, False, timer) == Config()
-    assert config_for(Chip("gfx942", 304), 128, 1, True, timer) == Config()
+    assert config_for(CHIP, 200, False, 16, 4, timer) == Config(248)
+    assert config_for(CHIP, 256, False, 32, 8, timer) == Config(244)
+    assert config_for(Chip("sm_100", 148), 256, False, 64, 8, timer) == Config(232)
+    assert config_for(CHIP, 128, False, 16, 4, timer) == Config()
+    assert config_for(Chip("gfx942", 304), 128, True, 16, 1, timer) == Config()
     assert not timer.asked
     assert not tuned_file.exists()
 
@@ -56,19 +58,19 @@ def test_the_fastest_is_found_once_and_kept(monkeypatch: pytest.MonkeyPatch, tun
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     timer = Timer(Config(128, 2))
     for _ in range(2):
-        assert config_for(CHIP, 128, 4, False, timer) == Config(128, 2)
+        assert config_for(CHIP, 128, False, 16, 4, timer) == Config(128, 2)
     assert Config() in timer.asked
     assert len(timer.asked) == len(set(timer.asked)) == 16
     # Another kind is tuned on its own; a file that cannot be read counts as none.
     other = Timer(Config(None, 6))
-    assert config_for(CHIP, 128, 8, False, other) == Config(None, 6)
+    assert config_for(CHIP, 128, False, 16, 8, other) == Config(None, 6)
     assert len(json.loads(tuned_file.read_text())) == 2
     tuned_file.write_text("{")
-    assert config_for(CHIP, 128, 8, False, timer) == Config(128, 2)
+    assert config_for(CHIP, 128, False, 16, 8, timer) == Config(128, 2)
     assert list(tuned_file.parent.iterdir()) == [tuned_file]
     # Registers are NVIDIA's option.
     amd = Timer(Config(None, 4))
-    assert config_for(Chip("gfx942", 304), 128, 8, False, amd) == Config(None, 4)
+    assert config_for(Chip("gfx942", 304), 128, False, 16, 8, amd) == Config(None, 4)
     assert {config.max_registers for config in amd.asked} == {None}
 
 
@@ -77,7 +79,7 @@ def test_a_capture_is_not_disturbed(monkeypatch: pytest.MonkeyPatch, tuned_file:
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: True)
     timer = Timer(Config(128, 2))
-    assert config_for(CHIP, 128, 4, False, timer) == Config()
+    assert config_for(CHIP, 128, False, 16, 4, timer) == Config()
     assert not timer.asked
 
 

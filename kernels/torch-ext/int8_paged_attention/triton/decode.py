@@ -32,7 +32,7 @@ def decode_constants(
     rows = 8 if group * q_len <= 8 else 16
     if config is None:
         measure = partial(time_decode, chip, kind, group, integer)
-        config = config_for(chip, kind.head_dim, group, integer and not kind.rotated, measure)
+        config = config_for(chip, kind.head_dim, integer and not kind.rotated, kind.block_size, group, measure)
     constants = dict(
         GROUP=group,
         HEAD_DIM=kind.head_dim,

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import triton
 import triton.language as tl
+from triton.language.target_info import cuda_capability_geq
 
 from .primitives import butterflies, round_half_even
 from .tiles import PART, STEPS, TINY, float16_term, int8_term
@@ -33,30 +34,26 @@ def rotate_query(q, ROWS: tl.constexpr, DIMS: tl.constexpr, BLOCK: tl.constexpr,
 
 @triton.jit
 def split_query(q, ROWS: tl.constexpr, DIMS: tl.constexpr, THIRD_TERM: tl.constexpr, INTEGER: tl.constexpr):
-    """Float32 ``[ROWS, DIMS]`` -> two operands ``[2 * ROWS, DIMS]`` and the rows' units.
+    """Float32 ``[ROWS, DIMS]`` -> an operand ``[2 * ROWS, DIMS]``, what it leaves, and the rows' units.
 
-    The first operand holds the high over the low terms of q, the second zeros over what is left of q, in 1/256 of
-    the low terms' step. A fault in a row makes its unit NaN, and with it every score.
+    The operand holds the high over the low terms of q; what it leaves, whole numbers in float32 ``[ROWS, DIMS]``, is
+    in 1/256 of the low terms' step. A fault in a row makes its unit NaN, and with it every score.
     """
     largest = tl.max(tl.abs(q), axis=1)
     is_high = (tl.arange(0, 2) == 0)[:, None, None]
+    left = q
     if INTEGER:
         in_steps = q * tl.where(largest > TINY, STEPS / largest, 0.0)[:, None]
         steps = round_half_even(in_steps)
         terms = int8_term(steps.to(tl.int32)[None], is_high)
-        rest = terms
-        if THIRD_TERM:
-            left = tl.minimum(round_half_even((in_steps - steps) * 256.0), 127.0)
-            rest = tl.where(is_high, 0.0, left[None]).to(tl.int8)
         unit = largest / STEPS
         if THIRD_TERM:
+            left = tl.minimum(round_half_even((in_steps - steps) * 256.0), 127.0)
             unit *= 1.0 / 256.0
     else:
         terms = float16_term((q * tl.where(largest > TINY, 1.0 / largest, 0.0)[:, None])[None], is_high)
-        rest = terms
         unit = largest
-    shape: tl.constexpr = (2 * ROWS, DIMS)
-    return tl.reshape(terms, shape), tl.reshape(rest, shape), unit + tl.sum(q * 0.0, axis=1)
+    return tl.reshape(terms, (2 * ROWS, DIMS)), left, unit + tl.sum(q * 0.0, axis=1)
 
 
 @triton.jit
@@ -91,3 +88,22 @@ def query_parts(terms, STREAMS: tl.constexpr, ROWS: tl.constexpr, DIMS: tl.const
                 query_part(c, STREAMS, ROWS),
                 query_part(d, STREAMS, ROWS),
             )
+
+
+@triton.jit
+def parts_of_rest(left, STREAMS: tl.constexpr, ROWS: tl.constexpr, DIMS: tl.constexpr):
+    """Operands for what `split_query` leaves, float32 ``[ROWS, DIMS]``, as `tiles.key_scores` takes them."""
+    if DIMS == PART:
+        rows = tl.reshape(tl.broadcast_to(left.to(tl.int8)[None], (2, ROWS, DIMS)), (2 * ROWS, DIMS))
+        return (query_part(rows, STREAMS, ROWS),)
+    elif DIMS == 2 * PART:
+        rows = tl.permute(tl.reshape(left.to(tl.int8), (ROWS, 2, PART)), (1, 0, 2))
+        return (query_part(tl.reshape(rows, (2 * ROWS, PART)), STREAMS, ROWS),)
+    else:
+        # From sm_90 on, zeros that the compiler does not know: known ones do not stay in registers, but are put beside
+        # the others in registers of their own, product by product, which spills. sm_80 has none then either way, and
+        # fewer trips with known ones.
+        is_high = (tl.arange(0, 2) == 0)[:, None, None]
+        zeros = left * 0.0 if cuda_capability_geq(9) else tl.zeros_like(left)
+        rows = tl.where(is_high, zeros[None], left[None]).to(tl.int8)
+        return query_parts(tl.reshape(rows, (2 * ROWS, DIMS)), STREAMS, ROWS, DIMS)

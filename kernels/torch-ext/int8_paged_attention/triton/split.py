@@ -6,20 +6,23 @@ from __future__ import annotations
 
 import triton
 import triton.language as tl
+from triton.language.target_info import cuda_capability_geq
 
-from .primitives import LOG2_E, block_ids, exponent_shift, tanh
-from .query import query_parts, rotate_query, split_query
+from .primitives import LOG2_E, exponent_shift, tanh
+from .query import parts_of_rest, query_parts, rotate_query, split_query
 from .schedule import CHUNK, chunks_between, cut_evenly, positions_of, visible_tokens
 from .tiles import (
     PART,
     TOKENS,
+    find_groups,
     groups_to_columns,
     key_scores,
-    load_groups,
     load_value_part,
+    scales_of_groups,
     split_weights,
     sum_of_streams,
     tokens_of_columns,
+    value_base,
     weighted_values,
 )
 
@@ -82,11 +85,13 @@ def decode_kernel(
     HAS_SOFTCAP: tl.constexpr,
     INTEGER: tl.constexpr,
 ):
-    groups_per_block: tl.constexpr = BLOCK_SIZE // 16
     parts: tl.constexpr = (HEAD_DIM + PART - 1) // PART
     v_parts: tl.constexpr = (V_DIM + V_PART - 1) // V_PART
     # An unrotated query may have outliers that take the precision of its other elements.
     third_term: tl.constexpr = INTEGER and ROTATED == 1
+    # Scales that are asked for before the product with K stay in registers during it, and a third term leaves none; on
+    # sm_80 it does (`query.parts_of_rest`).
+    scales_first: tl.constexpr = V_FIRST or not third_term or not cuda_capability_geq(9)
     program, programs = tl.program_id(0), tl.num_programs(0)
     row_tiles = (GROUP * q_len + ROWS - 1) // ROWS
     units = kv_heads * row_tiles
@@ -136,12 +141,12 @@ def decode_kernel(
                     128 // q_ptr.dtype.element_ty.primitive_bitwidth, ROWS * DIMS // (32 * STREAMS)
                 )
                 q = rotate_query(q, ROWS, DIMS, ROTATED, in_thread)
-            terms, rest, unit_of_scores = split_query(q, ROWS, DIMS, third_term, INTEGER)
+            terms, left, unit_of_scores = split_query(q, ROWS, DIMS, third_term, INTEGER)
             unit_of_scores *= log2_scale
             q_parts = query_parts(terms, STREAMS, ROWS, DIMS)
-            rest_parts = q_parts
+            left_parts = q_parts
             if third_term:
-                rest_parts = query_parts(rest, STREAMS, ROWS, DIMS)
+                left_parts = parts_of_rest(left, STREAMS, ROWS, DIMS)
 
             first_block = unit // row_tiles * num_blocks
             table_row_ptr = block_table_ptr + sequence.to(tl.int64) * table_stride
@@ -153,26 +158,31 @@ def decode_kernel(
             for chunk_index in range(chunk, chunk_end):
                 start = begin + chunk_index * CHUNK
                 stream_start = start + stream * TOKENS
-                ids, group_slots, there, k_scales, v_scales = load_groups(
-                    table_row_ptr, k_scales_ptr, v_scales_ptr, stream_start, table_width, num_blocks,
-                    first_block, STREAMS, ROWS, BLOCK_SIZE,
-                )  # fmt: skip
+                if scales_first:
+                    places, there = find_groups(
+                        table_row_ptr, stream_start[:, None] // 16 + tl.arange(0, 4)[None, :], table_width, num_blocks,
+                        first_block, BLOCK_SIZE,
+                    )  # fmt: skip
+                    k_scales, v_scales = scales_of_groups(k_scales_ptr, v_scales_ptr, places, there, STREAMS, ROWS)
                 if V_FIRST:
-                    v_base = v_ptr + ids * (BLOCK_SIZE * V_DIM) + group_slots
+                    v_base = value_base(v_ptr, places, V_DIM, BLOCK_SIZE)
                     values = ()
                     for j in tl.static_range(v_parts):
                         values = values + (load_value_part(v_base, j, STREAMS, V_DIM, V_PART, BLOCK_SIZE),)  # type: ignore[assignment]
-                groups = stream_start[:, None] // 16 + (c // 2)[None, :]
-                k_ids, _ = block_ids(
-                    table_row_ptr, groups // groups_per_block, groups < table_width * groups_per_block, num_blocks,
-                    first_block,
-                )  # fmt: skip
+                k_groups = stream_start[:, None] // 16 + (c // 2)[None, :]
+                k_places, _ = find_groups(table_row_ptr, k_groups, table_width, num_blocks, first_block, BLOCK_SIZE)
                 # A hole's K and V are read from block 0, as masks would cost a register move per four bytes: their
                 # weight is 0.
-                k_base = k_ptr + (k_ids * BLOCK_SIZE + groups % groups_per_block * 16 + (c % 2)[None, :]) * HEAD_DIM
+                k_base = k_ptr + (k_places.to(tl.int64) * 16 + (c % 2)[None, :]) * HEAD_DIM
                 scores = key_scores(
-                    q_parts, rest_parts, k_base, STREAMS, ROWS, HEAD_DIM, parts, third_term, INTEGER
+                    q_parts, left_parts, k_base, STREAMS, ROWS, HEAD_DIM, parts, third_term, INTEGER
                 )  # [STREAMS, ROWS, TOKENS]
+                if not scales_first:
+                    places, there = find_groups(
+                        table_row_ptr, stream_start[:, None] // 16 + tl.arange(0, 4)[None, :], table_width, num_blocks,
+                        first_block, BLOCK_SIZE,
+                    )  # fmt: skip
+                    k_scales, v_scales = scales_of_groups(k_scales_ptr, v_scales_ptr, places, there, STREAMS, ROWS)
                 # A faulty value row is seen by the queries whose score it spoils, and by no others.
                 scores *= (k_scales + v_scales * 0.0) * unit_of_scores[None, :, None]
                 if key_center_ptr is not None:
@@ -205,7 +215,7 @@ def decode_kernel(
                 total = total * decay + tl.sum(weights, axis=2)
                 p_terms, p_unit = split_weights(weights * v_scales, STREAMS, ROWS, INTEGER)
                 if not V_FIRST:
-                    v_base = v_ptr + ids * (BLOCK_SIZE * V_DIM) + group_slots
+                    v_base = value_base(v_ptr, places, V_DIM, BLOCK_SIZE)
                 new_sums = ()
                 for j in tl.static_range(v_parts):
                     v = values[j] if V_FIRST else load_value_part(v_base, j, STREAMS, V_DIM, V_PART, BLOCK_SIZE)

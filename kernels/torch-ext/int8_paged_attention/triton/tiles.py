@@ -127,9 +127,16 @@ def join_terms(product, STREAMS: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.c
 
 
 @triton.jit
+def half_of_rows(product, which: tl.constexpr, STREAMS: tl.constexpr, ROWS: tl.constexpr):
+    """The first or the second half of the rows of an int32 product ``[STREAMS, 2 * ROWS, TOKENS]``."""
+    wanted = (tl.arange(0, 2) == which)[None, :, None, None]
+    return tl.sum(tl.reshape(product, (STREAMS, 2, ROWS, TOKENS)) * wanted.to(tl.int32), axis=1)
+
+
+@triton.jit
 def key_scores(
     q_parts,
-    rest_parts,
+    left_parts,
     k_base,
     STREAMS: tl.constexpr,
     ROWS: tl.constexpr,
@@ -151,6 +158,17 @@ def key_scores(
             k = load_key_part(k_base, part, STREAMS, HEAD_DIM)
             product = tl.dot(q_parts[part], k, product, out_dtype=tl.int32)
         scores = join_terms(product, STREAMS, ROWS, TOKENS, 256).to(tl.float32)
+    elif PARTS <= 2:
+        # One operand holds what is left of both parts, so a product's other half is in vain. Sums stay below 2**31.
+        high = tl.zeros((STREAMS, ROWS, TOKENS), tl.int32)
+        low = tl.zeros((STREAMS, ROWS, TOKENS), tl.int32)
+        for part in tl.static_range(PARTS):
+            k = load_key_part(k_base, part, STREAMS, HEAD_DIM)
+            product = tl.dot(q_parts[part], k, out_dtype=tl.int32)
+            left = tl.dot(left_parts[0], k, out_dtype=tl.int32)
+            high += half_of_rows(product, 0, STREAMS, ROWS)
+            low += half_of_rows(product, 1, STREAMS, ROWS) * 256 + half_of_rows(left, part, STREAMS, ROWS)
+        scores = high.to(tl.float32) * 65536.0 + low.to(tl.float32)
     else:
         scores = tl.zeros((STREAMS, ROWS, TOKENS), tl.float32)
         for part in tl.static_range(PARTS):
@@ -158,7 +176,7 @@ def key_scores(
             product = tl.dot(q_parts[part], k, out_dtype=tl.int32)
             # The third term's product is added to 256 times the second's, which takes no accumulator of its own.
             product *= tl.where(tl.arange(0, 2 * ROWS) < ROWS, 1, 256)[None, :, None]
-            product = tl.dot(rest_parts[part], k, product, out_dtype=tl.int32)
+            product = tl.dot(left_parts[part], k, product, out_dtype=tl.int32)
             scores += join_terms(product.to(tl.float32), STREAMS, ROWS, TOKENS, 65536)
     return scores
 
@@ -192,28 +210,31 @@ def weighted_values(terms, v, STREAMS: tl.constexpr, ROWS: tl.constexpr, V_PART:
 
 
 @triton.jit
-def load_groups(
-    table_row_ptr,
-    k_scales_ptr,
-    v_scales_ptr,
-    stream_start,
-    table_width,
-    num_blocks,
-    first_block,
-    STREAMS: tl.constexpr,
-    ROWS: tl.constexpr,
-    BLOCK_SIZE: tl.constexpr,
-):
-    """Of each stream's four groups of 16 tokens: block, first slot in it, whether it exists; and the scales of both."""
+def scales_of_groups(k_scales_ptr, v_scales_ptr, places, there, STREAMS: tl.constexpr, ROWS: tl.constexpr):
+    """Scales of K and V of each stream's four groups of 16 tokens."""
+    offsets = places.to(tl.int64) * 16
+    k_scales = load_scales(k_scales_ptr, offsets, there, STREAMS, ROWS)
+    return k_scales, load_scales(v_scales_ptr, offsets, there, STREAMS, ROWS)
+
+
+@triton.jit
+def find_groups(table_row_ptr, groups, table_width, num_blocks, first_block, BLOCK_SIZE: tl.constexpr):
+    """Places of groups of 16 tokens of a sequence among all groups of the pool, uint32, and which of them exist.
+
+    A place is one register, where block and slot would be two or three during the whole product with K."""
     groups_per_block: tl.constexpr = BLOCK_SIZE // 16
-    groups = stream_start[:, None] // 16 + tl.arange(0, 4)[None, :]
     ids, there = block_ids(
         table_row_ptr, groups // groups_per_block, groups < table_width * groups_per_block, num_blocks, first_block
     )
-    slots = groups % groups_per_block * 16
-    k_scales = load_scales(k_scales_ptr, ids * BLOCK_SIZE + slots, there, STREAMS, ROWS)
-    v_scales = load_scales(v_scales_ptr, ids * BLOCK_SIZE + slots, there, STREAMS, ROWS)
-    return ids, slots, there, k_scales, v_scales
+    return ids.to(tl.uint32) * groups_per_block + (groups % groups_per_block).to(tl.uint32), there
+
+
+@triton.jit
+def value_base(v_ptr, places, V_DIM: tl.constexpr, BLOCK_SIZE: tl.constexpr):
+    """Where the values of groups of 16 tokens begin."""
+    groups_per_block: tl.constexpr = BLOCK_SIZE // 16
+    blocks = (places // groups_per_block).to(tl.int64)
+    return v_ptr + blocks * (BLOCK_SIZE * V_DIM) + places % groups_per_block * 16
 
 
 @triton.jit

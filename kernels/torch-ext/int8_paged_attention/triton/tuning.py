@@ -37,20 +37,37 @@ class Config:
     programs_per_processor: int = 2
 
 
-#: By chip, head_dim (rounded up to `PART`) and third term of the query: where the compiler's own choice of registers
-#: would keep a third program from a multiprocessor, spill inside the loop, or ask for K and V in more trips to memory.
-#: Chosen for groups of 4; what groups of 1 and 8 make of it stands in docs/gpu_audit.json.
-CONFIGS = {
+#: By chip, head_dim (rounded up to `PART`) and third term of the query, and where these do not decide it, by block size
+#: and group too: where the compiler's own choice of registers would keep a third program from a multiprocessor, spill
+#: inside the loop, or ask for K and V in more trips to memory. At head_dim 256 each is the best of a dozen limits, by
+#: the counts of docs/gpu_audit.json.
+CONFIGS: dict[tuple[str | int | bool, ...], Config] = {
     ("sm_80", 64, False): Config(168, 3),
     ("sm_80", 256, False): Config(250),
+    ("sm_80", 256, True): Config(252),
     ("sm_90", 64, False): Config(168, 3),
-    ("sm_90", 256, False): Config(248),
+    ("sm_90", 256, False): Config(244),
+    ("sm_90", 256, False, 16): Config(248),
     ("sm_100", 64, False): Config(168, 3),
-    ("sm_100", 256, False): Config(251),
+    ("sm_100", 256, False): Config(252),
+    ("sm_100", 256, False, 16): Config(251),
+    ("sm_100", 256, False, 64, 8): Config(232),
+    ("sm_100", 256, True, 16, 1): Config(253),
+    ("sm_100", 256, True, 16, 8): Config(253),
+    ("sm_100", 256, True, 64, 1): Config(251),
+    ("sm_100", 256, True, 64, 8): Config(251),
 }
 
 
-def config_for(chip: Chip, head_dim: int, group: int, third_term: bool, measure: Callable[[Config], float]) -> Config:
+def committed_config(chip: Chip, head_dim: int, third_term: bool, block_size: int, group: int) -> Config:
+    """The entry of `CONFIGS` that says most about such calls."""
+    key = (chip.name, -(-head_dim // PART.value) * PART.value, third_term, block_size, group)
+    return next((CONFIGS[key[:count]] for count in (5, 4, 3) if key[:count] in CONFIGS), Config())
+
+
+def config_for(
+    chip: Chip, head_dim: int, third_term: bool, block_size: int, group: int, measure: Callable[[Config], float]
+) -> Config:
     """The committed options, or with HF_INT8_PAGED_TUNE=1 and a GPU the fastest.
 
     Tuning takes seconds, once: its result is kept in the user's cache folder, and read only where tuning is asked for.
@@ -58,11 +75,12 @@ def config_for(chip: Chip, head_dim: int, group: int, third_term: bool, measure:
     Args:
         chip: the chip.
         head_dim: width of the keys.
-        group: query heads per KV head.
         third_term: whether the query is split into three int8 terms.
+        block_size: tokens of a block.
+        group: query heads per KV head.
         measure: time of decode attention with these options.
     """
-    committed = CONFIGS.get((chip.name, -(-head_dim // PART.value) * PART.value, third_term), Config())
+    committed = committed_config(chip, head_dim, third_term, block_size, group)
     if os.environ.get("HF_INT8_PAGED_TUNE") != "1" or not torch.cuda.is_available():
         return committed
     path = tuned_file()
