@@ -10,7 +10,6 @@ import sys
 from mmap import PAGESIZE
 from pathlib import Path
 
-import numpy as np
 import torch
 from matplotlib import pyplot as plt
 from transformers import AutoModelForCausalLM, AutoTokenizer
@@ -31,7 +30,7 @@ def resident_by_layer(cache):
             for x in (x for segment in cache.pool.look_at(layer).segments for x in segment):
                 pages = range(x.data_ptr() // PAGESIZE, -(-(x.data_ptr() + x.nbytes) // PAGESIZE))
                 pagemap.seek(8 * pages.start)  # eight bytes for each page; the highest bit says that it is there
-                there = np.frombuffer(pagemap.read(8 * len(pages)), np.int64) < 0
+                there = torch.frombuffer(bytearray(pagemap.read(8 * len(pages))), dtype=torch.int64) < 0
                 found[layer] += min(int(there.sum()) * PAGESIZE, x.nbytes)
     return found
 
