@@ -25,7 +25,7 @@ from hf_int8_paged import CacheFullError
 
 from .drill import BACKENDS, Failure, check_accounting, contents, react, right_outcomes
 from .injection import FOLDERS, only_new_garbage
-from .scenarios import SCENARIOS, World
+from .scenarios import KINDS, SCENARIOS, World
 
 
 class Refusal(NamedTuple):
@@ -126,28 +126,39 @@ def drill(chosen: list[Refusal]) -> tuple[Counter[str], Counter[str]]:
     return outcomes, failures
 
 
-def main() -> int:
-    """Command line; the exit status says whether anything failed."""
-    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
-    parser.add_argument("--only", default="", help="scenarios whose name contains this")
-    parser.add_argument("--workers", type=int, default=1, help="processes")
-    parser.add_argument("--json", type=Path, help="write the counts there")
-    options = parser.parse_args()
-    chosen = [refusal for refusal in refusals() if options.only in refusal.scenario]
-    print(f"{len(chosen)} places", flush=True)
-    chunks = [chosen[i :: 4 * options.workers] for i in range(4 * options.workers)]
+def drill_everywhere(chosen: list[Refusal], workers: int) -> dict[str, Any]:
+    """The same in several processes; prints the counts and returns them as they stand in the JSON file."""
+    chunks = [chosen[i :: 4 * workers] for i in range(4 * workers)]
     outcomes, failures = Counter[str](), Counter[str]()
-    with ProcessPoolExecutor(options.workers, get_context("spawn")) as workers:
-        for of_chunk in workers.map(drill, chunks):
+    with ProcessPoolExecutor(workers, get_context("spawn")) as processes:
+        for of_chunk in processes.map(drill, chunks):
             outcomes.update(of_chunk[0])
             failures.update(of_chunk[1])
     for name, counts in (("outcome", outcomes), ("failure", failures)):
         for what, count in counts.most_common():
-            print(f"{name:8} {count:7} {what}")
-    if options.json is not None:
-        result = {"places": len(chosen), "outcomes": dict(sorted(outcomes.items())), "failures": sum(failures.values())}
-        options.json.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
-    return bool(failures)
+            print(f"{name:8} {count:7} {what}", flush=True)
+    return {"places": len(chosen), "outcomes": dict(sorted(outcomes.items())), "failures": sum(failures.values())}
+
+
+def main() -> int:
+    """Command line; the exit status says whether anything failed."""
+    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
+    parser.add_argument("--only", default="", help="scenarios whose name contains this")
+    parser.add_argument("--kind", choices=sorted(KINDS), help="of the cache (default: all)")
+    parser.add_argument("--workers", type=int, default=1, help="processes")
+    parser.add_argument("--json", type=Path, help="write the counts of these kinds there, and leave those of others")
+    options = parser.parse_args()
+    chosen = [refusal for refusal in refusals() if options.only in refusal.scenario]
+    failed = 0
+    for kind in [options.kind] if options.kind else KINDS:
+        of_kind = [refusal for refusal in chosen if refusal.kind == kind]
+        print(f"{kind}: {len(of_kind)} places", flush=True)
+        counts = drill_everywhere(of_kind, options.workers)
+        failed += counts["failures"]
+        if options.json is not None:
+            held = json.loads(options.json.read_text(encoding="utf-8")) if options.json.exists() else {}
+            options.json.write_text(json.dumps({**held, kind: counts}, indent=1) + "\n", encoding="utf-8")
+    return bool(failed)
 
 
 if __name__ == "__main__":
