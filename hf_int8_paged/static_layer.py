@@ -42,7 +42,7 @@ class PagedInt8StaticLayer(PagedInt8Layer):
         if torch.compiler.is_compiling():
             return step_on_device(self, self.room, key_states, value_states)
         if _is_captured(key_states):
-            self.sequences.captured = self.room.captured = True
+            self.sequences.captured = True
             past = append_on_device(self.room, key_states, value_states)
             if key_states.shape[2] > 1:
                 return dense_on_device(self.room, key_states, value_states, past)
@@ -53,7 +53,7 @@ class PagedInt8StaticLayer(PagedInt8Layer):
 
     def get_seq_length(self) -> torch.Tensor | int:  # type: ignore[override]
         """Tokens per sequence, as a tensor on the layer's device: reading it on the host would wait for the device."""
-        return 0 if self.room.memory is None else self.room.length_on_device
+        return 0 if self.room.memory is None else self.room.memory.length
 
     def get_max_length(self) -> int:
         return self.max_cache_len
@@ -96,14 +96,14 @@ class PagedInt8StaticLayer(PagedInt8Layer):
     def cumulative_length(self) -> torch.Tensor:  # type: ignore[override]
         """Tokens per sequence, on the layer's device."""
         self._known("cumulative_length")
-        return self.room.length_on_device
+        return self.room.allocated.length
 
     @property
     def cumulative_length_int(self) -> int:
         """``cumulative_length`` on the host, which waits for the device; layers without a window do not have it."""
         if self.window is None:
             raise AttributeError("cumulative_length_int")
-        return 0 if self.room.memory is None else int(self.room.length_on_device)
+        return 0 if self.room.memory is None else int(self.room.memory.length)
 
     @property
     def num_heads(self) -> int:

@@ -55,7 +55,7 @@ ORDER = (
 #: Within folders.
 SEAM = ("read_only", "views", "padding", "masks", "once", "dense_attention", "mask_function", "operators", "attention")
 SEQUENCES = (
-    "block_table", "first_tokens", "state", "group", "prompts", "device_lengths", "memory", "room", "growing_room",
+    "block_table", "first_tokens", "state", "group", "prompts", "memory", "room", "growing_room",
     "recovery", "growing", "preallocated_budget", "preallocated_room", "preallocated", "device_step",
 )  # fmt: skip
 #: Most positional parameters of a function.

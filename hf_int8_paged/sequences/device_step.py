@@ -57,7 +57,7 @@ def _allocate_all(first: PreallocatedRoom, keys: torch.Tensor, values: torch.Ten
 def append_on_device(
     room: PreallocatedRoom, keys: torch.Tensor, values: torch.Tensor
 ) -> tuple[torch.Tensor, torch.Tensor] | None:
-    """Append new tokens, if they fit. The first layer of a step notes in ``lengths.fits`` whether they do.
+    """Append new tokens, if they fit, and note in ``memory.fits`` whether they do.
 
     Returns:
         Keys and values of all positions before the step, where attention reads the past and the step's own tokens in
@@ -71,16 +71,11 @@ def append_on_device(
     if sequences.batch_size is None:
         sequences.batch_size = batch
     sequences.known = False
-    lengths = memory.lengths
-    if room.in_step:
-        sequences.step_begins()
-    lengths.count_on_device(tokens)
-    room.in_step = True
-    past = None
-    if tokens > MAX_DECODE_ROWS:
-        past = memory.gather_all(batch, torch.promote_types(keys.dtype, values.dtype), lengths.before)
+    fits = memory.length + tokens <= sequences.max_cache_len
+    memory.fits.copy_(fits)
+    past = memory.gather_all(batch, torch.promote_types(keys.dtype, values.dtype)) if tokens > MAX_DECODE_ROWS else None
     if tokens > 1 or room.may_be_empty:
-        first = lengths.before[0] == 0
+        first = memory.length == 0
         if memory.first_tokens is not None:
             memory.first_tokens.keep(keys, values, known=first)
         center = memory.storage.key_center
@@ -88,11 +83,11 @@ def append_on_device(
             center.copy_(torch.where(first, mean_key(keys), center))
     room.may_be_empty, room.dtypes = False, (keys.dtype, values.dtype)
     skipped = max(tokens - memory.capacity, 0)
-    # Rows that do not fit are sent where the table has no block.
-    table, write_from = lengths.table(memory.blocks).writable[:batch], lengths.write_from[:batch]
-    if skipped:
-        write_from = write_from + skipped
-    memory.append(keys[:, :, skipped:], values[:, :, skipped:], table, write_from)
+    # A row that does not fit is sent where the table has no block.
+    table = torch.where(fits, memory.table[:batch], -1)
+    lens_before = torch.where(fits, memory.lens[:batch] + skipped, 0)
+    memory.append(keys[:, :, skipped:], values[:, :, skipped:], table, lens_before)
+    memory.lens.add_(torch.where(fits, tokens, 0))
     return past
 
 
@@ -110,17 +105,16 @@ def dense_on_device(
         values: ``[batch, num_kv_heads, tokens, v_head_dim]``.
         past: what `append_on_device` returned.
     """
-    memory, lengths = room.allocated, room.allocated.lengths
-    tokens, stored = keys.shape[2], past
-    if stored is None:
-        stored = memory.gather_all(keys.shape[0], torch.promote_types(keys.dtype, values.dtype), lengths.after)
+    memory = room.allocated
+    tokens = keys.shape[2]
+    stored = memory.gather_all(keys.shape[0], torch.promote_types(keys.dtype, values.dtype)) if past is None else past
     dense = [x.to(new.dtype) for x, new in zip(stored, (keys, values), strict=True)]
     if tokens > 1:
         # As in eager steps: a first prompt and a long chunk are seen in full precision, a short chunk from the blocks.
-        start = lengths.before[0]
+        start = memory.length - torch.where(memory.fits, tokens, 0)
         positions = (start + torch.arange(tokens, device=keys.device)).clamp(max=memory.max_cache_len - 1)
         for i, new in enumerate((keys, values)):
             rows = new if past is not None else torch.where(start == 0, new, dense[i].index_select(2, positions))
             dense[i] = dense[i].index_copy(2, positions, rows)
-    dense[1] = torch.where(lengths.fits, dense[1], torch.nan)
+    dense[1] = torch.where(memory.fits, dense[1], torch.nan)
     return dense[0], dense[1]

@@ -1,5 +1,8 @@
-"""The memory of one preallocated layer: blocks and first tokens, at addresses that never change. Tables and lengths are
-those of its device (`DeviceLengths`)."""
+"""The memory of one preallocated layer: blocks, table, lengths and first tokens, all at addresses that never change.
+
+The block table never changes: sequence b owns blocks ``b * blocks`` and following. A sliding window is a ring: its
+table repeats the same few blocks, so new tokens overwrite those that fell out.
+"""
 
 from __future__ import annotations
 
@@ -11,7 +14,6 @@ from ..kernels import FirstTokens, Scoring, Tokens, alloc_paged_int8_layer
 from ..layer_checks import LayerShape, of_one_dtype
 from ..options import PoolOptions
 from ..seam import operators
-from .device_lengths import DeviceLengths
 from .first_tokens import FixedFirstTokens
 
 
@@ -23,12 +25,13 @@ def blocks_of_a_sequence(max_cache_len: int, window: int | None, block_size: int
 
 
 class PreallocatedMemory:
-    """Memory for as many sequences, of as many tokens, as the lengths are for.
+    """Memory for ``max_batch_size`` sequences of ``max_cache_len`` tokens.
 
     Args:
         shape: heads, widths and device of the layer's keys and values.
         dtypes: of the layer's first keys and values.
-        lengths: of the device.
+        max_batch_size: most sequences.
+        max_cache_len: most tokens per sequence.
         window: sliding window in tokens, or ``None`` for full attention.
         options: what blocks are like.
         sink_tokens: first tokens of a sequence that are kept in full precision.
@@ -38,17 +41,18 @@ class PreallocatedMemory:
         self,
         shape: LayerShape,
         dtypes: tuple[torch.dtype, torch.dtype],
-        lengths: DeviceLengths,
+        max_batch_size: int,
+        max_cache_len: int,
         window: int | None,
         options: PoolOptions,
         sink_tokens: int,
     ):
         self.shape = shape
-        self.lengths = lengths
-        self.max_batch_size = max_batch_size = len(lengths.after)
-        self.max_cache_len = max_cache_len = lengths.max_cache_len
+        self.max_batch_size = max_batch_size
+        self.max_cache_len = max_cache_len
         self.window = window
         block_size = options.block_size
+        columns = -(-max_cache_len // block_size)
         self.blocks = blocks_of_a_sequence(max_cache_len, window, block_size)
         #: Positions that can be stored before the first is overwritten.
         self.capacity = self.blocks * block_size
@@ -69,7 +73,13 @@ class PreallocatedMemory:
         # Positions of a window that were never written are masked, not skipped, by other attention implementations.
         self.storage.k_scales.zero_()
         self.storage.v_scales.zero_()
-        lengths.table(self.blocks)
+        ring = torch.arange(columns, dtype=torch.int32) % self.blocks
+        first = torch.arange(max_batch_size, dtype=torch.int32)[:, None] * self.blocks
+        #: int32 ``[max_batch_size, columns]``, int32 ``[max_batch_size]``, all the same.
+        self.table = (first + ring).to(device)
+        self.lens = torch.zeros(max_batch_size, dtype=torch.int32, device=device)
+        #: Bool scalar: whether the newest step that only the device counted fitted.
+        self.fits = torch.ones((), dtype=torch.bool, device=device)
         # Kernels take one dtype for keys and values; float32 holds every other exactly.
         dtype = torch.promote_types(*dtypes)
         self.first_tokens: FixedFirstTokens | None = None
@@ -78,14 +88,14 @@ class PreallocatedMemory:
         first_tokens = () if self.first_tokens is None else self.first_tokens.tensors
         #: What kernels take of so many sequences, once it was made.
         self._made: dict[int, tuple[Tokens, FirstTokens | None]] = {}
-        for tensor in (*self.tensors, *first_tokens):
+        for tensor in (*self.tensors, self.table, self.lens, self.fits, *first_tokens):
             if tensor is not None:
                 torch._dynamo.mark_static_address(tensor)
 
     @property
     def length(self) -> torch.Tensor:
-        """Tokens of each sequence after the newest step, int32 scalar: a view of the lengths."""
-        return self.lengths.after[0]
+        """Tokens of each sequence, int32 scalar: a view of the lengths."""
+        return self.lens[0]
 
     def append(self, keys: torch.Tensor, values: torch.Tensor, table: torch.Tensor, lens_before: torch.Tensor) -> None:
         """Quantize and write new rows, as an operator. Where the table has -1, nothing is written."""
@@ -95,28 +105,23 @@ class PreallocatedMemory:
         operators.append(k, v, k_scales, v_scales, center, names, new, [table, lens_before])
 
     def of(self, batch: int) -> tuple[Tokens, FirstTokens | None]:
-        """What kernels take of the first ``batch`` sequences. Its tensors are those at the fixed addresses."""
+        """What kernels take of the first ``batch`` sequences. Its tensors are those at the fixed addresses, so both
+        lengths are that of now: the one before a step until the layer has counted it."""
         if batch not in self._made:
-            tokens = self.lengths.tokens(batch, self.window, self.blocks)
+            tokens = Tokens.at(self.table[:batch], self.lens[:batch], self.window)
             self._made[batch] = tokens, None if self.first_tokens is None else self.first_tokens.of(batch)
         return self._made[batch]
 
-    def gather_all(self, batch: int, dtype: torch.dtype, lens: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    def gather_all(self, batch: int, dtype: torch.dtype) -> tuple[torch.Tensor, torch.Tensor]:
         """Dense keys and values of all positions, ``[batch, num_kv_heads, max_cache_len, dim]``, as an operator that a
-        compiler drops where its result is not used.
-
-        Args:
-            batch: sequences.
-            dtype: of the result.
-            lens: tokens of each sequence that are stored: before the newest step, or after it.
-        """
-        where, first_tokens = self._flat(batch, lens)
+        compiler drops where its result is not used."""
+        where, first_tokens = self._flat(batch)
         storage = operators.flat_storage(self.storage)
         return operators.gather_dense(*storage, where, first_tokens, self.max_cache_len, dtype)
 
     def attend(self, query: torch.Tensor, scoring: Scoring) -> torch.Tensor:
         """Attention of the newest rows straight from the blocks, as an operator; see `LayerReader.attend`."""
-        where, first_tokens = self._flat(query.shape[0], self.lengths.after)
+        where, first_tokens = self._flat(query.shape[0])
         storage = operators.flat_storage(self.storage)
         return operators.attend(query, *storage, where, self.window, first_tokens, *operators.flat_scoring(scoring))
 
@@ -130,7 +135,9 @@ class PreallocatedMemory:
             self.first_tokens.select(index)
 
     def truncate(self, length: int) -> None:
-        """Forget the first tokens from position ``length`` on."""
+        """Forget all tokens from position ``length`` on."""
+        self.lens.fill_(length)
+        self.fits.fill_(True)
         if self.first_tokens is not None:
             self.first_tokens.truncate(length)
 
@@ -139,6 +146,7 @@ class PreallocatedMemory:
         s = self.storage
         return s.k, s.v, s.k_scales, s.v_scales, s.key_center
 
+    @torch.inference_mode(False)  # its tensors may be written to outside it later, which inference tensors refuse
     def __deepcopy__(self, memo: dict) -> PreallocatedMemory:
         twin = copy.copy(self)
         twin.__dict__.update(copy.deepcopy({name: x for name, x in vars(self).items() if name != "_made"}, memo))
@@ -146,9 +154,9 @@ class PreallocatedMemory:
         operators.remember(twin.storage)
         return twin
 
-    def _flat(self, batch: int, lens: torch.Tensor) -> tuple[list[torch.Tensor], list[torch.Tensor]]:
+    def _flat(self, batch: int) -> tuple[list[torch.Tensor], list[torch.Tensor]]:
         """Block table and lengths, and first tokens, as operators take them."""
-        where = [self.lengths.table(self.blocks).blocks[:batch], lens[:batch]]
+        where = [self.table[:batch], self.lens[:batch]]
         if self.first_tokens is None:
             return where, []
         return where, [*self.first_tokens.rows, self.first_tokens.places[:, :batch]]

@@ -18,16 +18,20 @@ from ..layer_checks import check_none_left_out, interrupted, refuse_broken
 from ..one_thread import OneThread
 from ..options import PoolOptions
 from ..seam.padding import Padding
-from .device_lengths import DeviceLengths
 from .preallocated_room import PreallocatedRoom
 
 
 class PreallocatedStep(NamedTuple):
-    """The newest eager step; see `Step`."""
+    """The newest eager step; see `Step`.
+
+    Attributes:
+        span: tokens before it and after it.
+    """
 
     from_blocks: bool = False
     prompt_tokens: torch.Tensor | None = None
     enough_for_center: int = 0
+    span: tuple[int, int] = (0, 0)
 
 
 class PreallocatedSequences:
@@ -52,8 +56,6 @@ class PreallocatedSequences:
         #: No layer leaves its device.
         self.offloaded = None
         self.rooms: list[PreallocatedRoom] = []
-        #: Lengths, once for all layers of a device.
-        self.on_devices: list[DeviceLengths] = []
         #: By layer, heads and widths as the config has them, for layers whose first keys have yet to come.
         self.forecast: dict[int, tuple[int, int, int]] = {}
         self.step = PreallocatedStep()
@@ -84,40 +86,13 @@ class PreallocatedSequences:
         """Read from the device what compiled steps have made of the lengths."""
         if self.known and not self.captured:
             return
-        counts = [lengths.read() for lengths in self.on_devices]
-        length = max((stop for _, stop in counts), default=0)
-        for room in self.rooms if self.captured else ():
-            # A graph may have been replayed, of which the host sees nothing.
-            room.in_step = room.captured or room.memory is None or room.wrote_to == length
-        # Where some layers were compiled and others not, the step is still under way.
-        under_way = not all(room.in_step for room in self.rooms)
-        self.step_start = min((start for start, _ in counts), default=0) if under_way else length
-        self._length = length
         for room in self.rooms:
             room.count_again()
+        lengths = [room.counted for room in self.rooms]
+        self._length = max(lengths, default=0)
+        # Where some layers were compiled and others not, the step is still under way.
+        self.step_start = min(lengths, default=0)
         self.known = True
-
-    def length_of(self, in_step: bool) -> int:
-        """Tokens per sequence that layers hold which have had the newest step, or have not, as far as they are
-        counted."""
-        return self._length if in_step else self.step_start
-
-    def lengths_on(self, device: torch.device) -> DeviceLengths:
-        """The lengths of all layers on a device, made if need be."""
-        for lengths in self.on_devices:
-            if lengths.device == device:
-                return lengths
-        new = DeviceLengths(device, self.max_batch_size, self.max_cache_len, self.options.block_size)
-        used = {id(room.memory.lengths) for room in self.rooms if room.memory is not None}
-        self.on_devices = [*(lengths for lengths in self.on_devices if id(lengths) in used), new]
-        return new
-
-    def step_begins(self) -> None:
-        """No layer has had the next step yet."""
-        for room in self.rooms:
-            room.in_step = False
-        for lengths in self.on_devices:
-            lengths.counted = False
 
     def add_room(self, index: int, window: int | None) -> PreallocatedRoom:
         """Room for one more layer, whose window this is."""
@@ -136,6 +111,8 @@ class PreallocatedSequences:
         if start != self._length:
             if start != self.step_start or stop != self._length or batch != self.batch_size:
                 raise interrupted(room.index, start, keys, self)
+            if self.step.span != (start, stop):  # a compiled layer has begun it
+                self.step = self._step(start, stop, batch)
             return self.step
         self.refuse_if_broken()
         self.check_batch(batch)
@@ -147,17 +124,18 @@ class PreallocatedSequences:
                 f"{stop} tokens per sequence asked for, but max_cache_len is {self.max_cache_len}; the cache still "
                 f"holds {start}; shorten the prompt, lower max_new_tokens or make a longer cache"
             )
+        self.step = self._step(start, stop, batch)
+        self.step_start, self._length, self.batch_size = start, stop, batch
+        return self.step
+
+    def _step(self, start: int, stop: int, batch: int) -> PreallocatedStep:
         tokens = self.padding.take(batch, stop)
         padded = tokens is not None and not start and not tokens.all()
-        self.step = PreallocatedStep(
-            from_blocks=new_tokens == 1 or (start > 0 and new_tokens <= MAX_DECODE_ROWS),
+        return PreallocatedStep(
+            from_blocks=stop == start + 1 or (start > 0 and stop - start <= MAX_DECODE_ROWS),
             prompt_tokens=torch.from_numpy(tokens) if padded else None,
+            span=(start, stop),
         )
-        # In this order, as an exception may come between two lines: every layer holds `start` tokens in any case.
-        self.step_start = start
-        self.step_begins()
-        self._length, self.batch_size = stop, batch
-        return self.step
 
     def check_batch(self, batch: int) -> None:
         """Raise ``ValueError`` unless a step may come for so many sequences."""
@@ -251,28 +229,16 @@ class PreallocatedSequences:
 
     def take_over(self, length: int, batch_size: int | None) -> None:
         """Be what other sequences were, whose tokens all layers hold already."""
-        self._count_all(length)
+        self._length = self.step_start = length
         self.batch_size = batch_size
 
     def _set_length(self, length: int) -> None:
         for room in self.rooms:
             room.truncate(length)
-        if length > self.step_start and not all(room.in_step for room in self.rooms):
-            for lengths in self.on_devices:  # some layers have had a step that is still under way
-                lengths.go_back(self.step_start, length)
-            self._length = length
-        else:
-            self._count_all(length)
+        self._length = self.step_start = length
+        self.step = PreallocatedStep()
         if not length:
             self.batch_size, self.known = None, True
-
-    def _count_all(self, length: int) -> None:
-        """Every layer holds so many tokens."""
-        for lengths in self.on_devices:
-            lengths.go_back(length, length)
-        self._length = self.step_start = length
-        for room in self.rooms:
-            room.in_step = True
 
     @property
     def nbytes_allocated(self) -> int:

@@ -48,12 +48,8 @@ class PreallocatedRoom:
         self.dtypes = (torch.float32, torch.float32)
         #: Views made before tokens were moved are no longer valid.
         self.epoch = 0
-        #: Whether the layer has had the newest step. One that has, and gets tokens, begins the next.
-        self.in_step = True
-        #: Whether a CUDA graph was captured around this layer's step, and how far the newest other one wrote.
-        self.captured, self.wrote_to = False, 0
-        #: Position of the first token that is not overwritten, where `sequences` knows the length.
-        self.first_held = 0
+        #: Tokens per sequence, and position of the first that is not overwritten, where `sequences` knows them.
+        self.counted = self.first_held = 0
         #: Whether the next step may be the first: all that a compiled step of one token knows of the length.
         self.may_be_empty = True
 
@@ -62,20 +58,9 @@ class PreallocatedRoom:
         return None if self.memory is None else self.memory.shape
 
     @property
-    def counted(self) -> int:
-        """Tokens per sequence that the layer holds, where `sequences` knows the length."""
-        return self.sequences.length_of(self.in_step)
-
-    @property
     def length(self) -> int:
         self.sequences.count_again()
         return self.counted
-
-    @property
-    def length_on_device(self) -> torch.Tensor:
-        """The same as a view of a tensor on the layer's device, int32 scalar."""
-        lengths = self.allocated.lengths
-        return (lengths.after if self.in_step or not lengths.counted else lengths.before)[0]
 
     @property
     def batch_size(self) -> int | None:
@@ -108,13 +93,13 @@ class PreallocatedRoom:
         check_first_states(self.index, keys, values)
         sequences, dtypes = self.sequences, (keys.dtype, values.dtype)
         sequences.check_batch(len(keys))
+        limits = sequences.max_batch_size, sequences.max_cache_len
         check_layer_fits(sequences, self.index, shape_of(keys, values), torch.promote_types(*dtypes))
         with torch.inference_mode(False):  # tensors made in inference mode could not be written to outside it
-            lengths = sequences.lengths_on(keys.device)
             memory = PreallocatedMemory(
-                shape_of(keys, values), dtypes, lengths, self.window, sequences.options, sequences.sink_tokens
+                shape_of(keys, values), dtypes, *limits, self.window, sequences.options, sequences.sink_tokens
             )
-        self.dtypes, self.may_be_empty, self.first_held = dtypes, True, 0
+        self.dtypes, self.may_be_empty, self.counted, self.first_held = dtypes, True, 0, 0
         self.epoch += 1
         self.memory, self.storages = memory, {self.index: memory.storage}
         self.for_reading = self.for_appending = self.storages
@@ -144,26 +129,26 @@ class PreallocatedRoom:
         self, keys: torch.Tensor, values: torch.Tensor, stop: int
     ) -> tuple[torch.Tensor, torch.Tensor, Tokens]:
         memory, tokens = self.allocated, self._of_sequences[0]
-        if not memory.lengths.counted:
-            memory.lengths.count(self.counted, stop)
         if self.window is not None:
             self.first_held = max(self.first_held, stop - memory.capacity)
         # Those at the beginning of a long prompt would be overwritten by its end.
         skipped = max(keys.shape[2] - memory.capacity, 0)
         if not skipped:
             return keys, values, tokens
-        after = Tokens.at(tokens.block_table, tokens.context_lens_before + skipped)
+        after = Tokens.at(tokens.block_table, tokens.context_lens + skipped)
         return keys[:, :, skipped:], values[:, :, skipped:], after
 
     def wrote(self, stop: int, dtypes: tuple[torch.dtype, torch.dtype]) -> None:
-        self.dtypes, self.may_be_empty, self.wrote_to, self.in_step = dtypes, False, stop, True
+        memory, self.dtypes = self.allocated, dtypes
+        memory.lens.add_(stop - self.counted)
+        self.counted, self.may_be_empty = stop, False
 
     def tokens(self) -> Tokens:
         return self._of_sequences[0]
 
     def tokens_for(self, stop: int, rows: int, fresh: bool) -> Tokens:
         tokens = self._of_sequences[0]
-        if not self.sequences.known or (self.in_step and stop == self.counted and not fresh):
+        if not self.sequences.known or (stop == self.counted and not fresh):
             return tokens
         lens, table = torch.full_like(tokens.context_lens, stop), tokens.block_table
         if fresh:  # a long chunk, whose kernels are told how much past there is by the table's width
@@ -189,10 +174,10 @@ class PreallocatedRoom:
         return keys, values
 
     def checked(self, result: torch.Tensor) -> torch.Tensor:
-        return result if self.sequences.known else torch.where(self.allocated.lengths.fits, result, torch.nan)
+        return result if self.sequences.known else torch.where(self.allocated.fits, result, torch.nan)
 
     def attend_on_device(self, query: torch.Tensor, scoring: Scoring) -> torch.Tensor:
-        return torch.where(self.allocated.lengths.fits, self.allocated.attend(query, scoring), torch.nan)
+        return torch.where(self.allocated.fits, self.allocated.attend(query, scoring), torch.nan)
 
     def rows_that_see(self, tokens: int) -> torch.Tensor:
         """The causal mask of the newest tokens over all positions, with the layer's window, made of the length on the
@@ -217,9 +202,11 @@ class PreallocatedRoom:
     # -- what `PreallocatedSequences` calls -------------------------------------------------------------------------
 
     def count_again(self) -> None:
-        """Know which tokens are overwritten, now that the length is known."""
-        if self.memory is not None and self.window is not None:
-            self.first_held = max(self.first_held, self.counted - self.memory.capacity)
+        """Read the length from the device."""
+        if self.memory is not None:
+            self.counted = int(self.memory.length)
+            if self.window is not None:
+                self.first_held = max(self.first_held, self.counted - self.memory.capacity)
 
     def holds_window_of(self, length: int) -> bool:
         """Whether all that a token at position ``length`` sees is still there."""
@@ -231,12 +218,12 @@ class PreallocatedRoom:
         return self.allocated.capacity - (self.window or 0) + 1
 
     def truncate(self, length: int) -> None:
-        """Forget all tokens from position ``length`` on; the lengths are no business of a room."""
+        """Forget all tokens from position ``length`` on, also those of an interrupted step that nobody counted yet."""
         if self.memory is None:
             return
         length = min(length, self.counted)
         self.memory.truncate(length)
-        self.wrote_to = length
+        self.counted = length
         if not length:
             self.first_held, self.may_be_empty = 0, True
         self.epoch += 1

@@ -1,4 +1,4 @@
-"""Lengths of a preallocated cache: counted once for all layers, whoever counts: the host, a compiled step, a graph."""
+"""Lengths of a preallocated cache, whoever counts: the host, a compiled step, a CUDA graph; also layer by layer."""
 
 from __future__ import annotations
 
@@ -70,25 +70,18 @@ def forward(cache: PagedInt8Cache, inputs: Inputs, layers: range) -> list[torch.
     return found
 
 
-class Recorded(TorchDispatchMode):
-    """What is done to tensors."""
+class Graph(TorchDispatchMode):
+    """What was done to tensors, to be done to the same tensors again without Python, as a CUDA graph does it."""
 
     def __init__(self) -> None:
         super().__init__()
         self.done: list[tuple[Any, tuple, dict, Any]] = []
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        assert func is not torch.ops.aten._local_scalar_dense.default, "a graph cannot hold a number of the host"
         result = func(*args, **(kwargs or {}))
         self.done.append((func, args, kwargs or {}, result))
         return result
-
-
-class Graph(Recorded):
-    """The same, to be done to the same tensors again without Python, as a CUDA graph does it."""
-
-    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        assert func is not torch.ops.aten._local_scalar_dense.default, "a graph cannot hold a number of the host"
-        return super().__torch_dispatch__(func, types, args, kwargs)
 
     def replay(self) -> None:
         for func, args, kwargs, result in self.done:
@@ -96,30 +89,6 @@ class Graph(Recorded):
             for held, new in zip(tree_leaves(result), tree_leaves(again), strict=True):
                 if isinstance(held, torch.Tensor) and held.data_ptr() != new.data_ptr():
                     held.copy_(new)
-
-
-def test_a_step_counts_once_for_all_layers(capturing: None) -> None:
-    """Two tensors are written where the host counts. In a graph it is those, whether the step fits and where it begins
-    to write, and the table of each of the two kinds of layers."""
-    cache, inputs = preallocated(), Inputs()
-    prompt(cache, 21)
-    lengths = cache.layers[0].room.memory.lengths
-    assert all(layer.room.memory.lengths is lengths for layer in cache.layers)
-    tables = [x for layer in cache.layers[:2] for x in lengths.table(layer.room.memory.blocks)]
-    kept = {x.data_ptr() for x in (lengths.before, lengths.after, lengths.write_from, lengths.fits, *tables)}
-
-    def written(done: list[tuple]) -> int:
-        return sum(func._schema.name.endswith("_") and args[0].data_ptr() in kept for func, args, *_ in done)
-
-    recorded = Recorded()
-    with recorded:
-        forward(cache, inputs, range(LAYERS))
-    assert written(recorded.done) == 2
-    graph = Graph()
-    with graph:
-        forward(cache, inputs, range(LAYERS))
-    assert written(graph.done) == 6
-    assert int(cache.get_seq_length()) == 23
 
 
 @pytest.mark.parametrize(

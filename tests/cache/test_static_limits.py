@@ -30,7 +30,7 @@ def contents(cache: PagedInt8Cache) -> list[torch.Tensor]:
     tensors = []
     for layer in cache.layers:
         memory = layer.room.memory
-        tensors += [*memory.tensors[:4], memory.lengths.after, memory.length, *memory.first_tokens.tensors]
+        tensors += [*memory.tensors[:4], memory.lens, memory.length, *memory.first_tokens.tensors]
     return [tensor.clone() for tensor in tensors]
 
 

@@ -126,7 +126,8 @@ def within(found: tuple[int, int], most: tuple[int, int]) -> bool:
 
 @pytest.mark.slow
 @pytest.mark.parametrize(
-    ("rotation", "block_size", "group"), [("hadamard", 64, 8), (None, 16, 1), (None, 64, 4), (None, 64, 8)]
+    ("rotation", "block_size", "group"),
+    [("hadamard", 64, 8), (None, 16, 1), (None, 64, 1), (None, 64, 4), (None, 64, 8)],
 )
 @pytest.mark.parametrize("chip", ["sm_80", "sm_90", "sm_100"])
 def test_wide_heads_compiled(
