@@ -134,7 +134,7 @@ class CacheOperations(DynamicCache):
         layers = [
             index
             for index, layer in enumerate(self.layers)
-            if offloaded.leaves(index) and not (only_non_sliding and layer.is_sliding)
+            if offloaded.leaves(index) and not (only_non_sliding and _slides(layer))
         ]
         offloaded.prefetch(next((index for index in layers if index >= layer_idx), layers[0] if layers else None))
 
@@ -153,8 +153,8 @@ class CacheOperations(DynamicCache):
             ValueError: the layer has a window, and those stay by ``offload_only_non_sliding=True``.
         """
         offloaded, layer = made_for_offloading(self._sequences.offloaded, "offload"), self.layers[layer_idx]
-        if not (only_non_sliding and layer.is_sliding):
-            if layer.is_sliding and offloaded.only_non_sliding:
+        if not (only_non_sliding and _slides(layer)):
+            if _slides(layer) and offloaded.only_non_sliding:
                 raise ValueError(
                     f"layer {layer_idx} has a window and stays: the cache was made with offload_only_non_sliding=True"
                 )
@@ -215,3 +215,8 @@ class CacheOperations(DynamicCache):
             if not hasattr(layer, operation):
                 raise NotImplementedError(f"a {type(layer).__name__} of this cache has no {operation}")
         return layers
+
+
+def _slides(layer: Any) -> bool:
+    """Whether a layer has a window; transformers' own without keys do not say."""
+    return bool(getattr(layer, "is_sliding", False))

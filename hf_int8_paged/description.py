@@ -87,8 +87,8 @@ class Description(NamedTuple):
         ]
         if self.offloaded is not None:
             layers, near, bytes_near, bytes_far, place = self.offloaded
-            sizes = f"{bytes_as_text(bytes_near)} near, {bytes_as_text(bytes_far)} {place}"
-            found.insert(-3, ("offloaded", f"{layers} layers, {near} near: {sizes}"))
+            sizes = f", {near} near: {bytes_as_text(bytes_near)} near, {bytes_as_text(bytes_far)} {place}"
+            found.insert(-3, ("offloaded", f"{layers} layers of the pool{sizes if layers else ''}"))
         if self.other_layers:
             found.insert(1 + len(self.groups), ("other layers", f"{self.other_layers}, transformers' own"))
         return found

@@ -38,7 +38,7 @@ class LookInside:
         kind = "" if isinstance(self._sequences, GrowingSequences) else ", preallocated"
         if isinstance(self._sequences, GrowingSequences) and self._sequences.pool.offloaded is not None:
             where = self._sequences.pool.offloaded.where()
-            kind = f", {where.layers - where.near} of {where.layers} layers are away"
+            kind = f", {where.layers - where.near} of its pool's {where.layers} layers that leave are away"
         return f"PagedInt8Cache({len(self.layers)} layers, {batch} sequences of {length} tokens{kind})"
 
     @property

@@ -245,11 +245,14 @@ def _writable_folder(name: str, value: Any) -> str | None:
         return None
     if not isinstance(value, str | os.PathLike):
         raise TypeError(f"{name} must be a folder or None, got {_shown(value)}; None takes the system's temporary one")
+    if not os.fspath(value):
+        raise ValueError(f"{name} is empty; None takes the system's temporary folder")
+    folder = os.path.abspath(os.path.expanduser(value))  # it is used whenever the cache grows
     try:
-        with tempfile.TemporaryFile(dir=os.fspath(value)):
-            return os.fspath(value)
+        with tempfile.TemporaryFile(dir=folder):
+            return folder
     except OSError as error:
-        raise ValueError(f"{name}: no file can be made in {os.fspath(value)!r}: {error.strerror}") from error
+        raise ValueError(f"{name}: no file can be made in {folder!r}: {error.strerror}") from error
 
 
 def _switch(name: str, value: Any) -> bool:

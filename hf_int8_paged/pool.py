@@ -133,19 +133,24 @@ class PagedInt8Pool(PoolBudget, PoolCentring):
             if theirs is None or mine == theirs or only_user():
                 blocks = self.allocators[group].num_blocks
                 self.check_layer_fits(layer, blocks, mine)
-                new = alloc_paged_int8_layer(
-                    blocks,
-                    self.block_size,
-                    mine.num_kv_heads,
-                    mine.head_dim,
-                    v_head_dim=mine.v_head_dim,
-                    device=mine.device,
-                    backend=self.backend,
-                    rotation=self.rotation,
-                    center_keys=self.center_keys,
-                    format=self.format,
-                    empty=None if self.offloaded is None else self.offloaded.memory_for(layer, mine.device),
-                )
+                try:
+                    new = alloc_paged_int8_layer(
+                        blocks,
+                        self.block_size,
+                        mine.num_kv_heads,
+                        mine.head_dim,
+                        v_head_dim=mine.v_head_dim,
+                        device=mine.device,
+                        backend=self.backend,
+                        rotation=self.rotation,
+                        center_keys=self.center_keys,
+                        format=self.format,
+                        empty=None if self.offloaded is None else self.offloaded.memory_for(layer, mine.device),
+                    )
+                except BaseException:
+                    # Other layers have got as many blocks: when the tokens are gone, a shorter prompt must find room.
+                    self._starts_over = True
+                    raise
                 self.storages[layer] = new
                 if layer not in self._members[group]:
                     self._members[group].append(layer)

@@ -34,7 +34,8 @@ class PromptStore:
         folder: where the files are; made if need be.
         max_bytes: most bytes of all files: a number, or a text such as ``"20GiB"``. Beyond it those that were used
             longest ago are deleted. ``None`` sets no limit.
-        options: of the caches that `get` makes where it finds nothing: those of `PagedInt8Cache`.
+        options: of the caches that `get` makes where it finds nothing: those of `PagedInt8Cache`. What it finds takes
+            from them ``backend``, ``max_bytes`` and what is about offloading; the rest is as it was stored.
 
     Example:
 
@@ -163,6 +164,8 @@ class PromptStore:
     ) -> PagedInt8Cache | None:
         """The cache of an entry, or None if it cannot be had: evicted meanwhile, damaged, or of another kind."""
         path = self.folder / entry.name
+        if like.pool.offloaded is not None:
+            pool = like.pool
         limits: dict[str, Any] = (
             {} if pool is not None else {"backend": like.pool.backend, "max_bytes": like.pool.max_bytes}
         )

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
+import sys
 import threading
 from itertools import count
 from typing import Any, NamedTuple
@@ -50,8 +51,8 @@ class Returning(NamedTuple):
 class Slot:
     """Room for one layer on the device."""
 
-    def __init__(self) -> None:
-        self.buffer = torch.empty(0, dtype=torch.uint8)
+    def __init__(self, device: torch.device) -> None:
+        self.buffer = torch.empty(0, dtype=torch.uint8, device=device)
         self.held: Held | None = None
         #: What was last made of the buffer for each layer, and of which blocks at home.
         self.made: dict[int, Held] = {}
@@ -65,7 +66,8 @@ class Slot:
 class CopiedLayers(FarSide):
     """Memory of offloaded layers on the host, and slots for them on the device.
 
-    One thread at a time may use it: what one has asked for another would have sent away before its kernel runs.
+    One thread may use it for as long as it lives, and another one after it: what one has asked for another would have
+    sent away before its kernel runs.
 
     Args:
         device: of the kernels.
@@ -74,12 +76,13 @@ class CopiedLayers(FarSide):
     def __init__(self, device: torch.device):
         self.device = device
         self._streams = SideStream(device)
-        self.slots = [Slot() for _ in range(SLOTS)]
+        self.slots = [Slot(device) for _ in range(SLOTS)]
         self._turns = count(1)
         #: By layer, ids of blocks in the slot that differ from those at home; None for perhaps all.
         self._touched: dict[int, set[int] | None] = {}
         self._returning: dict[int, list[Returning]] = {}
-        self._thread: threading.Thread | None = None
+        #: Ident and name of the thread that uses this.
+        self._thread: tuple[int, str] | None = None
         #: Bytes copied so far, to the device and back.
         self.bytes_brought = self.bytes_returned = 0
 
@@ -128,24 +131,23 @@ class CopiedLayers(FarSide):
         near = None if slot is None or slot.held is None else slot.held.storage
         same = [x.k for x in (home, near) if x is not None and x.num_blocks == storage.num_blocks]
         if home is not None and any(storage.k is k for k in same):
-            home = dataclasses.replace(home, key_center=storage.key_center)
-            if slot is not None and near is not None:
-                slot.held = Held(layer, home.segments, dataclasses.replace(near, key_center=storage.key_center))
-            return home
+            if slot is not None:  # it would go on with the old centre if an exception came before the home has the new
+                self._empty(slot)
+            return dataclasses.replace(home, key_center=storage.key_center)
         # Other memory, which is complete.
         self._touched.pop(layer, None)
         self._returning.pop(layer, None)
         for slot in self.slots:
             slot.made.pop(layer, None)
             if slot.held is not None and slot.held.layer == layer:
-                slot.held = None
+                slot.left, slot.held = self._streams.mark(), None
         return storage
 
     def forget(self) -> None:
         self._streams.finish()
         self._touched.clear()
         self._returning.clear()
-        self.slots = [Slot() for _ in range(SLOTS)]
+        self.slots = [Slot(self.device) for _ in range(SLOTS)]
 
     @property
     def near(self) -> list[int]:
@@ -201,8 +203,9 @@ class CopiedLayers(FarSide):
                     target.copy_(source, non_blocking=True)
                     self.bytes_returned += source.nbytes
             return Returning(self._streams.mark())
-        ids = torch.from_numpy(np.fromiter(touched, np.int64, len(touched)))
-        blocks = read_blocks(held.storage, ids.to(self.device))
+        ids = self((len(touched),), torch.int64, self.device)
+        ids.copy_(torch.from_numpy(np.fromiter(touched, np.int64, len(touched))))
+        blocks = read_blocks(held.storage, ids.to(self.device, non_blocking=True))
         self.bytes_returned += sum(x.nbytes for x in blocks)
         staged = Segment(*(self(tuple(x.shape), x.dtype, x.device).copy_(x, non_blocking=True) for x in blocks))
         return Returning(self._streams.mark(), ids, staged)
@@ -227,11 +230,13 @@ class CopiedLayers(FarSide):
         return dataclasses.replace(home, **segments[0]._asdict(), more=tuple(segments[1:]), empty=None)
 
     def _only_one_thread(self) -> None:
-        mine = threading.current_thread()
-        if self._thread is not mine:
-            if self._thread is not None and self._thread.is_alive():
+        mine, held = threading.get_ident(), self._thread
+        if held is None or held[0] != mine:
+            # Not `Thread.is_alive`, which is True for ever of a thread that Python has not started.
+            if held is not None and held[0] in sys._current_frames():
                 raise RuntimeError(
-                    "layers of this pool are copied to its device when they are needed, which one thread at a time can "
-                    f"have done, and thread {self._thread.name!r} is using it; give each thread a pool of its own"
+                    "layers of this pool are copied to its device when they are needed, which one thread can have done "
+                    f"as long as it lives, and that is {held[1]!r}; give each thread a pool of its own, or let one "
+                    "thread do everything"
                 )
-            self._thread = mine
+            self._thread = mine, threading.current_thread().name

@@ -21,12 +21,13 @@ import torch
 from ..kernels import KvCacheQuant, Segment
 from .far_side import FarSide, WhichBlocks
 
-_NO_ROOM = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+#: Of the disk, of its files, or of this process' open ones.
+_NO_ROOM = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EMFILE, errno.ENFILE)
 #: Smaller tensors are read ahead as a whole, whatever holds tokens in them.
 _SMALL = 1 << 16
 _FORKED = (
     "this process was forked while layers were offloaded to a file that both processes would write to; make a new "
-    "cache here, or save() this one before the fork and load it here"
+    "cache with a pool of its own here, or save() this one before the fork and load it here"
 )
 
 
@@ -51,17 +52,15 @@ class MappedFiles(FarSide):
         size = math.prod(shape) * dtype.itemsize
         if not size:
             return torch.empty(shape, dtype=dtype, device=device)
-        with tempfile.TemporaryFile(dir=self._folder) as file:
-            try:
+        try:
+            with tempfile.TemporaryFile(dir=self._folder) as file:
                 _reserve(file.fileno(), size)
-            except OSError as error:
-                if error.errno not in _NO_ROOM:
-                    raise
-                raise MemoryError(
-                    f"{error.strerror}: {size:,} bytes for an offloaded layer in {self._folder}"
-                ) from error
-            # The tensor's storage keeps the mapping alive, and the mapping the file.
-            memory = torch.from_file(f"/dev/fd/{file.fileno()}", shared=True, size=size, dtype=torch.uint8)
+                # The tensor's storage keeps the mapping alive, and the mapping the file.
+                memory = torch.from_file(f"/dev/fd/{file.fileno()}", shared=True, size=size, dtype=torch.uint8)
+        except OSError as error:
+            if error.errno not in _NO_ROOM:
+                raise
+            raise MemoryError(f"{error.strerror}: {size:,} bytes for an offloaded layer in {self._folder}") from error
         return memory.view(dtype).view(shape)
 
     def begin(self, layer: int, home: KvCacheQuant, blocks: int) -> None:

@@ -28,7 +28,8 @@ class SideStream:
             return
         if event is not None:
             self._side.wait_event(event)
-        buffer.record_stream(self._side)  # nobody else gets the memory while a copy is on its way
+        if buffer.nbytes:
+            buffer.record_stream(self._side)  # nobody else gets the memory while a copy is on its way
         with self._side:
             yield
 

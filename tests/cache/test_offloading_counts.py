@@ -176,9 +176,9 @@ def test_what_a_cache_says_of_it(way: str) -> None:
     assert (where.layers, where.near) == (LAYERS - 1, 1 if way == "mapped" else 2)
     assert where.bytes_near + where.bytes_far == sum(cache.pool.look_at(i).nbytes for i in range(1, LAYERS))
     text = str(cache.describe())
-    assert f"{LAYERS - 1} layers, {where.near} near" in text
+    assert f"{LAYERS - 1} layers of the pool, {where.near} near" in text
     assert ("in files in " if way == "mapped" else "in the host's memory") in text
-    assert f"{LAYERS - 1 - where.near} of {LAYERS - 1} layers are away" in repr(cache)
+    assert f"{LAYERS - 1 - where.near} of its pool's {LAYERS - 1} layers that leave are away" in repr(cache)
     plain = PagedInt8Cache(cache._config)
     assert plain.describe().offloaded is None
     assert "away" not in repr(plain)

@@ -117,6 +117,30 @@ def test_layers_in_a_graph_beside_others(capturing: None, first: int, stop: int)
     assert [layer.length for layer in cache.layers] == [50] * LAYERS
 
 
+def test_steps_in_python_after_captured_ones(capturing: None) -> None:
+    """What was captured runs as Python too, and after a reset a prompt does."""
+    cache, plain, inputs, graph = preallocated(), preallocated(), Inputs(), Graph()
+    for length in (21, 30):
+        prompt(cache, length)
+        prompt(plain, length)
+        for position in range(length, length + 6):
+            inputs.become(position)
+            want = forward(plain, inputs, range(LAYERS))
+            if position == 21:
+                with graph:
+                    captured = forward(cache, inputs, range(LAYERS))
+                found = captured
+            elif position % 2:
+                graph.replay()
+                found = captured
+            else:
+                found = forward(cache, inputs, range(LAYERS))
+            assert all(torch.equal(x, y) for x, y in zip(found, want, strict=True))
+        assert [layer.length for layer in cache.layers] == [length + 6] * LAYERS
+        cache.reset()
+        plain.reset()
+
+
 def test_a_graph_that_does_not_fit_leaves_the_length(capturing: None) -> None:
     cache, inputs, graph = preallocated(), Inputs(), Graph()
     prompt(cache, LIMIT - 2)
