@@ -225,11 +225,11 @@ class PagedInt8BatchingManager(ContinuousBatchingManager):
         super().destroy()
         self._put_attention_back()
 
-    def _run_generation_loop(self, *args: Any) -> None:
+    def _run_generation_loop(self, *args: Any, **kwargs: Any) -> None:
         """The engine's loop. Requests that came after it had answered the last ones are answered here, and those that
         come later still `add_request` takes back."""
         try:
-            super()._run_generation_loop(*args)
+            super()._run_generation_loop(*args, **kwargs)
         finally:
             self._loop_processor = None
             self._loop_ended.set()
