@@ -16,7 +16,7 @@ from transformers import ContinuousBatchingConfig, GenerationConfig, PreTrainedM
 
 from ..batching import RequestTooLongError, int8_batching
 from ..batching.engine import check_engine_options
-from ..batching.start import check_start
+from ..batching.entry import check_start
 
 
 class ServerError(RuntimeError):

@@ -11,7 +11,7 @@ from transformers.generation.continuous_batching import cache as engine_cache
 from transformers.generation.continuous_batching import offloading_manager
 
 from hf_int8_paged.batching import PagedInt8BatchingManager
-from hf_int8_paged.batching.start import check_start
+from hf_int8_paged.batching.entry import check_start
 
 from .models import batching_model, manager_for, prompts
 
