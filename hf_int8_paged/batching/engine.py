@@ -12,6 +12,9 @@ from collections.abc import Callable
 from typing import Any
 
 import transformers
+from transformers import ContinuousBatchingConfig
+
+from .pages import BLOCK_SIZE
 
 #: Releases whose engine was read and tested.
 TESTED = "5.18 to 5.24"
@@ -42,3 +45,27 @@ def seeing(function: Callable[..., Any], **names: Any) -> Callable[..., Any]:
     )
     copy.__kwdefaults__ = function.__kwdefaults__
     return copy
+
+
+def check_engine_options(config: ContinuousBatchingConfig) -> None:
+    """Raise ``ValueError`` for options that int8 blocks cannot honour: other pages than whole blocks of the kernels,
+    more than all memory, and steps that are recorded or compiled, as the host makes block tables anew for each."""
+    if config.page_size % BLOCK_SIZE:
+        raise ValueError(f"page_size must be a multiple of {BLOCK_SIZE} for int8 blocks, got {config.page_size}")
+    if config.max_memory_percent is not None and not 0 < config.max_memory_percent <= 1:
+        raise ValueError(f"max_memory_percent must be a share between 0 and 1, got {config.max_memory_percent}")
+    graphs = config.use_cuda_graph
+    asked = {
+        "use_cuda_graph": any(graphs) if isinstance(graphs, tuple) else graphs,
+        "varlen_compile_config": config.varlen_compile_config,
+        "decode_compile_config": config.decode_compile_config,
+        "default_compile_level": config.default_compile_level,
+        "q_padding_interval_size": config.q_padding_interval_size,
+        "kv_padding_interval_size": config.kv_padding_interval_size,
+    }
+    for name, value in asked.items():
+        if value:
+            raise ValueError(
+                f"{name}={getattr(config, name)!r}: int8 continuous batching makes block tables on the host at every "
+                "step, which no graph can hold; leave it out"
+            )

@@ -1,14 +1,17 @@
-"""The shortest ways in: one call, and a context in which the model's own methods take int8 blocks."""
+"""The shortest ways in: one call, and a context in which the model's own methods take int8 blocks; and what would be
+refused there, known before."""
 
 from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from typing import Any
 
 from transformers import ContinuousBatchingConfig, GenerationConfig, PreTrainedModel
 from transformers.generation.continuous_batching.requests import GenerationOutput
 
+from .cache import PagedInt8AttentionCache
 from .manager import PagedInt8BatchingManager
 
 _METHOD = "init_continuous_batching"
@@ -114,3 +117,31 @@ class _Init:
         if config.eos_token_id is None:
             config.eos_token_id = -1  # as the engine does: no token ends a text
         return PagedInt8BatchingManager(model, config, continuous_batching_config, workload_hints, **self.int8_options)
+
+
+def check_start(
+    model: PreTrainedModel, config: ContinuousBatchingConfig, generation_config: GenerationConfig | None = None
+) -> None:
+    """Raise what `PagedInt8BatchingManager` and its `start` would raise, but allocate only one block, and nothing of
+    ``cpu_offload_space``, which the engine fits to the host's memory by itself.
+
+    Args:
+        model: as it will be served; its key centres are worked out, and remembered.
+        config: the engine's options.
+        generation_config: default the model's own.
+
+    Raises:
+        MemoryError: the blocks have no room.
+        ValueError: an option is out of range, or the model has layers that cannot be served.
+    """
+
+    def measured(**arguments: Any) -> PagedInt8AttentionCache:
+        PagedInt8AttentionCache.check_room(**arguments)
+        arguments["continuous_batching_config"] = replace(arguments["continuous_batching_config"], num_blocks=1)
+        return PagedInt8AttentionCache(**arguments)
+
+    manager = PagedInt8BatchingManager(model, generation_config, replace(config, cpu_offload_space=0.0))
+    try:
+        manager._create_batch_processor(measured)
+    finally:
+        manager.destroy()

@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import functools
+import threading
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import replace
 from typing import Any
 
 import torch
@@ -15,13 +15,15 @@ from transformers.generation.continuous_batching.continuous_api import (
     ContinuousBatchProcessor,
 )
 from transformers.generation.continuous_batching.utils import drain_queue
+from transformers.utils import logging
 
 from .attention import NAME
 from .cache import Int8Options, PagedInt8AttentionCache
 from .centers import key_centers
-from .engine import seeing
-from .pages import BLOCK_SIZE
-from .router import Router
+from .engine import check_engine_options, seeing
+from .router import Router, take_back
+
+logger = logging.get_logger(__name__)
 
 
 class RequestTooLongError(ValueError):
@@ -31,8 +33,9 @@ class RequestTooLongError(ValueError):
 class PagedInt8BatchingManager(ContinuousBatchingManager):
     """transformers' `ContinuousBatchingManager` over int8 blocks: same methods, same requests, same results.
 
-    While it serves a model, the model's attention implementation is ``"int8_paged_batching"``; `stop` puts the old one
-    back. `generate_batch` and `int8_batching` make one by themselves.
+    While it serves a model, the model's attention implementation is ``"int8_paged_batching"``; the old one comes back
+    when the engine's thread has ended, or with `stop` or `destroy` if it never began. `generate_batch` and
+    `int8_batching` make one by themselves.
 
     Args:
         model: a causal language model whose layers have full or sliding-window attention, as the engine needs it.
@@ -74,21 +77,32 @@ class PagedInt8BatchingManager(ContinuousBatchingManager):
         held = key_centers(model) if centers is None else centers
         self._options = Int8Options(held, rotation, sink_tokens, backend)
         generation_config = model.generation_config if generation_config is None else generation_config
-        before = model.config._attn_implementation
+        self._attention_before: str | None = None  # not the engine's own, which a stop puts back under a running loop
+        self._attention_lock = threading.Lock()
+        self._loop_processor: ContinuousBatchProcessor | None = None
+        self._loop_ended = threading.Event()
+        self.model = model  # type: ignore[assignment]
         try:
             super().__init__(model, generation_config, config, workload_hints)  # type: ignore[arg-type]
         except BaseException:
-            model.set_attn_implementation(before)
+            self._put_attention_back()
             raise
         self.output_router: Router = Router()
         self._max_request_tokens = max_request_tokens
 
     def switch_to_cb_friendly_attn(self, model: Any, auto_switch_to_flash: bool = True) -> None:
         """Switch the model to the attention function for int8 blocks, and remember what it had."""
-        before = model.config._attn_implementation
-        if before != NAME:
-            model.set_attn_implementation(NAME)
-            self._original_attn_impl = before
+        with self._attention_lock:
+            before = model.config._attn_implementation
+            if before != NAME:
+                model.set_attn_implementation(NAME)
+                self._attention_before = before
+
+    def _put_attention_back(self) -> None:
+        with self._attention_lock:
+            before, self._attention_before = self._attention_before, None
+            if before is not None:
+                self.model.set_attn_implementation(before)
 
     def add_request(
         self,
@@ -108,20 +122,25 @@ class PagedInt8BatchingManager(ContinuousBatchingManager):
             RuntimeError: the engine is stopping or has died. It would drop the request, and who waits for it would wait
                 for ever.
         """
+        if request_id is None and self.is_tp_driver:
+            with self._request_lock:
+                request_id = f"req_{self._request_counter}"
+                self._request_counter += 1
+        is_new = self.output_router.expect(request_id)
         try:
             self.check_length(len(input_ids), max_new_tokens)
-        except ValueError:
-            self.output_router.forget(request_id)
+            most = self.max_request_tokens
+            if max_new_tokens is None and self.generation_config.max_new_tokens is None and most is not None:
+                max_new_tokens = most - len(input_ids)
+            name = super().add_request(input_ids, request_id, max_new_tokens, *args, **kwargs)
+            late = self._loop_ended.is_set() and take_back(self.input_queue, request_id)
+            if late or (name is None and self.is_tp_driver):
+                fault = self.background_thread_status.fatal_error
+                raise RuntimeError("the engine is stopping, or has died, and takes no more requests") from fault
+        except BaseException:
+            if is_new:  # else one with this id runs, whose results somebody waits for
+                self.output_router.forget(request_id)
             raise
-        most = self.max_request_tokens
-        if max_new_tokens is None and self.generation_config.max_new_tokens is None and most is not None:
-            max_new_tokens = most - len(input_ids)
-        self.output_router.expect(request_id)
-        name = super().add_request(input_ids, request_id, max_new_tokens, *args, **kwargs)
-        if name is None and self.is_tp_driver:
-            self.output_router.forget(request_id)
-            fault = self.background_thread_status.fatal_error
-            raise RuntimeError("the engine is stopping, or has died, and takes no more requests") from fault
         return name
 
     def register_result_handler(self, request_id: str, callback: Callable) -> None:
@@ -183,13 +202,45 @@ class PagedInt8BatchingManager(ContinuousBatchingManager):
     def start(self) -> None:
         """Start the engine's thread. The blocks are allocated before, so that what does not fit is refused here; and
         the model is switched again, if `stop` has put its attention back."""
+        if self.is_running():
+            logger.warning("the engine's thread runs already")
+            return
         self.switch_to_cb_friendly_attn(self.model)
         if self.batch_processor is None:
             self.batch_processor = self._create_batch_processor()
-        if not self.is_running():
-            self.cache.outdate_first_tokens()
-            self._judge_what_came_before()
+        self._loop_ended.clear()
+        self.cache.outdate_first_tokens()
+        self._judge_what_came_before()
         super().start()
+
+    def stop(self, *args: Any, **kwargs: Any) -> None:
+        """Stop the engine's thread; see `ContinuousBatchingManager.stop`. A loop that this does not wait for serves its
+        requests to their end, and puts the model's attention back then."""
+        super().stop(*args, **kwargs)
+        if not self.is_running():
+            self._put_attention_back()
+
+    def destroy(self) -> None:
+        """Stop the engine's thread if it runs, and put the model's attention back."""
+        super().destroy()
+        self._put_attention_back()
+
+    def _run_generation_loop(self, *args: Any, **kwargs: Any) -> None:
+        """The engine's loop. Requests that came after it had answered the last ones are answered here, and those that
+        come later still `add_request` takes back."""
+        try:
+            super()._run_generation_loop(*args, **kwargs)
+        finally:
+            self._loop_processor = None
+            self._loop_ended.set()
+            for state in drain_queue(self.input_queue):
+                self.output_router.fail_and_deliver(state, RuntimeError("the engine has stopped, or died"))
+            self._put_attention_back()
+
+    def _generation_step(self) -> None:
+        """A step with the loop's own blocks: a stop that does not wait takes them from the manager at once."""
+        assert self._loop_processor is not None
+        self._loop_processor._generation_step(self.model)
 
     @contextmanager
     def pause(self) -> Iterator[None]:
@@ -223,62 +274,8 @@ class PagedInt8BatchingManager(ContinuousBatchingManager):
         with_blocks = functools.partial(make_cache, options=self._options)
         make = seeing(ContinuousBatchingManager._create_batch_processor, PagedAttentionCache=with_blocks)
         try:
-            return make(self)
+            self._loop_processor = make(self)
         except BaseException:
-            if self._original_attn_impl is not None:  # nobody else would put it back
-                self.model.set_attn_implementation(self._original_attn_impl)
-                self._original_attn_impl = None
+            self._put_attention_back()  # nobody else would
             raise
-
-
-def check_start(
-    model: PreTrainedModel, config: ContinuousBatchingConfig, generation_config: GenerationConfig | None = None
-) -> None:
-    """Raise what `PagedInt8BatchingManager` and its `start` would raise, but allocate only one block.
-
-    Args:
-        model: as it will be served; its key centres are worked out, and remembered.
-        config: the engine's options.
-        generation_config: default the model's own.
-
-    Raises:
-        MemoryError: the blocks have no room.
-        ValueError: an option is out of range, or the model has layers that cannot be served.
-    """
-
-    def measured(**arguments: Any) -> PagedInt8AttentionCache:
-        PagedInt8AttentionCache.check_room(**arguments)
-        arguments["continuous_batching_config"] = replace(arguments["continuous_batching_config"], num_blocks=1)
-        return PagedInt8AttentionCache(**arguments)
-
-    before = model.config._attn_implementation
-    manager = PagedInt8BatchingManager(model, generation_config, config)
-    try:
-        manager._create_batch_processor(measured)
-    finally:
-        model.set_attn_implementation(before)
-        manager.destroy()
-
-
-def check_engine_options(config: ContinuousBatchingConfig) -> None:
-    """Raise ``ValueError`` for options that int8 blocks cannot honour: other pages than whole blocks of the kernels,
-    more than all memory, and steps that are recorded or compiled, as the host makes block tables anew for each."""
-    if config.page_size % BLOCK_SIZE:
-        raise ValueError(f"page_size must be a multiple of {BLOCK_SIZE} for int8 blocks, got {config.page_size}")
-    if config.max_memory_percent is not None and not 0 < config.max_memory_percent <= 1:
-        raise ValueError(f"max_memory_percent must be a share between 0 and 1, got {config.max_memory_percent}")
-    graphs = config.use_cuda_graph
-    asked = {
-        "use_cuda_graph": any(graphs) if isinstance(graphs, tuple) else graphs,
-        "varlen_compile_config": config.varlen_compile_config,
-        "decode_compile_config": config.decode_compile_config,
-        "default_compile_level": config.default_compile_level,
-        "q_padding_interval_size": config.q_padding_interval_size,
-        "kv_padding_interval_size": config.kv_padding_interval_size,
-    }
-    for name, value in asked.items():
-        if value:
-            raise ValueError(
-                f"{name}={getattr(config, name)!r}: int8 continuous batching makes block tables on the host at every "
-                "step, which no graph can hold; leave it out"
-            )
+        return self._loop_processor

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import queue
 import threading
 from collections.abc import Callable
 
 from transformers.generation.continuous_batching.continuous_api import OutputRouter
-from transformers.generation.continuous_batching.requests import GenerationOutput
+from transformers.generation.continuous_batching.requests import GenerationOutput, RequestState
 
 #: How many are remembered: what is cancelled delivers nothing after the next step.
 FORGOTTEN = 4096
@@ -22,11 +23,15 @@ class Router(OutputRouter):
     def __init__(self) -> None:
         super().__init__()
         self._lock = threading.RLock()  # type: ignore[assignment]  # the one who hands over also registers
+        #: Requests that came and have no last result yet.
+        self._expected: set[str | None] = set()
         #: Requests that nobody waits for any more, the newest last.
         self._forgotten: dict[str | None, None] = {}
 
     def deliver(self, output: GenerationOutput) -> None:
         with self._lock:
+            if output.is_finished():
+                self._expected.discard(output.request_id)
             entry = self.result_handlers.get(output.request_id)
             if entry is None and output.request_id not in self._forgotten:
                 self.output_queue.put(output)
@@ -61,11 +66,35 @@ class Router(OutputRouter):
         is dropped."""
         with self._lock:
             self.result_handlers.pop(request_id, None)  # type: ignore[arg-type]
+            self._expected.discard(request_id)
             self._forgotten[request_id] = None
             if len(self._forgotten) > FORGOTTEN:
                 del self._forgotten[next(iter(self._forgotten))]
 
-    def expect(self, request_id: str | None) -> None:
-        """A request with this id comes, perhaps after one that was forgotten."""
+    def expect(self, request_id: str | None) -> bool:
+        """A request with this id comes, perhaps after one that was forgotten.
+
+        Returns:
+            Whether none with this id is expected already.
+        """
         with self._lock:
             self._forgotten.pop(request_id, None)
+            is_new = request_id not in self._expected
+            if request_id is not None:
+                self._expected.add(request_id)
+            return is_new
+
+
+def take_back(waiting: queue.Queue[RequestState], request_id: str | None) -> bool:
+    """Take a request out of a queue that nobody reads any more.
+
+    Returns:
+        Whether it was still there; else somebody has read it, and answers.
+    """
+    with waiting.mutex:
+        others = [state for state in waiting.queue if state.request_id != request_id]
+        was_there = len(others) < len(waiting.queue)
+        waiting.queue.clear()
+        waiting.queue.extend(others)
+        waiting.not_full.notify_all()
+    return was_there

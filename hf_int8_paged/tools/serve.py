@@ -15,7 +15,8 @@ from typing import Any
 from transformers import ContinuousBatchingConfig, GenerationConfig, PreTrainedModel
 
 from ..batching import RequestTooLongError, int8_batching
-from ..batching.manager import check_engine_options, check_start
+from ..batching.engine import check_engine_options
+from ..batching.entry import check_start
 
 
 class ServerError(RuntimeError):

@@ -84,8 +84,6 @@ def manager_for(
     try:
         yield manager
     finally:
-        if manager._original_attn_impl is not None:
-            model.set_attn_implementation(manager._original_attn_impl)
         manager.destroy()
 
 

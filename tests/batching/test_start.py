@@ -8,9 +8,10 @@ import pytest
 import torch
 from transformers import ContinuousBatchingConfig, GenerationConfig
 from transformers.generation.continuous_batching import cache as engine_cache
+from transformers.generation.continuous_batching import offloading_manager
 
 from hf_int8_paged.batching import PagedInt8BatchingManager
-from hf_int8_paged.batching.manager import check_start
+from hf_int8_paged.batching.entry import check_start
 
 from .models import batching_model, manager_for, prompts
 
@@ -61,6 +62,31 @@ def test_checking_allocates_a_block_and_no_more(monkeypatch: pytest.MonkeyPatch)
     assert config.num_blocks == 4000
     with manager_for(model, page_size=16, num_blocks=4000) as manager:
         assert max(sizes) < manager.cache.cache_tensor.nbytes / 100
+
+
+def test_checking_allocates_nothing_to_offload_to(monkeypatch: pytest.MonkeyPatch) -> None:
+    spaces, make = [], offloading_manager.OffloadingManager._compute_num_cpu_sectors
+
+    def asked(self: Any, space: float | None, threshold: float) -> int:
+        spaces.append(space)
+        return make(self, 0.0, threshold)
+
+    monkeypatch.setattr(offloading_manager.OffloadingManager, "_compute_num_cpu_sectors", asked)
+    config = ContinuousBatchingConfig(page_size=16, num_blocks=40, cpu_offload_space=1.0)
+    check_start(batching_model(LLAMA), config)
+    assert spaces == [0.0]
+    assert config.cpu_offload_space == 1.0
+
+
+@pytest.mark.parametrize("end", ["destroy", "stop"])
+@pytest.mark.parametrize("warm", [False, True], ids=["without blocks", "with blocks"])
+def test_a_manager_that_was_never_started_leaves_the_model_as_it_was(end: str, warm: bool) -> None:
+    model = batching_model(LLAMA)
+    manager = PagedInt8BatchingManager(model, GenerationConfig(eos_token_id=-1), ContinuousBatchingConfig(num_blocks=9))
+    if warm:
+        manager.warmup()
+    getattr(manager, end)()
+    assert model.config._attn_implementation == "int8_paged"
 
 
 @pytest.mark.parametrize(

@@ -3,6 +3,7 @@ where a loop cannot be brought into the state that is asked for."""
 
 from __future__ import annotations
 
+import math
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -27,22 +28,31 @@ A_WHILE = 0.2
 
 
 class Steps:
-    """What the loop of a manager does."""
+    """What the loop of a manager does. It takes only a few steps more than somebody has waited for, or one to come to a
+    pause: however slowly a test goes on, its requests do not end meanwhile."""
 
     def __init__(self, manager: PagedInt8BatchingManager):
         self._step, self._taken = manager._generation_step, threading.Condition()
-        self.count = 0
+        self._pausing = manager.background_thread_status.is_pause_requested
+        self.count, self._most = 0, 5.0
         manager._generation_step = self._counted  # type: ignore[method-assign]
 
     def _counted(self) -> None:
         with self._taken:
             self.count += 1
             self._taken.notify_all()
+            while self.count > self._most and not self._pausing():
+                self._taken.wait(0.001)
         self._step()
 
     def more(self, than: int, seconds: float = HANGS) -> bool:
         with self._taken:
+            self._most = max(self._most, than + 5)
             return self._taken.wait_for(lambda: self.count > than, seconds)
+
+    def free(self) -> None:
+        """From now on it takes as many as it likes."""
+        self._most = math.inf
 
 
 @contextmanager
@@ -53,9 +63,12 @@ def generating(**options: Any) -> Iterator[tuple[PreTrainedModel, PagedInt8Batch
         steps = Steps(manager)
         manager.start()
         manager.add_requests(prompts(3))
-        assert steps.more(than=0)
-        yield model, manager, steps
-        manager.stop()
+        try:
+            assert steps.more(than=0)
+            yield model, manager, steps
+        finally:
+            steps.free()
+            manager.stop()
 
 
 def finished(manager: PagedInt8BatchingManager, count: int) -> list[GenerationOutput]:
@@ -85,6 +98,7 @@ def test_no_step_is_taken_while_somebody_pauses() -> None:
                         weights.add_(0.0)
                 assert not steps.more(before, A_WHILE)
             assert steps.more(before), "it goes on"
+        steps.free()
         assert [len(result.generated_tokens) for result in finished(manager, 3)] == [100] * 3
 
 
@@ -108,6 +122,7 @@ def test_the_loop_waits_for_the_last_of_several() -> None:
             event.set()
             thread.join(HANGS)
         assert steps.more(before)
+        steps.free()
         assert len(finished(manager, 3)) == 3
 
 
