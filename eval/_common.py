@@ -99,7 +99,7 @@ def provenance(device: torch.device, *, timed: bool = False) -> dict[str, Any]:
     asked before, and `write_json` adds what it is after."""
     on_cpu = device.type == "cpu" and why_unavailable("cpu", device) is None
     return {
-        "command": shlex.join(["python", *sys.argv]),
+        "command": shlex.join(["python", *(word.removeprefix(f"{Path.cwd()}/") for word in sys.argv)]),
         "date": datetime.now(timezone.utc).isoformat(timespec="seconds"),
         "machine": {
             "processor": processor_name(),
