@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from types import SimpleNamespace
 from typing import Any
 
@@ -190,3 +191,35 @@ def test_a_step_is_seen_layer_by_layer() -> None:
     assert [int(layer.get_seq_length()) for layer in cache.layers] == [21] * LAYERS
     again = int8_paged_attention(MODULE, inputs.of[3][2], cache.layers[3].keys, cache.layers[3].values, None)[0]
     assert torch.equal(attended, again)
+
+
+@pytest.mark.parametrize("tokens", [21, 30])
+def test_a_step_that_a_compiled_layer_begins_is_no_earlier_one(tokens: int) -> None:
+    """What layers in Python know of a step, its length and padding, is not that of a padded prompt before a reset."""
+    model: Any = tiny_model("llama", num_hidden_layers=2, attn_implementation="int8_paged")
+    options: dict[str, Any] = {"max_new_tokens": 3, "do_sample": False, "pad_token_id": 0, "disable_compile": True}
+    fresh, cache = (
+        PagedInt8Cache(model.config, max_batch_size=2, max_cache_len=LIMIT, backend="reference") for _ in range(2)
+    )
+    padded = torch.ones(2, 21, dtype=torch.long)
+    padded[0, :8] = 0
+    model.generate(random_ids(2, 21), attention_mask=padded, past_key_values=cache, **options)
+    cache.reset()
+    scores: dict[str, Any] = {"output_logits": True, "return_dict_in_generate": True}
+    ids = random_ids(2, tokens, seed=3)
+    want = model.generate(ids, past_key_values=fresh, **options, **scores).logits
+    torch._dynamo.reset()
+    model.model.layers[0].forward = torch.compile(model.model.layers[0].forward, backend="eager", dynamic=False)
+    found = model.generate(ids, past_key_values=cache, **options, **scores).logits
+    for x, y in zip(found, want, strict=True):
+        torch.testing.assert_close(x, y, rtol=0, atol=1e-5 * float(y.abs().max()))
+
+
+@pytest.mark.parametrize("twin", ["fork", "deepcopy"])
+def test_a_twin_made_in_inference_mode_is_written_to_outside_it(twin: str) -> None:
+    cache, inputs = preallocated(), Inputs()
+    with torch.inference_mode():
+        prompt(cache, 21)
+        other = cache.fork() if twin == "fork" else copy.deepcopy(cache)
+    found, want = forward(other, inputs, range(LAYERS)), forward(cache, inputs, range(LAYERS))
+    assert all(torch.equal(x, y) for x, y in zip(found, want, strict=True))
