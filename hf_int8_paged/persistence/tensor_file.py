@@ -7,6 +7,7 @@ do twice; so the header, a page of JSON, is written here, and the tensors follow
 from __future__ import annotations
 
 import json
+import os
 import zlib
 from collections.abc import Callable, Iterable
 from pathlib import Path
@@ -125,17 +126,10 @@ class TensorFile:
     def __init__(self, path: Path):
         self.path = path
         try:
-            size = path.stat().st_size
-            with path.open("rb") as file:
-                header = file.read(8)
-                length = int.from_bytes(header, "little")
-                if len(header) < 8 or length > min(MAX_HEADER, size - 8):
-                    raise self.error("header size", f"{length} bytes, in a file of {size}")
-                header += file.read(length)
+            header = self._open()
         except (FileNotFoundError, IsADirectoryError) as error:
             raise CacheFileError(f"{path}: there is no such file") from error
         try:
-            self._file = safe_open(path, framework="pt", device="cpu")
             self.metadata: dict[str, str] = self._file.metadata() or {}
             self.names = set(self._file.keys()) - {CHECKSUMS}
             sums = self._file.get_tensor(CHECKSUMS)
@@ -150,6 +144,24 @@ class TensorFile:
         order = [name for name in entries if name not in ("__metadata__", CHECKSUMS)]
         self._checksums = dict(zip(order, found, strict=False))
         self._described = {name: (entries[name]["dtype"], tuple(entries[name]["shape"])) for name in order}
+
+    def _open(self) -> bytes:
+        """Open the file with the library; returns its header as it stands there. Others may delete or replace the file
+        at any moment: it is opened again until both are of the same one."""
+        while True:
+            with self.path.open("rb") as file:
+                size = os.fstat(file.fileno()).st_size
+                header = file.read(8)
+                length = int.from_bytes(header, "little")
+                if len(header) < 8 or length > min(MAX_HEADER, size - 8):
+                    raise self.error("header size", f"{length} bytes, in a file of {size}")
+                header += file.read(length)
+                try:
+                    self._file = safe_open(self.path, framework="pt", device="cpu")
+                except (SafetensorError, RuntimeError, ValueError, OverflowError) as error:
+                    raise self.error("header", str(error)) from error
+                if os.path.samestat(os.fstat(file.fileno()), self.path.stat()):
+                    return header
 
     @property
     def checksums(self) -> dict[str, int]:

@@ -11,9 +11,11 @@ from typing import Any
 
 import pytest
 import torch
+from safetensors import safe_open
 
 from hf_int8_paged import PagedInt8Cache, PagedInt8Pool, PromptStore
 from hf_int8_paged.cache_argument import CACHE_ARGUMENT
+from hf_int8_paged.persistence import tensor_file
 from hf_int8_paged.persistence.prompt_keys import model_key
 from tests.models import random_ids
 from tests.processes import HANGS
@@ -185,6 +187,40 @@ def test_what_is_no_prompt_is_refused(tmp_path: Path) -> None:
     feed(model, fixed, random_ids(1, 20))
     with pytest.raises(ValueError, match="preallocated cache is not stored"):
         store.put(fixed, range(20), model)
+
+
+def test_others_delete_a_file_that_is_being_opened(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Another process may evict it between its header and its tensors: that is a prompt which is not stored."""
+    model, store, ids = model_called("llama"), PromptStore(tmp_path), random_ids(1, 60)
+    stored(store, model, ids)
+    opened: list[Path] = []
+
+    def after_a_deletion(path: Path, *args: Any, **kwargs: Any) -> Any:
+        opened.append(path)
+        path.unlink()
+        return safe_open(path, *args, **kwargs)
+
+    monkeypatch.setattr(tensor_file, "safe_open", after_a_deletion)
+    assert store.get(model, ids)[1] == 0
+    assert len(opened) == 1
+    assert len(store) == 0
+
+
+def test_others_replace_a_file_that_is_being_opened(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Header and tensors are of one file."""
+    model, path, other = model_called("llama"), tmp_path / "cache", tmp_path / "other"
+    caches = [PagedInt8Cache(model.config) for _ in range(2)]
+    for cache, tokens, place in zip(caches, (60, 90), (path, other), strict=True):
+        feed(model, cache, random_ids(1, tokens))
+        cache.save(place)
+
+    def after_a_replacement(path: Path, *args: Any, **kwargs: Any) -> Any:
+        if other.exists():
+            other.replace(path)
+        return safe_open(path, *args, **kwargs)
+
+    monkeypatch.setattr(tensor_file, "safe_open", after_a_replacement)
+    assert_same(PagedInt8Cache.load(path, model.config), caches[1])
 
 
 def _serve(folder: str, seed: int, requests: int, failures: Any, served: Any) -> None:
