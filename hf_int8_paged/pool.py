@@ -43,7 +43,7 @@ class PagedInt8Pool(PoolBudget, PoolCentring):
         format: name of the storage format (`kernels.Format`).
         max_bytes: most bytes that are allocated for blocks, and for first tokens in full precision of all caches
             (a hard limit): a number, or a text such as ``"8GiB"``; ``None`` sets no limit. Blocks count wherever they
-            are.
+            are, and so do the slots that offloaded ones are copied to.
         offloading: whether layers leave their device until they are needed: those of the CPU for files that are mapped
             into memory, those of another device for the host's memory.
         offload_only_non_sliding: whether layers with a window stay.
@@ -132,6 +132,7 @@ class PagedInt8Pool(PoolBudget, PoolCentring):
                 return held.backend
             if theirs is None or mine == theirs or only_user():
                 blocks = self.allocators[group].num_blocks
+                empty = None if self.offloaded is None else self.offloaded.memory_for(layer, mine.device)
                 self.check_layer_fits(layer, blocks, mine)
                 try:
                     new = alloc_paged_int8_layer(
@@ -145,7 +146,7 @@ class PagedInt8Pool(PoolBudget, PoolCentring):
                         rotation=self.rotation,
                         center_keys=self.center_keys,
                         format=self.format,
-                        empty=None if self.offloaded is None else self.offloaded.memory_for(layer, mine.device),
+                        empty=empty,
                     )
                 except BaseException:
                     # Other layers have got as many blocks: when the tokens are gone, a shorter prompt must find room.
@@ -205,8 +206,9 @@ class PagedInt8Pool(PoolBudget, PoolCentring):
 
     @property
     def nbytes_allocated(self) -> int:
-        """Bytes of int8 values and scales allocated, all layers."""
-        return sum(storage.nbytes for storage in self.storages.values())
+        """Bytes of int8 values and scales allocated, all layers, and of the slots that offloaded ones are copied to."""
+        slots = 0 if self.offloaded is None else self.offloaded.nbytes_beside
+        return sum(storage.nbytes for storage in self.storages.values()) + slots
 
     @property
     def nbytes_used(self) -> int:

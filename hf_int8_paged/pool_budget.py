@@ -13,6 +13,7 @@ from .byte_sizes import bytes_as_text
 from .full import CacheFullError
 from .kernels import KvCacheQuant, format_called, load_backend
 from .layer_checks import LayerShape
+from .offloading.storages import OffloadedStorages
 from .pool_access import PoolAccess
 
 #: A pool that has to grow grows by at least this fraction, so that growth stays rare.
@@ -32,7 +33,7 @@ class PoolBudget:
     """The half of `PagedInt8Pool` that counts bytes. The pool sets these attributes.
 
     Args:
-        max_bytes: most bytes of blocks and of first tokens, or None.
+        max_bytes: most bytes of blocks, of slots that offloaded ones are copied to, and of first tokens; or None.
     """
 
     access: PoolAccess
@@ -41,6 +42,7 @@ class PoolBudget:
     format: str
     allocators: dict[str, BlockAllocator]
     storages: dict[int, KvCacheQuant]
+    offloaded: OffloadedStorages | None
     _members: dict[str, list[int]]
     _centers: dict
 
@@ -89,7 +91,9 @@ class PoolBudget:
         found only here where the config says nothing of them, or something else."""
         if self.max_bytes is None:
             return
-        bytes_then = self.bytes_held + blocks * self.block_size * self._bytes_per_token(shape[:3])
+        sizes = self._sizes_with({}) | {layer: blocks * self.block_size * self._bytes_per_token(shape[:3])}
+        replaced = self.storages.get(layer)
+        bytes_then = self._bytes_of(sizes) + (0 if replaced is None else replaced.nbytes)
         if bytes_then > self.max_bytes:
             # Other layers have got as many blocks: when the tokens are gone, a shorter prompt must find room.
             self._starts_over = True
@@ -110,9 +114,9 @@ class PoolBudget:
 
     @property
     def bytes_held(self) -> int:
-        """Bytes that count for ``max_bytes``: of all blocks, and of all caches' first tokens in full precision."""
-        blocks = sum(storage.nbytes for storage in self.storages.values())
-        return blocks + sum(kept.nbytes for kept in list(self.first_tokens))
+        """Bytes that count for ``max_bytes``: of all blocks, of the slots that offloaded ones are copied to, and of all
+        caches' first tokens in full precision."""
+        return self._bytes_of({layer: storage.nbytes for layer, storage in self.storages.items()})
 
     def look_at(self, layer: int) -> KvCacheQuant:
         """A layer's blocks for who asks what they are like, not what they hold: they may be away."""
@@ -124,12 +128,11 @@ class PoolBudget:
         """Tokens of one sequence that so many bytes hold."""
 
         def size(tokens: int) -> int:
-            blocks = -(-tokens // self.block_size)
-            return sum(
-                self._bytes_per_block(group)
-                * min(blocks, blocks if window is None else -(-window // self.block_size) + 1)
-                for group, window in self.windows.items()
-            )
+            blocks, sizes = -(-tokens // self.block_size), dict[int, int]()
+            for group, window in self.windows.items():
+                held = blocks if window is None else min(blocks, -(-window // self.block_size) + 1)
+                sizes |= {layer: held * per_block for layer, per_block in self._bytes_per_block(group).items()}
+            return self._bytes_of(sizes, with_first_tokens=False)
 
         low, high = 0, 1 << 40
         while high - low > 1:
@@ -148,27 +151,37 @@ class PoolBudget:
     def _bytes_per_token(self, shape: tuple[int, int, int]) -> int:
         return format_called(self.format).bytes_per_token(*shape)
 
-    def _bytes_per_block(self, group: str) -> int:
+    def _bytes_per_block(self, group: str) -> dict[int, int]:
+        """Of each layer of a group, also of those that are forecast."""
         per_token = {layer: self._bytes_per_token(shape) for layer, shape in self.forecast.get(group, {}).items()}
         per_token |= {layer: self.look_at(layer).bytes_per_token for layer in self._members[group]}
-        return self.block_size * sum(per_token.values())
+        return {layer: self.block_size * size for layer, size in per_token.items()}
+
+    def _sizes_with(self, targets: Mapping[str, int]) -> dict[int, int]:
+        """Bytes of each layer's blocks once these groups have grown, also of layers that are forecast."""
+        sizes = {layer: storage.nbytes for layer, storage in self.storages.items()}
+        for group, allocator in self.allocators.items():
+            target = targets.get(group, allocator.num_blocks)
+            for layer, per_block in self._bytes_per_block(group).items():
+                sizes[layer] = max(sizes.get(layer, 0), target * per_block)
+        return sizes
+
+    def _bytes_of(self, sizes: Mapping[int, int], with_first_tokens: bool = True) -> int:
+        """Bytes that count for ``max_bytes`` while layers have these sizes."""
+        slots = 0 if self.offloaded is None else self.offloaded.bytes_beside(sizes)
+        kept = sum(kept.nbytes for kept in list(self.first_tokens)) if with_first_tokens else 0
+        return sum(sizes.values()) + slots + kept
 
     def _bytes_with(self, targets: Mapping[str, int]) -> int:
         """Bytes held at most while these groups grow, and with all layers that are forecast."""
-        total, copied = self.bytes_held, 0
-        for group, allocator in self.allocators.items():
-            target = targets.get(group, allocator.num_blocks)
-            for layer in self._members[group]:
-                storage = self.look_at(layer)
-                more = target - storage.num_blocks
-                if more > 0:
-                    total += more * self.block_size * storage.bytes_per_token
-                    if not load_backend(storage.backend).SEGMENTS:
-                        copied = max(copied, storage.nbytes)  # the old memory is there until all is copied
-            for layer, shape in self.forecast.get(group, {}).items():
-                if layer not in self.storages:
-                    total += target * self.block_size * self._bytes_per_token(shape)
-        return total + copied
+        sizes = self._sizes_with(targets)
+        # The old memory of a layer without segments is there until all is copied.
+        copied = [
+            storage.nbytes
+            for layer, storage in self.storages.items()
+            if sizes[layer] > storage.nbytes and not load_backend(storage.backend).SEGMENTS
+        ]
+        return self._bytes_of(sizes) + max(copied, default=0)
 
     def _full(self, bytes_then: int, first_tokens: int = 0) -> CacheFullError:
         assert self.max_bytes is not None

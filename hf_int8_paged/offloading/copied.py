@@ -8,9 +8,9 @@ the layer leaves: the blocks that the newest tokens went to, or all of it where 
 from __future__ import annotations
 
 import dataclasses
-import math
 import sys
 import threading
+from collections.abc import Sequence
 from itertools import count
 from typing import Any, NamedTuple
 
@@ -23,8 +23,6 @@ from .streams import SideStream
 
 #: The layer in use, and the one that comes next.
 SLOTS = 2
-#: Tensors in a slot begin at multiples of so many bytes.
-_ALIGNMENT = 256
 
 
 class Held(NamedTuple):
@@ -149,6 +147,13 @@ class CopiedLayers(FarSide):
         self._returning.clear()
         self.slots = [Slot(self.device) for _ in range(SLOTS)]
 
+    def bytes_beside(self, sizes: Sequence[int]) -> int:
+        return sum(max(slot.buffer.nbytes, max(sizes)) for slot in self.slots[: len(sizes)])
+
+    @property
+    def nbytes(self) -> int:
+        return sum(slot.buffer.nbytes for slot in self.slots)
+
     @property
     def near(self) -> list[int]:
         return [slot.held.layer for slot in self.slots if slot.held is not None]
@@ -164,8 +169,9 @@ class CopiedLayers(FarSide):
         return None
 
     def _bring(self, layer: int, home: KvCacheQuant) -> Slot:
-        """Begin to copy a layer that is away, in place of the one that was asked for longest ago."""
-        slot = min(self.slots, key=lambda slot: (slot.held is not None, slot.turn))
+        """Begin to copy a layer that is away: to the largest slot with nobody in it, or in place of the layer that was
+        asked for longest ago."""
+        slot = min(self.slots, key=lambda slot: (0, -slot.buffer.nbytes) if slot.held is None else (1, slot.turn))
         self._empty(slot)
         self.settle(layer, home)
         made = slot.made.get(layer)
@@ -213,19 +219,17 @@ class CopiedLayers(FarSide):
     @torch.inference_mode(False)  # kernels write to it outside inference mode too
     def _in_slot(self, slot: Slot, home: KvCacheQuant) -> KvCacheQuant:
         """A layer's blocks in a slot, whose contents are to come."""
-        sizes = [[-(-x.nbytes // _ALIGNMENT) * _ALIGNMENT for x in segment] for segment in home.segments]
-        needed = sum(map(sum, sizes))
-        if slot.buffer.nbytes < needed:
+        if slot.buffer.nbytes < home.nbytes:
             self._streams.finish()
             slot.made.clear()
-            slot.buffer = torch.empty(needed, dtype=torch.uint8, device=self.device)
+            slot.buffer = torch.empty(0, dtype=torch.uint8, device=self.device)  # the old goes before the new comes
+            slot.buffer = torch.empty(home.nbytes, dtype=torch.uint8, device=self.device)
         segments, begin = [], 0
-        for segment, of_tensors in zip(home.segments, sizes, strict=True):
+        for segment in home.segments:
             tensors = []
-            for x, size in zip(segment, of_tensors, strict=True):
-                room = slot.buffer[begin : begin + math.prod(x.shape) * x.element_size()]
-                tensors.append(room.view(x.dtype).view(x.shape))
-                begin += size
+            for x in segment:  # all begin at multiples of 16 bytes, as blocks have a multiple of 16 rows
+                tensors.append(slot.buffer[begin : begin + x.nbytes].view(x.dtype).view(x.shape))
+                begin += x.nbytes
             segments.append(Segment(*tensors))
         return dataclasses.replace(home, **segments[0]._asdict(), more=tuple(segments[1:]), empty=None)
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import numpy as np
 import torch
@@ -66,6 +66,15 @@ class FarSide(ABC):
     @abstractmethod
     def forget(self) -> None:
         """All layers are gone."""
+
+    @abstractmethod
+    def bytes_beside(self, sizes: Sequence[int]) -> int:
+        """Bytes that are taken besides, at most, while there are layers of these sizes in bytes."""
+
+    @property
+    @abstractmethod
+    def nbytes(self) -> int:
+        """Bytes that are taken besides now."""
 
     @property
     @abstractmethod

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import NamedTuple, Protocol
 
 import torch
@@ -158,6 +158,21 @@ class OffloadedStorages(dict[int, KvCacheQuant]):
         """The device that a layer's kernels run on, wherever its blocks are."""
         home = super().__getitem__(layer)
         return home.empty.device if isinstance(home.empty, FarSide) else home.device
+
+    def bytes_beside(self, sizes: Mapping[int, int]) -> int:
+        """Bytes that are taken besides, at most, while layers have these sizes in bytes. One that holds nothing yet is
+        taken to go where the first layer has gone."""
+        by_side: dict[FarSide, list[int]] = {}
+        for layer, size in sizes.items():
+            side = self._side_of(layer) or next(iter(self.far_sides.values()), None)
+            if side is not None and self.leaves(layer):
+                by_side.setdefault(side, []).append(size)
+        return sum(side.bytes_beside(of_side) for side, of_side in by_side.items())
+
+    @property
+    def nbytes_beside(self) -> int:
+        """Bytes that are taken now beside the layers at home."""
+        return sum(side.nbytes for side in self.far_sides.values())
 
     def where(self) -> WhereLayersAre:
         """Where the layers are now."""

@@ -266,7 +266,7 @@ class GrowingSequences(SequenceRecovery):
 
     @property
     def nbytes_allocated(self) -> int:
-        """Bytes of keys, values and scales allocated in the pool, all layers."""
+        """Bytes of keys, values and scales allocated in the pool, all layers, and of slots for offloaded ones."""
         return self.pool.nbytes_allocated
 
     @property

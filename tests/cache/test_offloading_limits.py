@@ -17,7 +17,8 @@ from hf_int8_paged.offloading import mapped
 from tests.persistence.histories import assert_same, model_called, step
 from tests.persistence.test_processes import in_a_fork
 
-from .offloaded import WAYS, choose, offloaded
+from .offloaded import WAYS, choose, offloaded, slots_of
+from .test_max_bytes import refusal_of
 from .test_shared_pool_threads import run_together
 
 resource = pytest.importorskip("resource")
@@ -94,15 +95,69 @@ def test_a_folder_without_permission(tmp_path: Path) -> None:
 @pytest.mark.parametrize("way", WAYS)
 def test_limits_in_bytes_count_blocks_wherever_they_are(way: str) -> None:
     model = model_called("llama")
-    plain = PagedInt8Cache(model.config, max_bytes=60_000)
-    cache = offloaded(model.config, way, max_bytes=60_000)
+    plain = PagedInt8Cache(model.config, max_bytes=100_000)
+    cache = offloaded(model.config, way, max_bytes=100_000)
     for one in (plain, cache):
         step(model, one, 2, 40)
-        with pytest.raises(CacheFullError, match="max_bytes=60000"):
+        with pytest.raises(CacheFullError, match="max_bytes=100000"):
             step(model, one, 2, 400)
-    assert cache.nbytes_allocated == plain.nbytes_allocated
+    slots = sum(slot.buffer.nbytes for slot in slots_of(cache).slots) if way == "copied" else 0
+    assert cache.nbytes_allocated == plain.nbytes_allocated + slots
     assert cache.nbytes_used == plain.nbytes_used
     assert_same(cache, plain)
+
+
+@pytest.mark.parametrize(("name", "limit"), [("llama", 400_000), ("gemma2", 2_000_000)])
+@pytest.mark.parametrize("resident_layers", [0, 2])
+def test_slots_count_for_limits_in_bytes(name: str, limit: int, resident_layers: int, backend: str) -> None:
+    """However a cache fills, its blocks and slots are never more than the limit."""
+    model = model_called(name)
+    for batch, prompt in ((1, 40), (3, 17), (2, 150)):
+        cache = offloaded(model.config, "copied", max_bytes=limit, resident_layers=resident_layers, backend=backend)
+        before, refused = 0, None
+        for tokens in (prompt, *[1, 7, 30] * 40):
+            before, refused = cache.get_seq_length(), refusal_of(model, cache, batch, tokens)
+            if refused is not None:
+                break
+            assert any(slot.buffer.nbytes for slot in slots_of(cache).slots)
+            assert cache.nbytes_allocated <= limit
+        assert refused is not None
+        assert f"max_bytes={limit}" in refused
+        assert cache.get_seq_length() == before > 0
+
+
+@pytest.mark.parametrize("name", ["llama", "gemma2"])
+@pytest.mark.parametrize("resident_layers", [0, 1])
+def test_the_tokens_that_the_error_names_fit_beside_slots(name: str, resident_layers: int, backend: str) -> None:
+    model, limit = model_called(name), 400_000
+    for more in (0, 1):
+        cache = offloaded(
+            model.config, "copied", max_bytes=limit, resident_layers=resident_layers, backend=backend, sink_tokens=0
+        )
+        step(model, cache, 1, 20)  # which shows where layers go
+        cache.reset()
+        fits = cache.pool.tokens_for(limit)
+        if not more:
+            step(model, cache, 1, fits)
+            assert cache.nbytes_allocated <= limit
+            continue
+        with pytest.raises(CacheFullError, match=f"max_bytes={limit} .* holds {fits} tokens of one sequence"):
+            step(model, cache, 1, fits + more)
+
+
+def test_a_first_prompt_that_fits_without_slots_only_is_taken_back(backend: str) -> None:
+    model = model_called("llama")
+    plain = PagedInt8Cache(model.config, backend=backend)
+    step(model, plain, 1, 100)
+    limit = plain.nbytes_allocated
+    cache = offloaded(model.config, "copied", max_bytes=limit, backend=backend)
+    for _ in range(2):
+        with pytest.raises(CacheFullError, match=rf"max_bytes={limit} .* holds \d+ tokens of one sequence"):
+            step(model, cache, 1, 100)
+        assert cache.get_seq_length() == 0
+        assert cache.nbytes_allocated <= limit
+    step(model, cache, 1, 40)
+    assert cache.nbytes_allocated <= limit
 
 
 @pytest.mark.parametrize("way", WAYS)
