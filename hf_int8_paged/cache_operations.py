@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import copy
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, SupportsIndex
 
 import torch
 from transformers.cache_utils import DynamicCache, LinearAttentionCacheLayerMixin
 
-from .batch_rows import reordered_rows, selected_rows
+from .batch_rows import as_integer, reordered_rows, selected_rows
 from .hybrid import PagedInt8HybridLayer
 from .layer import PagedInt8Layer
 from .offloading.storages import made_for_offloading
@@ -39,19 +39,18 @@ class CacheOperations(DynamicCache):
             layer.reset()
 
     @whole
-    def crop(self, tokens_to_remove: int) -> None:
+    def crop(self, tokens_to_remove: SupportsIndex) -> None:
         """Take the newest tokens back.
 
         Args:
             tokens_to_remove: minus the number of tokens; 0 only lets windows shrink to what they need.
 
         Raises:
-            ValueError: a positive number.
+            TypeError, ValueError: no integer, or a positive one.
             RuntimeError: tokens have fallen out of a sliding window that would be visible again, or a layer has not
                 recorded its past; see `activate_past_recording`. Nothing has changed then.
         """
-        if isinstance(tokens_to_remove, torch.Tensor):
-            tokens_to_remove = int(tokens_to_remove)
+        tokens_to_remove = as_integer("crop takes minus the number of tokens to remove", tokens_to_remove)
         if tokens_to_remove > 0:
             raise ValueError(f"crop takes minus the number of tokens to remove, got {tokens_to_remove}")
         others = self._require("crop")
@@ -93,8 +92,15 @@ class CacheOperations(DynamicCache):
             layer.reorder_cache(beam_idx)
 
     @whole
-    def batch_repeat_interleave(self, repeats: int) -> None:
-        """Repeat every sequence ``repeats`` times in place. The copies share all blocks."""
+    def batch_repeat_interleave(self, repeats: SupportsIndex) -> None:
+        """Repeat every sequence ``repeats`` times in place. The copies share all blocks.
+
+        Raises:
+            TypeError, ValueError: no integer, or a negative one. Nothing has changed then.
+        """
+        repeats = as_integer("batch_repeat_interleave takes a number of copies", repeats)
+        if repeats < 0:
+            raise ValueError(f"batch_repeat_interleave takes a number of copies, at least 0, got {repeats}")
         rows = torch.arange(self._batch or 0).repeat_interleave(repeats).tolist()
         others = self._require("batch_repeat_interleave")
         self._select(rows)

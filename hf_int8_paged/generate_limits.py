@@ -26,14 +26,27 @@ class UserDefinedMark:
         if value:
             caller = sys._getframe(1)
             if caller.f_code.co_name == "_prepare_cache_for_generation":
-                check_room(cache._sequences.max_cache_len, caller.f_locals.get("max_cache_length"))
+                drafts = getattr(caller.f_locals.get("generation_config"), "prompt_lookup_num_tokens", None)
+                check_room(cache._sequences.max_cache_len, caller.f_locals.get("max_cache_length"), drafts)
         cache.__dict__["_marked_as_user_defined"] = value
 
 
-def check_room(max_cache_len: int | None, needed: Any) -> None:
-    """Raise `CacheFullError` if a generation of ``needed`` tokens, of which the last is never stored, does not fit."""
-    if isinstance(needed, int) and max_cache_len is not None and needed > max_cache_len:
+def check_room(max_cache_len: int | None, needed: Any, drafts: int | None) -> None:
+    """Raise `CacheFullError` if a generation does not fit.
+
+    Args:
+        max_cache_len: tokens that fit, or None for any number.
+        needed: tokens of the prompt and of the answer, without the last one, which is never stored.
+        drafts: tokens that prompt lookup drafts at a time, or None. Two tokens before the end it drafts as many.
+    """
+    if not isinstance(needed, int) or max_cache_len is None:
+        return
+    beyond = max((drafts or 0) - 1, 0)
+    total = needed + beyond
+    if total > max_cache_len:
+        and_drafts = f" and, with prompt_lookup_num_tokens={drafts}, drafts beyond the end" if beyond else ""
         raise CacheFullError(
-            f"the prompt and max_new_tokens need {needed} tokens per sequence, but max_cache_len is {max_cache_len}; "
-            f"shorten the prompt, lower max_new_tokens by {needed - max_cache_len} or make a longer cache"
+            f"the prompt and max_new_tokens{and_drafts} need {total} tokens per sequence, but max_cache_len is "
+            f"{max_cache_len}; shorten the prompt, lower max_new_tokens by {total - max_cache_len} or "
+            "make a longer cache"
         )

@@ -52,8 +52,9 @@ class PagedInt8StaticLayer(PagedInt8Layer):
         return super().update(key_states, value_states)
 
     def get_seq_length(self) -> torch.Tensor | int:  # type: ignore[override]
-        """Tokens per sequence, as a tensor on the layer's device: reading it on the host would wait for the device."""
-        return 0 if self.room.memory is None else self.room.memory.length
+        """Tokens per sequence, as a tensor on the layer's device: reading it on the host would wait for the device. A
+        copy: flex attention's masks are evaluated after the step has counted its tokens."""
+        return 0 if self.room.memory is None else self.room.memory.length.clone()
 
     def get_max_length(self) -> int:
         return self.max_cache_len

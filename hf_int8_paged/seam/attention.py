@@ -24,6 +24,7 @@ from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
 from ..kernels import MAX_DECODE_ROWS, Scoring
 from .dense_attention import dense_attention
+from .gradients import RecomputedAttention, learns
 from .mask_function import Pattern, int8_paged_mask, pattern_of
 from .masks import causal_rows, with_bias, with_selected_keys
 from .once import hint_at_another_cache, no_weights
@@ -137,45 +138,81 @@ def int8_paged_attention(
                 scoring = plain_scoring(scale, softcap)
                 if s_aux is not None or key_mask[0] is not None:
                     scoring = Scoring(scale, softcap, s_aux, *key_mask)
-                return content.layer.attend(query, scoring, content.stop), None
+                if not learns(query, s_aux):
+                    return content.layer.attend(query, scoring, content.stop), None
+
+                def kernel(query: torch.Tensor, s_aux: torch.Tensor | None) -> torch.Tensor:
+                    return content.layer.attend(query, scoring, content.stop)
+
+                def dense(query: torch.Tensor, s_aux: torch.Tensor | None) -> torch.Tensor:
+                    keys, values, mask = _as_dense(key, value, attention_mask)
+                    keys, values = keys.to(query.dtype), values.to(query.dtype)
+                    return _attend_densely(
+                        module, query, keys, values, mask,
+                        window=window, scaling=scaling, is_causal=is_causal, softcap=softcap, sinks=s_aux,
+                    )  # fmt: skip
+
+                return RecomputedAttention.apply(query, s_aux, kernel, dense), None
             if key_mask is not None and content.fresh is not None and _may_extend(content, query):
                 content.check_epoch()
                 fresh = content.fresh[0].to(query.dtype), content.fresh[1].to(query.dtype)
                 scoring = Scoring(scale, softcap, s_aux, *key_mask)
                 return content.layer.attend(query, scoring, content.stop, fresh), None
-        columns, (key, value) = key.shape[2], (key.tokens(), value.tokens())
-        if attention_mask is not None and attention_mask.shape[-1] == columns:
-            # The mask of a preallocated cache goes on behind the newest token.
-            attention_mask = attention_mask[..., : key.shape[2]]
+        key, value, attention_mask, position_bias = _as_dense(key, value, attention_mask, position_bias)
     elif key.shape[2] > query.shape[2]:
         hint_at_another_cache(sys._getframe(2))
+    out = _attend_densely(
+        module, query, key, value, attention_mask,
+        window=window, dropout=dropout, scaling=scaling, is_causal=is_causal, softcap=softcap,
+        position_bias=position_bias, sinks=s_aux if sinks is None else sinks,
+    )  # fmt: skip
+    return out, None
+
+
+def _as_dense(key: Any, value: Any, *by_column: torch.Tensor | None) -> tuple[Any, ...]:
+    """Of two `PagedView` dense keys and values, and of what has a column for each key, or is None, those columns. A
+    preallocated cache has columns behind the newest token too."""
+    columns, keys, values = key.shape[2], key.tokens(), value.tokens()
+    cut = (x if x is None or x.shape[-1] != columns else x[..., : keys.shape[2]] for x in by_column)
+    return (keys, values, *cut)
+
+
+def _attend_densely(
+    module: torch.nn.Module,
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    attention_mask: torch.Tensor | None,
+    *,
+    window: int | None,
+    dropout: float = 0.0,
+    scaling: float | None = None,
+    is_causal: bool | None = None,
+    softcap: float | None = None,
+    position_bias: torch.Tensor | None = None,
+    sinks: torch.Tensor | None = None,
+) -> torch.Tensor:
+    """Attention over dense keys and values: SDPA's, or ours where SDPA has no such argument. Arguments are those of
+    `int8_paged_attention`, ``sinks`` also ``[num_q_heads]``; ``window`` is the layer's, where the mask says nothing."""
     causal = is_causal if is_causal is not None else getattr(module, "is_causal", True)
     q_len, kv_len = query.shape[2], key.shape[2]
     # Without a mask a chunk over a past sees what the kernels would let it see, and a first prompt all, as in SDPA.
     if attention_mask is None and causal and 1 < q_len < kv_len:
         attention_mask = causal_rows(q_len, kv_len, query.device, window)
-    if softcap is None and s_aux is None and sinks is None:
-        return sdpa_attention_forward(
-            module,
-            query,
-            key,
-            value,
-            attention_mask,
-            dropout=dropout,
-            scaling=scaling,
-            is_causal=is_causal,
-            position_bias=position_bias,
-        )
+    if softcap is None and sinks is None:
+        out, _ = sdpa_attention_forward(
+            module, query, key, value, attention_mask,
+            dropout=dropout, scaling=scaling, is_causal=is_causal, position_bias=position_bias,
+        )  # fmt: skip
+        return out
     if position_bias is not None:
         if attention_mask is None and causal and q_len > 1:
             attention_mask = causal_rows(q_len, kv_len, query.device)
         attention_mask = with_bias(attention_mask, position_bias)
-    sinks = s_aux if sinks is None else sinks
-    out = dense_attention(
+    return dense_attention(
         query, key, value, attention_mask,
         dropout=dropout, scaling=scaling, causal=causal, softcap=softcap, sinks=sinks,
     )  # fmt: skip
-    return out, None
 
 
 #: `Scoring` of a factor and a softcap alone: all layers of most models share one.
@@ -221,7 +258,7 @@ def _may_extend(content: Content, query: torch.Tensor) -> bool:
     assert content.fresh is not None
     if not query.shape[2] == content.fresh[0].shape[2] < content.stop or not content.layer.long_chunks:
         return False
-    if torch.is_grad_enabled() and query.requires_grad:
+    if learns(query):
         return False
     return _autocasts(query) or all(x.dtype == query.dtype for x in content.fresh)
 

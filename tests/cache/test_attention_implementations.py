@@ -80,10 +80,10 @@ def without_compilation(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(flex_integration.WrappedFlexAttention, "__call__", lambda self: torch_flex.flex_attention)
 
 
-def prompt_and_steps(name: str) -> torch.Tensor:
-    model = tiny_model("llama", num_hidden_layers=1)
+def prompt_and_steps(name: str, model_name: str = "llama", **options: Any) -> torch.Tensor:
+    model = tiny_model(model_name, num_hidden_layers=1)
     model.config._attn_implementation = name
-    cache = PagedInt8Cache(model.config, backend="reference")
+    cache = PagedInt8Cache(model.config, backend="reference", **options)
     turns = random_ids(2, 27).split([20, 1, 5, 1], dim=1)
     with torch.no_grad():
         return torch.cat([model(ids, past_key_values=cache).logits for ids in turns], dim=1)
@@ -101,6 +101,18 @@ def test_each_reads_the_cache_or_refuses_it(name: str, monkeypatch: pytest.Monke
             prompt_and_steps(name)
         return
     expected, got = prompt_and_steps("sdpa"), prompt_and_steps(name)
+    torch.testing.assert_close(got, expected, rtol=0, atol=ROUNDING * float(expected.abs().max()))
+
+
+@pytest.mark.parametrize("name", ["eager", "int8_paged", "flex_attention"])
+@pytest.mark.parametrize("model_name", ["llama", "mistral"])
+@pytest.mark.parametrize("options", [{}, {"max_batch_size": 2, "max_cache_len": 64}], ids=["growing", "preallocated"])
+def test_masks_are_those_of_both_kinds_of_cache_and_of_windows(
+    name: str, model_name: str, options: dict[str, int], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Flex attention's masks are functions, which are evaluated when the layer has stored the step's tokens."""
+    without_compilation(monkeypatch)
+    expected, got = (prompt_and_steps(x, model_name, **options) for x in ("sdpa", name))
     torch.testing.assert_close(got, expected, rtol=0, atol=ROUNDING * float(expected.abs().max()))
 
 

@@ -217,3 +217,20 @@ def test_every_step_is_right_before_a_rounding_can_tip(
         return
     # Rows of two layers; drafted tokens may all be accepted in the first forward pass.
     assert sum(checked.compared) >= 2 * 20
+
+
+@pytest.mark.parametrize("implementation", ["int8_paged", "sdpa", "eager"])
+@pytest.mark.parametrize("which", ["decoder", "both"])
+def test_a_position_bias_over_a_preallocated_cache(which: str, implementation: str) -> None:
+    """T5's bias has a column for every position that there is room for. Nothing masks positions without a token in
+    cross attention, of which int8_paged alone knows."""
+    model, ids = model_of("t5"), random_ids(2, 37, seed=6)
+    model.set_attn_implementation(implementation)
+    room: dict[str, Any] = {"max_batch_size": 2, "max_cache_len": 40}
+    of_cross = {} if which == "decoder" else room if implementation == "int8_paged" else room | {"max_cache_len": 37}
+    tokens = []
+    for options in (({}, {}), (room, of_cross)):
+        cache = EncoderDecoderCache(*(PagedInt8Cache(model.config, backend="reference", **x) for x in options))
+        options_of_generate = {"max_new_tokens": 20, "do_sample": False, "pad_token_id": 0}
+        tokens.append(model.generate(ids, past_key_values=cache, **options_of_generate))  # type: ignore[operator]
+    assert torch.equal(*tokens)

@@ -69,6 +69,22 @@ def test_generate_refuses_before_it_starts_what_cannot_fit(kind: str, name: str,
     assert int(cache.get_seq_length()) == 50
 
 
+@pytest.mark.parametrize("kind", ["growing", "preallocated"])
+def test_prompt_lookup_drafts_beyond_the_end(kind: str):
+    """Whether it does depends on the text; where it might not fit, it is refused before it starts."""
+    model, prompt = ready("llama"), random_ids(1, 9).repeat(1, 4)
+    for length in range(44, 57):
+        options: dict[str, Any] = {"max_batch_size": 1} if kind == "preallocated" else {}
+        cache = PagedInt8Cache(model.config, max_cache_len=length, **options)
+        lookup: dict[str, Any] = {"max_new_tokens": 11, "prompt_lookup_num_tokens": 8, **GREEDY}
+        if length < 36 + 10 + 7:
+            with pytest.raises(CacheFullError, match=rf"drafts beyond the end need 53 .* lower .* by {53 - length} or"):
+                model.generate(prompt, past_key_values=cache, **lookup)
+            assert int(cache.get_seq_length()) == 0
+        else:
+            model.generate(prompt, past_key_values=cache, **lookup)
+
+
 @pytest.mark.parametrize("backend", BACKENDS)
 @pytest.mark.parametrize("name", ["llama", "mistral"])
 @pytest.mark.parametrize("tokens", [1, 5, 30])

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -13,6 +14,8 @@ from transformers import DynamicCache, Trainer, TrainingArguments
 from hf_int8_paged import PagedInt8Cache
 from hf_int8_paged.seam import once
 from tests.models import random_ids, tiny_model
+
+from .test_decoding_matrix import model_of
 
 
 def gradients(model, cache):
@@ -39,6 +42,32 @@ def test_a_first_prompt_has_the_gradients_of_the_dense_cache(implementation, mon
     logits = model(random_ids(2, 1, seed=3), past_key_values=cache).logits
     assert logits.requires_grad
     assert not cache.layers[0].keys.clone().requires_grad
+
+
+@pytest.mark.parametrize("name", ["llama", "mistral", "gpt_oss"])
+@pytest.mark.parametrize("tokens", [1, 5, 16, 17])
+@pytest.mark.parametrize("options", [{}, {"max_batch_size": 2, "max_cache_len": 64}], ids=["growing", "preallocated"])
+def test_a_later_step_has_the_gradients_of_dense_attention(name: str, tokens: int, options: dict[str, Any]):
+    """In one layer, whose stored keys are the same whatever attention computes, and with the exact backend."""
+    if name == "gpt_oss":
+        model = model_of(name, num_hidden_layers=1, layer_types=["sliding_attention"])
+    else:
+        model = tiny_model(name, num_hidden_layers=1)
+    found = {}
+    for implementation in ("eager", "int8_paged"):
+        model.set_attn_implementation(implementation)
+        cache = PagedInt8Cache(model.config, backend="reference", **options)
+        with torch.no_grad():
+            model(random_ids(2, 30), past_key_values=cache)
+        model.zero_grad()
+        ids = random_ids(2, tokens, seed=3)
+        model(ids, past_key_values=cache).logits.logsumexp(-1).mean().backward()
+        found[implementation] = {k: x.grad for k, x in model.named_parameters() if x.grad is not None}
+    assert found["int8_paged"].keys() == found["eager"].keys()
+    assert any(name.endswith("q_proj.weight") for name in found["eager"])
+    for parameter, expected in found["eager"].items():
+        atol = 1e-5 * float(expected.abs().max())
+        torch.testing.assert_close(found["int8_paged"][parameter], expected, rtol=0, atol=atol, msg=parameter)
 
 
 def test_gradient_checkpointing_leaves_the_cache_empty():

@@ -176,8 +176,7 @@ def resolve_backend(
     if reason is not None:
         working = [c for c in BACKENDS if c != name and why_unavailable(c, *layer) is None]
         raise ValueError(
-            f"backend {name!r} cannot serve device {str(device)!r} with head_dim {head_dim}: {reason}; "
-            f"working here: {', '.join(working)}"
+            f"backend {name!r} cannot serve device {str(device)!r}: {reason}; working here: {', '.join(working)}"
         )
     return load_backend(name)
 
