@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-from typing import TYPE_CHECKING, Any, SupportsIndex
+from typing import TYPE_CHECKING, Any
 
 import torch
 from transformers.cache_utils import DynamicCache, LinearAttentionCacheLayerMixin
@@ -39,7 +39,7 @@ class CacheOperations(DynamicCache):
             layer.reset()
 
     @whole
-    def crop(self, tokens_to_remove: SupportsIndex) -> None:
+    def crop(self, tokens_to_remove: int) -> None:
         """Take the newest tokens back.
 
         Args:
@@ -92,7 +92,7 @@ class CacheOperations(DynamicCache):
             layer.reorder_cache(beam_idx)
 
     @whole
-    def batch_repeat_interleave(self, repeats: SupportsIndex) -> None:
+    def batch_repeat_interleave(self, repeats: int) -> None:
         """Repeat every sequence ``repeats`` times in place. The copies share all blocks.
 
         Raises:

@@ -37,9 +37,11 @@ def test_a_negative_number_of_copies():
 @pytest.mark.parametrize("options", [{}, PREALLOCATED], ids=["growing", "preallocated"])
 def test_integers_of_other_libraries(options: dict[str, Any], tmp_path: Path):
     cache, expected = filled(llama(), **options), filled(llama(), **options)
-    cache.crop(np.int64(-3))
-    cache.crop(torch.tensor(-2))
-    cache.batch_repeat_interleave(np.int32(2))
+    removed: Any = (np.int64(-3), torch.tensor(-2))
+    copies: Any = np.int32(2)
+    for number in removed:
+        cache.crop(number)
+    cache.batch_repeat_interleave(copies)
     expected.crop(-5)
     expected.batch_repeat_interleave(2)
     assert all(map(torch.equal, contents(cache), contents(expected)))
