@@ -110,6 +110,18 @@ class BlockAllocator:
         self._ref_counts, self._used_in_run, self._run_sizes = counts, used, sizes
         self._num_free += added
 
+    def shrink(self, num_blocks: int) -> None:
+        """Lower the number of blocks to ``num_blocks``, which `end` is the least of."""
+        taken = self.num_blocks - num_blocks
+        if taken <= 0:
+            return
+        counts, runs = self._ref_counts[:num_blocks].copy(), -(-num_blocks // RUN_LENGTH)
+        used, sizes = self._used_in_run[:runs].copy(), self._run_sizes[:runs].copy()
+        if runs:
+            sizes[-1] = num_blocks - (runs - 1) * RUN_LENGTH
+        self._ref_counts, self._used_in_run, self._run_sizes = counts, used, sizes
+        self._num_free -= taken
+
     def allocate(self, count: int, after: int = HOLE) -> np.ndarray:
         """Take ``count`` free blocks, each with one reference, continuing after block ``after`` if possible.
 

@@ -131,9 +131,8 @@ class PagedInt8Pool(PoolBudget, PoolCentring):
             if held is not None and mine == theirs and layer in self._members[group]:
                 return held.backend
             if theirs is None or mine == theirs or only_user():
-                blocks = self.allocators[group].num_blocks
                 empty = None if self.offloaded is None else self.offloaded.memory_for(layer, mine.device)
-                self.check_layer_fits(layer, blocks, mine)
+                blocks = self.blocks_that_fit(layer, group, mine)
                 try:
                     new = alloc_paged_int8_layer(
                         blocks,
@@ -208,7 +207,7 @@ class PagedInt8Pool(PoolBudget, PoolCentring):
     def nbytes_allocated(self) -> int:
         """Bytes of int8 values and scales allocated, all layers, and of the slots that offloaded ones are copied to."""
         slots = 0 if self.offloaded is None else self.offloaded.nbytes_beside
-        return sum(storage.nbytes for storage in self.storages.values()) + slots
+        return sum(storage.nbytes for storage in list(self.storages.values())) + slots
 
     @property
     def nbytes_used(self) -> int:

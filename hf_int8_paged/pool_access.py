@@ -131,6 +131,11 @@ class PoolAccess:
         for allocator in list(self._allocators.values()):
             allocator.count_anew(held[id(allocator)])
 
+    @property
+    def any_tokens(self) -> bool:
+        """Whether any cache has tokens; those that are padding alone need no block. To be asked inside `exclusive`."""
+        return any(reference.books.state.length for reference in list(self._live.values()))
+
     @contextmanager
     def growing(self) -> Iterator[None]:
         """No kernel writes to the pool meanwhile. Call it inside `exclusive`."""

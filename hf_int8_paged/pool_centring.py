@@ -112,6 +112,11 @@ class PoolCentring:
             self.storages[layer] = dataclasses.replace(storage, key_center=before.center)
         return True
 
+    def takes_center(self, layer: int, center: torch.Tensor | None, only_user: Callable[[], bool]) -> bool:
+        """Whether `adopt_center`, given the same arguments, would succeed now."""
+        with self.access.exclusive():
+            return self._has_center(layer, center) or (self.storages[layer].key_center is not None and only_user())
+
     @torch.inference_mode(False)
     def adopt_center(self, layer: int, center: torch.Tensor | None, only_user: Callable[[], bool]) -> bool:
         """Give a layer the centre of keys that are stored already.
@@ -125,20 +130,22 @@ class PoolCentring:
             False if another cache has tokens with another centre.
         """
         with self.access.exclusive():
-            storage = self.storages[layer]
-            if storage.key_center is None:
-                return center is None
-            if self.lacks_center(layer) == (center is None) and (
-                center is None or torch.equal(center.to(storage.device), storage.key_center)
-            ):
+            if self._has_center(layer, center):
                 return True
-            if not only_user():
+            storage = self.storages[layer]
+            if storage.key_center is None or not only_user():
                 return False
             new = torch.zeros_like(storage.key_center) if center is None else storage.key_center.clone().copy_(center)
             if center is not None:
                 self._centers[layer] = new
             self.storages[layer] = dataclasses.replace(storage, key_center=new)
         return True
+
+    def _has_center(self, layer: int, center: torch.Tensor | None) -> bool:
+        storage = self.storages[layer]
+        if center is None or storage.key_center is None:
+            return center is None and (storage.key_center is None or self.lacks_center(layer))
+        return not self.lacks_center(layer) and torch.equal(center.to(storage.device), storage.key_center)
 
     def lacks_center(self, layer: int) -> bool:
         """Whether a layer's keys are to be centred and are not yet."""

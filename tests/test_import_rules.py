@@ -30,6 +30,7 @@ ORDER = (
     "offloading",
     "options",
     "pool_centring",
+    "pool_giving_back",
     "pool_budget",
     "pool",
     "sequences",

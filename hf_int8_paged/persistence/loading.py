@@ -18,12 +18,13 @@ from .fields import Fields
 from .header import Header, LayerHeader
 from .other_layers import DTYPE_NAMES, Place, read_state
 from .saving import ids_of, used_blocks
-from .tensor_file import TensorFile
+from .tensor_file import CacheFileMismatchError, TensorFile
 
 #: Bytes that are copied into the blocks at a time, about.
 _CHUNK = 16 << 20
 
 
+@torch.inference_mode(False)  # the cache may be used outside it later, which inference tensors refuse
 def fill(cache: Any, header: Header, file: TensorFile, place: Place) -> None:
     """Fill a new cache, which nobody has used yet, with what a file holds.
 
@@ -45,7 +46,7 @@ def fill(cache: Any, header: Header, file: TensorFile, place: Place) -> None:
             fields = Fields(stored.state, f"layers[{index}].state", file.error)
             states.append((own, read_state(own, fields, file, place)))
         if stored.num_kv_heads:
-            _allocate(layer, stored, header, place)
+            _allocate(index, layer, stored, header, place, file)
     if isinstance(cache._sequences, GrowingSequences):
         _fill_growing(cache, header, file)
     else:
@@ -74,11 +75,14 @@ def _check_layers(cache: Any, header: Header, file: TensorFile) -> None:
             file.check(f"layers.{index}.v", rows.dtype, (*held, stored.v_head_dim))
 
 
-def _allocate(layer: Any, stored: LayerHeader, header: Header, place: Place) -> None:
+def _allocate(index: int, layer: Any, stored: LayerHeader, header: Header, place: Place, file: TensorFile) -> None:
     dtype = DTYPE_NAMES[stored.first_tokens or stored.dtypes[0]]
     batch, device = max(header.batch_size, 1), place(stored.device)
     keys = torch.empty(batch, stored.num_kv_heads, 0, stored.head_dim, dtype=dtype, device=device)
-    layer.room.allocate(keys, keys.new_empty(batch, stored.num_kv_heads, 0, stored.v_head_dim))
+    try:
+        layer.room.allocate(keys, keys.new_empty(batch, stored.num_kv_heads, 0, stored.v_head_dim))
+    except (NotImplementedError, ValueError) as error:  # the pool has others' heads, or no backend serves these
+        raise file.mismatch(f"layers[{index}]", str(error)) from error
     layer.room.dtypes = DTYPE_NAMES[stored.dtypes[0]], DTYPE_NAMES[stored.dtypes[1]]
 
 
@@ -102,7 +106,13 @@ def _fill_growing(cache: Any, header: Header, file: TensorFile) -> None:
             kept = _kept(room.index, stored, file, table, room.shape.device)
         blocks = header.groups[stored.group or ""].blocks
         contents.append((_center(room.index, stored, file), _contents(room, blocks, file), kept))
-    taken = _take_over(sequences, header, ids, places)
+    for (layer, _), (center, _, _) in zip(stored_layers, contents):
+        room, group = layer.room, layer.room.group
+        takes = pool.takes_center(room.index, center, lambda g=group: g.holds_the_pool)  # type: ignore[misc]
+        if (length or center is not None) and not takes:
+            raise _centred_otherwise(room.index, file)
+    kept_bytes = sum(x.nbytes for _, _, kept in contents if kept is not None for x in kept)
+    taken = _take_over(sequences, header, ids, places, kept_bytes)
     for (layer, _), (_, _, kept) in zip(stored_layers, contents):
         if kept is not None:
             layer.room.kept_rows = kept
@@ -113,16 +123,24 @@ def _fill_growing(cache: Any, header: Header, file: TensorFile) -> None:
             center,
             lambda g=group: g.holds_the_pool,  # type: ignore[misc]
         ):
-            raise file.mismatch(
-                f"layers.{room.index}.key_center",
-                "the pool holds tokens of another cache, whose keys were centred otherwise; load it into a pool of "
-                "its own, or make both with center_keys=False",
-            )
+            raise _centred_otherwise(room.index, file)
         _write(room, torch.from_numpy(taken[group.name].astype(np.int64)), tensors)
 
 
+def _centred_otherwise(index: int, file: TensorFile) -> CacheFileMismatchError:
+    return file.mismatch(
+        f"layers.{index}.key_center",
+        "the pool holds tokens of another cache, whose keys were centred otherwise; load it into a pool of its own, or "
+        "make both with center_keys=False",
+    )
+
+
 def _take_over(
-    sequences: GrowingSequences, header: Header, ids: dict[str, np.ndarray], places: FirstTokenPlaces | None
+    sequences: GrowingSequences,
+    header: Header,
+    ids: dict[str, np.ndarray],
+    places: FirstTokenPlaces | None,
+    kept_bytes: int,
 ) -> dict[str, np.ndarray]:
     """Make the sequences those of the file, in blocks of their pool whose contents are to be written next.
 
@@ -131,6 +149,7 @@ def _take_over(
         header: of the file.
         ids: of each group, the block table, int32 ``[batch, columns]``, with places in the file for blocks.
         places: of the first tokens.
+        kept_bytes: of the first tokens, which the layers are about to keep.
 
     Returns:
         By group the block for each place, int32 ``[places]``.
@@ -138,7 +157,7 @@ def _take_over(
     state, pool, taken, tables = sequences.books.state, sequences.pool, {}, {}
     counts = {name: group.blocks for name, group in header.groups.items()}
     with pool.access.exclusive():
-        pool.ensure_free(counts)
+        pool.ensure_free(counts, kept_bytes)
         for name, numbers in ids.items():
             allocator, stored = pool.allocators[name], header.groups[name]
             taken[name] = blocks = allocator.allocate(counts[name]).astype(np.int32)

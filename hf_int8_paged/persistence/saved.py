@@ -11,7 +11,8 @@ from transformers import PreTrainedConfig
 
 from ..full import refused_memory
 from ..one_thread import whole
-from ..options import checked_device, decoder_config
+from ..options import PoolOptions, check_cache_options, check_device, checked_device, decoder_config
+from ..pool import PagedInt8Pool
 from ..version import __version__
 from .fingerprint import difference, fingerprint
 from .header import read_header
@@ -21,8 +22,6 @@ from .tensor_file import CacheFileError, TensorFile, write_tensors
 
 if TYPE_CHECKING:
     from typing_extensions import Self
-
-    from ..pool import PagedInt8Pool
 
 #: Options of a cache that a pool decides.
 _POOL_OPTIONS = ("block_size", "rotation", "center_keys", "format")
@@ -85,13 +84,14 @@ class SavedCaches:
             CacheFileError: there is no such file, it is damaged, or it does not fit the config, the pool or this
                 machine. A ``ValueError``, whose message names the field.
             CacheFullError: the pool's limit is reached, or memory was refused.
-            TypeError, ValueError: an argument is of the wrong kind.
+            TypeError, ValueError: an argument is of the wrong kind, or out of range.
 
-        A pool holds what it held before where it raises.
+        Where it raises, a pool holds the tokens that it held before and no others; what is allocated besides is free.
         """
+        mine = decoder_config(config)
+        chosen = _checked_arguments(pool, backend, max_bytes, device)
         file = TensorFile(Path(path))
         header = read_header(file)
-        mine = decoder_config(config)
         if header.model is not None:
             differs = difference(header.model, fingerprint(mine))
             if differs is not None:
@@ -99,13 +99,11 @@ class SavedCaches:
         options = dict(header.options)
         if pool is not None:
             for name in _POOL_OPTIONS:
-                if getattr(pool, name, None) != options[name]:
-                    raise file.mismatch(
-                        f"options.{name}", f"{options[name]!r}, but the pool's is {getattr(pool, name, None)!r}"
-                    )
+                theirs = getattr(pool, name)
+                if theirs != options[name]:
+                    raise file.mismatch(f"options.{name}", f"{options[name]!r}, but the pool's is {theirs!r}")
                 del options[name]
             del options["max_tokens"]
-        chosen = None if device is None else checked_device(device)
 
         def place(stored: str) -> torch.device:
             try:
@@ -125,6 +123,19 @@ class SavedCaches:
                 raise full from error
             raise
         return cache
+
+
+def _checked_arguments(
+    pool: Any, backend: str | None, max_bytes: int | str | None, device: torch.device | str | None
+) -> torch.device | None:
+    """The device, if these are arguments that a new cache would take: what a file is refused for is the file's."""
+    if pool is not None and not isinstance(pool, PagedInt8Pool):
+        raise TypeError(f"pool must be a PagedInt8Pool or None, got {pool!r}")
+    own = PoolOptions(backend=backend, max_bytes=max_bytes).checked()
+    check_cache_options(own, max_batch_size=None, max_cache_len=None, sink_tokens=0, pool_given=pool is not None)
+    if backend is not None:
+        check_device(device, backend, own.block_size)
+    return None if device is None else checked_device(device)
 
 
 __all__ = ["CacheFileError", "SavedCaches"]

@@ -65,7 +65,8 @@ class FirstTokenPlaces:
 
 
 class LayerFirstTokens:
-    """Keys and values of one layer's first tokens in a cache that grows. Never written to: forks share them.
+    """Keys and values of one layer's first tokens in a cache that grows. Never written to: forks share them. Between
+    two prompts, those of the first are still there until the second comes, or until the pool needs the memory.
 
     Args:
         places: of the prompt, which the cache's `SequenceState` has from then on.
@@ -95,6 +96,11 @@ class LayerFirstTokens:
         made = FirstTokens(keys, values, *places.on(keys.device), places.limit)
         self.made = places, made
         return made
+
+    def forget(self) -> None:
+        """Hold nothing any more; no cache that knows of these has tokens."""
+        keys, values = self.rows
+        self.rows, self.made = (keys.new_empty(0), values.new_empty(0)), (None, None)
 
     @property
     def nbytes(self) -> int:

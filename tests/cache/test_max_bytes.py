@@ -80,19 +80,15 @@ def test_no_more_is_allocated_at_any_moment(name, max_bytes, sink_tokens, backen
     assert allocated.now + first_tokens == cache.nbytes_allocated
 
 
-@pytest.mark.parametrize("name", ["llama", "mistral", "gemma2"])
+@pytest.mark.parametrize("name", ["llama", "gemma2"])
 @pytest.mark.parametrize("max_bytes", [260_000, 423_457])
 def test_the_tokens_that_the_error_names_are_those_that_fit(name, max_bytes, backend) -> None:
     model = model_called(name)
     cache = PagedInt8Cache(model.config, max_bytes=max_bytes, backend=backend)
     with pytest.raises(CacheFullError, match=r"holds \d+ tokens of one sequence") as raised:
-        # A window's layers hold the newest tokens only, so they alone never fill a limit: many sequences do.
-        step(model, cache, *((90, 300) if name == "mistral" else (1, 3000)))
+        step(model, cache, 1, 3000)
     assert cache.nbytes_allocated == 0
     named = int(str(raised.value).partition("which holds ")[2].split()[0])
-    if name == "mistral":
-        assert named > 1_000_000, "its layers have windows only: any number fits"
-        return
     first_token = cache.pool.first_tokens_bytes(1, torch.float32)
     assert named == cache.pool.tokens_for(max_bytes - first_token) > 0
     step(model, cache, 1, named)
@@ -100,6 +96,23 @@ def test_the_tokens_that_the_error_names_are_those_that_fit(name, max_bytes, bac
         cache = PagedInt8Cache(model.config, max_bytes=max_bytes, backend=backend, sink_tokens=0)
         said = refusal_of(model, cache, 1, cache.pool.tokens_for(max_bytes) + more)
         assert (said is None) == fits
+
+
+def test_no_tokens_are_named_where_none_are_known(backend) -> None:
+    """Layers with windows hold the newest tokens only, so one sequence never fills a limit; and of layers whose keys
+    have yet to come nothing is known where no config speaks of them."""
+    model = model_called("mistral")
+    cache = PagedInt8Cache(model.config, max_bytes=150_000, backend=backend)
+    said = refusal_of(model, cache, 50, 30)
+    assert said is not None
+    assert ", which holds one sequence of any length, as every layer has a window; take fewer" in said
+    step(model, cache, 1, 3000)
+    k = torch.randn(1, 2, 100, 16)
+    size = PagedInt8Cache([(k, k)], backend=backend).nbytes_allocated
+    for layers, max_bytes in ((1, 100), (3, 2 * size)):
+        with pytest.raises(CacheFullError, match=rf"max_bytes={max_bytes} \(.*\); free sequences, shorten") as raised:
+            PagedInt8Cache([(k, k)] * layers, max_bytes=max_bytes, backend=backend)
+        assert "holds" not in str(raised.value)
 
 
 def test_a_pools_limit_names_the_tokens_before_the_first_keys_come(backend) -> None:
