@@ -93,8 +93,8 @@ class Router(OutputRouter):
             return request_id in self._forgotten
 
     def cancel(self, request_id: str) -> list[str]:
-        """Nobody waits for a request any more, nor for the other sequences that it returns. Their ids are taken until
-        `are_gone`.
+        """Nobody waits for a request any more, nor for the other sequences that it returns: what came is dropped too.
+        Their ids are taken until `are_gone`.
 
         Returns:
             Which of them are under way.
@@ -103,6 +103,7 @@ class Router(OutputRouter):
             under_way = [name for name in (request_id, *self._children(request_id)) if name in self._expected]
             for name in under_way:
                 self.forget(name)
+                self.take(name)
             self.forget(request_id)
             self._cancelled.update(under_way)
             return under_way
@@ -146,8 +147,9 @@ class Router(OutputRouter):
         with self._lock, self.output_queue.mutex:
             waiting = self.output_queue.queue
             mine = [output for output in waiting if output.request_id == request_id]
-            for output in mine:
-                waiting.remove(output)
+            others = [output for output in waiting if output.request_id != request_id]
+            waiting.clear()
+            waiting.extend(others)
             return mine
 
     def _children(self, request_id: str | None) -> list[str]:

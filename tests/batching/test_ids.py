@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import time
 from typing import Any
 
 import pytest
@@ -14,7 +15,7 @@ from tests.processes import HANGS
 
 from .alone import Steps, check_nothing_is_held, difference
 from .models import batching_model, manager_for, prompts
-from .test_stop import LLAMA, held_with_one_request
+from .test_stop import LLAMA, HeldLoop, held_with_one_request
 
 
 def finished(manager: PagedInt8BatchingManager) -> GenerationOutput:
@@ -90,21 +91,27 @@ def test_a_running_request_that_is_cancelled_gives_back_all_it_has(returns: int)
     """The others get their tokens, and its id can be given again once the engine has it no more."""
     model, asked = batching_model(LLAMA), prompts(4)
     generation = {"max_new_tokens": 1000, "do_sample": returns > 1, "num_return_sequences": returns}
-    with manager_for(model, generation, num_blocks=1000) as manager:
+    with manager_for(model, generation, num_blocks=1000, max_batch_tokens=256) as manager:
         router, steps = manager.output_router, None if returns > 1 else Steps(manager.cache)
+        loop = HeldLoop(manager)
         manager.start()
         manager.add_request(asked[0], request_id="x", streaming=True)
-        while len(manager.get_result(timeout=HANGS).generated_tokens) < 5:  # type: ignore[union-attr]
-            pass
+        assert loop.arrived.wait(HANGS)
+        assert router.output_queue.qsize() >= returns
         manager.add_request(asked[1], request_id="y", max_new_tokens=20)
         manager.cancel_request("x")
-        assert not any(result.is_finished() for result in manager.request_id_iter("x")), "it ends without a last one"
+        assert list(manager.request_id_iter("x")) == [], (
+            "nor what came before, which a later one would take for its own"
+        )
+        with pytest.raises(RequestIdTakenError):
+            manager.add_request(asked[2], request_id="x")
+        loop.go_on.set()
         again = None
         while again is None:  # another step, which the other request makes the engine take
             try:
                 again = manager.add_request(asked[2], request_id="x", max_new_tokens=7)
             except RequestIdTakenError:
-                continue
+                time.sleep(0.001)
         results: dict[str, GenerationOutput] = {}
         while len(results) < 2 * returns:
             result = finished(manager)
