@@ -7,11 +7,14 @@ themselves.
 from .cache import PagedInt8AttentionCache
 from .centers import key_centers
 from .entry import generate_batch, int8_batching
-from .manager import PagedInt8BatchingManager, RequestTooLongError
+from .manager import PagedInt8BatchingManager
+from .refusals import PromptError, RequestIdTakenError, RequestTooLongError
 
 __all__ = [
     "PagedInt8AttentionCache",
     "PagedInt8BatchingManager",
+    "PromptError",
+    "RequestIdTakenError",
     "RequestTooLongError",
     "generate_batch",
     "int8_batching",

@@ -13,6 +13,7 @@ from transformers.generation.continuous_batching.cache_allocators import (
 )
 
 from ..kernels import MAX_DECODE_ROWS, KvCacheQuant
+from .centers import check_center
 from .pages import BLOCK_SIZE, BlockBytes, bytes_per_page, expanded, ring, seen_from, whole_storage
 
 if TYPE_CHECKING:
@@ -55,9 +56,16 @@ class Int8Pages(_Base):
         whole = whole_storage(cache_tensor, *sizes, options.backend)
         self._copy_view: Any = BlockBytes(whole, self.pages_per_block * run, 2 * self.blocks_per_sector)
         self.storages = {
-            layer: seen_from(whole, i * run, options.rotation, options.center_of(layer, cache_tensor.device))
+            layer: seen_from(whole, i * run, options.rotation, self._center_of(layer, cache_tensor.device))
             for i, layer in enumerate(self.layer_indices)
         }
+
+    def _center_of(self, layer: int, device: torch.device) -> torch.Tensor | None:
+        center = self.options.centers.get(layer)
+        if center is None:
+            return None
+        check_center(layer, center, self.num_key_value_heads, self.head_dim)
+        return center.to(device, torch.float32).contiguous()
 
     def copy_blocks(self, source_block_ids: list[int], dest_block_ids: list[int]) -> None:
         """Copy whole blocks, all layers, in place."""

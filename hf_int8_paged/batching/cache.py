@@ -39,10 +39,6 @@ class Int8Options(NamedTuple):
     sink_tokens: int = 1
     backend: str | None = None
 
-    def center_of(self, layer: int, device: torch.device) -> torch.Tensor | None:
-        center = self.centers.get(layer)
-        return None if center is None else center.to(device, torch.float32).contiguous()
-
 
 class PagedInt8AttentionCache(PagedAttentionCache):
     """transformers' `PagedAttentionCache` with keys and values as int8 blocks.
@@ -180,13 +176,15 @@ class PagedInt8AttentionCache(PagedAttentionCache):
         read_index: list[list[int]] | None,
         write_index: list[list[int]],
     ) -> None:
-        """Learn that a request is in the step that the engine prepares. The engine's index gets placeholders."""
+        """Learn that a request is in the step that the engine prepares. The engine's index gets placeholders. A request
+        without rows is in the step for the engine alone, which forks it afterwards."""
         if not write_index[0]:
             self._finish_step()
             self._requests = []
-        self._requests.append(Request(request_id, past_length, query_length))
-        for indices in write_index:
-            indices.append(0)
+        if query_length:
+            self._requests.append(Request(request_id, past_length, query_length))
+            for indices in write_index:
+                indices.append(0)
 
     def update(
         self, key_states: torch.Tensor, value_states: torch.Tensor, layer_idx: int, kwargs: dict[str, Any]

@@ -8,6 +8,8 @@ from the vocabulary serve as well as a real text (`eval/batching_centers.py`).
 from __future__ import annotations
 
 import weakref
+from collections.abc import Mapping
+from typing import Any
 
 import torch
 from transformers import PreTrainedModel
@@ -57,3 +59,28 @@ def key_centers(model: PreTrainedModel, input_ids: torch.Tensor | list[int] | No
         if isinstance(layer, PagedInt8Layer) and layer.is_initialized and layer.storage.key_center is not None:
             centers[index] = layer.storage.key_center.clone()
     return centers
+
+
+def check_centers(centers: Any, layers: int) -> None:
+    """Raise ``ValueError`` unless these may be the keys' centres of a model with so many layers. `check_center` checks
+    their sizes, where those of the blocks are known."""
+    if not isinstance(centers, Mapping):
+        raise ValueError(
+            "centers must be what key_centers(model) returns, a mean key for each layer's index, or {} for none; got "
+            + type(centers).__name__
+        )
+    for layer, center in centers.items():
+        if not isinstance(layer, int) or not 0 <= layer < layers:
+            raise ValueError(f"centers has the layer {layer!r}; the model has 0 to {layers - 1}")
+        if not isinstance(center, torch.Tensor) or not center.is_floating_point():
+            said = f"{center.dtype} tensor" if isinstance(center, torch.Tensor) else type(center).__name__
+            raise ValueError(f"centers[{layer}] must be a tensor of floating point numbers, got {said}")
+
+
+def check_center(layer: int, center: torch.Tensor, num_kv_heads: int, head_dim: int) -> None:
+    """Raise ``ValueError`` unless this is the centre of keys of so many heads and such a width."""
+    if center.shape != (num_kv_heads, head_dim):
+        raise ValueError(
+            f"centers[{layer}] has the shape {list(center.shape)}, but the layer has keys [num_kv_heads, head_dim] = "
+            f"{[num_kv_heads, head_dim]}"
+        )

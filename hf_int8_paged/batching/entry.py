@@ -13,6 +13,7 @@ from transformers.generation.continuous_batching.requests import GenerationOutpu
 
 from .cache import PagedInt8AttentionCache
 from .manager import PagedInt8BatchingManager
+from .refusals import token_ids
 
 _METHOD = "init_continuous_batching"
 _KEPT = "_cached_continuous_batching_manager"
@@ -27,11 +28,12 @@ def generate_batch(
     int8_options: dict[str, Any] | None = None,
     **kwargs: Any,
 ) -> dict[str, GenerationOutput]:
-    """``model.generate_batch`` over int8 blocks: the same arguments and results.
+    """``model.generate_batch`` over int8 blocks: the same arguments and results. Where one of the prompts cannot be
+    served, none is begun.
 
     Args:
         model: a causal language model.
-        inputs: token ids of each prompt.
+        inputs: token ids of each prompt: lists, arrays or tensors in one dimension.
         generation_config: default the model's own.
         continuous_batching_config: the engine's options, such as ``num_blocks`` or ``max_memory_percent``.
         int8_options: keyword arguments of `PagedInt8BatchingManager`, such as ``centers``.
@@ -42,7 +44,10 @@ def generate_batch(
         Of each request's id its result, in the order of ``inputs``.
 
     Raises:
-        ValueError: an option, or a prompt that the blocks cannot hold.
+        ValueError: an option.
+        PromptError: a prompt that is empty, or holds other tokens than the model's.
+        RequestTooLongError: a prompt that the blocks cannot hold with its new tokens.
+        RuntimeError: the engine died before it had a result.
 
     Example:
 
@@ -63,9 +68,17 @@ def generate_batch(
         raise ValueError(
             "persistent_manager=True keeps the blocks for the next call; use it inside int8_batching(model)"
         )
+    vocabulary = model.config.get_text_config().vocab_size
+    prompts = [token_ids(prompt, vocabulary, f"prompt {i}") for i, prompt in enumerate(inputs)]
     with int8_batching(model, **(int8_options or {})):
+        init: _Init = vars(model)[_METHOD]
+        init.prompts, init.max_new_tokens = prompts, kwargs.get("max_new_tokens")
         generate: Any = model.generate_batch
-        return generate(inputs, generation_config, continuous_batching_config, **kwargs)
+        results = generate(prompts, generation_config, continuous_batching_config, **kwargs)
+        if prompts and not results:  # the engine's generate_batch logs what was raised in it, and goes on
+            fault = None if init.manager is None else init.manager.background_thread_status.fatal_error
+            raise RuntimeError("the engine gave no prompt a result; its log says why") from fault
+        return results
 
 
 @contextmanager
@@ -97,10 +110,19 @@ def int8_batching(model: PreTrainedModel, **int8_options: Any) -> Iterator[PreTr
 
 
 class _Init:
-    """``init_continuous_batching`` of a model within `int8_batching`."""
+    """``init_continuous_batching`` of a model within `int8_batching`.
+
+    Attributes:
+        prompts: what the manager will be asked first, if that is known: it is refused before anything starts.
+        max_new_tokens: of these prompts, or None: what the generation config says.
+        manager: that was made.
+    """
 
     def __init__(self, model: PreTrainedModel, int8_options: dict[str, Any]):
         self.model, self.int8_options = model, int8_options
+        self.prompts: list[list[int]] = []
+        self.max_new_tokens: int | None = None
+        self.manager: PagedInt8BatchingManager | None = None
 
     def __call__(
         self,
@@ -116,7 +138,19 @@ class _Init:
         config = model.generation_config if generation_config is None else generation_config
         if config.eos_token_id is None:
             config.eos_token_id = -1  # as the engine does: no token ends a text
-        return PagedInt8BatchingManager(model, config, continuous_batching_config, workload_hints, **self.int8_options)
+        manager = PagedInt8BatchingManager(
+            model, config, continuous_batching_config, workload_hints, **self.int8_options
+        )
+        if self.prompts:
+            try:
+                manager.warmup()  # how long they may be the blocks say
+                for prompt in self.prompts:
+                    manager.check_length(len(prompt), self.max_new_tokens)
+            except BaseException:
+                manager.destroy()
+                raise
+        self.manager = manager
+        return manager
 
 
 def check_start(

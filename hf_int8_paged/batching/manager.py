@@ -19,18 +19,16 @@ from transformers.utils import logging
 
 from .attention import NAME
 from .cache import Int8Options, PagedInt8AttentionCache
-from .centers import key_centers
+from .centers import check_centers, key_centers
 from .engine import check_engine_options, seeing
-from .router import Router, take_back
+from .processor import BatchProcessor
+from .refusals import RequestTooLongError, check_most
+from .requests import RequestsManager
 
 logger = logging.get_logger(__name__)
 
 
-class RequestTooLongError(ValueError):
-    """A request that can never be served: it has more tokens than it may, or than all blocks hold."""
-
-
-class PagedInt8BatchingManager(ContinuousBatchingManager):
+class PagedInt8BatchingManager(RequestsManager):
     """transformers' `ContinuousBatchingManager` over int8 blocks: same methods, same requests, same results.
 
     While it serves a model, the model's attention implementation is ``"int8_paged_batching"``; the old one comes back
@@ -47,7 +45,7 @@ class PagedInt8BatchingManager(ContinuousBatchingManager):
         rotation: ``"hadamard"`` or None, as in `PagedInt8Cache`.
         sink_tokens: first tokens of each request in full precision, 0 or 1.
         backend: ``"reference"``, ``"cpu"`` or ``"triton"``; None takes the best one for the model's device.
-        max_request_tokens: most tokens of a request, new ones included; None: as many as all blocks hold.
+        max_request_tokens: most tokens of a request, new ones included, at least 2; None: as many as all blocks hold.
 
     Raises:
         ValueError: an option is out of range, or one of the engine's that int8 blocks cannot honour.
@@ -73,6 +71,9 @@ class PagedInt8BatchingManager(ContinuousBatchingManager):
             raise ValueError(f"sink_tokens must be 0 or 1 in continuous batching, got {sink_tokens!r}")
         config = ContinuousBatchingConfig() if continuous_batching_config is None else continuous_batching_config
         check_engine_options(config)
+        check_most(max_request_tokens)
+        if centers is not None:
+            check_centers(centers, model.config.get_text_config().num_hidden_layers)
         model.eval()
         held = key_centers(model) if centers is None else centers
         self._options = Int8Options(held, rotation, sink_tokens, backend)
@@ -80,15 +81,12 @@ class PagedInt8BatchingManager(ContinuousBatchingManager):
         self._attention_before: str | None = None  # not the engine's own, which a stop puts back under a running loop
         self._attention_lock = threading.Lock()
         self._loop_processor: ContinuousBatchProcessor | None = None
-        self._loop_ended = threading.Event()
         self.model = model  # type: ignore[assignment]
         try:
-            super().__init__(model, generation_config, config, workload_hints)  # type: ignore[arg-type]
+            super().__init__(model, generation_config, config, workload_hints, max_request_tokens=max_request_tokens)
         except BaseException:
             self._put_attention_back()
             raise
-        self.output_router: Router = Router()
-        self._max_request_tokens = max_request_tokens
 
     def switch_to_cb_friendly_attn(self, model: Any, auto_switch_to_flash: bool = True) -> None:
         """Switch the model to the attention function for int8 blocks, and remember what it had."""
@@ -104,86 +102,10 @@ class PagedInt8BatchingManager(ContinuousBatchingManager):
             if before is not None:
                 self.model.set_attn_implementation(before)
 
-    def add_request(
-        self,
-        input_ids: list[int],
-        request_id: str | None = None,
-        max_new_tokens: int | None = None,
-        *args: Any,
-        **kwargs: Any,
-    ) -> str | None:
-        """Add a request to the queue; see `ContinuousBatchingManager.add_request`. Where neither it nor the generation
-        config limits its new tokens, the room does.
-
-        Raises:
-            RequestTooLongError: more tokens than the blocks can hold of one request, with those that it asks for. Such
-                a request would stop the engine, and all others with it.
-            ValueError: no tokens.
-            RuntimeError: the engine is stopping or has died. It would drop the request, and who waits for it would wait
-                for ever.
-        """
-        if request_id is None and self.is_tp_driver:
-            with self._request_lock:
-                request_id = f"req_{self._request_counter}"
-                self._request_counter += 1
-        is_new = self.output_router.expect(request_id)
-        try:
-            self.check_length(len(input_ids), max_new_tokens)
-            most = self.max_request_tokens
-            if max_new_tokens is None and self.generation_config.max_new_tokens is None and most is not None:
-                max_new_tokens = most - len(input_ids)
-            name = super().add_request(input_ids, request_id, max_new_tokens, *args, **kwargs)
-            late = self._loop_ended.is_set() and take_back(self.input_queue, request_id)
-            if late or (name is None and self.is_tp_driver):
-                fault = self.background_thread_status.fatal_error
-                raise RuntimeError("the engine is stopping, or has died, and takes no more requests") from fault
-        except BaseException:
-            if is_new:  # else one with this id runs, whose results somebody waits for
-                self.output_router.forget(request_id)
-            raise
-        return name
-
-    def register_result_handler(self, request_id: str, callback: Callable) -> None:
-        """Call ``callback`` on this thread's event loop with every result of a request; also with the newest of those
-        that came before."""
-        register = functools.partial(super().register_result_handler, request_id, callback)
-        self.output_router.hand_over(request_id, register)
-
-    def cancel_request(self, request_id: str) -> None:
-        """Cancel a request by its id; nobody hears of it any more."""
-        self.output_router.forget(request_id)
-        super().cancel_request(request_id)
-
-    def add_requests(
-        self, inputs: list[list[int]], max_new_tokens: int | None = None, *args: Any, **kwargs: Any
-    ) -> list[str]:
-        """Add requests to the queue, all of them or, where one is refused, none; see `add_request`."""
-        for input_ids in inputs:
-            self.check_length(len(input_ids), max_new_tokens)
-        return super().add_requests(inputs, max_new_tokens, *args, **kwargs)
-
-    def check_length(self, prompt: int, max_new_tokens: int | None) -> None:
-        """Raise `RequestTooLongError` if a request of so many tokens can never be served.
-
-        Args:
-            prompt: tokens of the prompt.
-            max_new_tokens: asked for; None: what the generation config says.
-        """
-        if not prompt:
-            raise ValueError("a request needs at least one token")
-        new = self.generation_config.max_new_tokens if max_new_tokens is None else max_new_tokens
-        most = self.max_request_tokens
-        if most is not None and prompt + (new or 1) > most:
-            limited = "a request may have" if most == self._max_request_tokens else "all blocks together hold"
-            raise RequestTooLongError(
-                f"the prompt has {prompt} tokens and may get {new or 1} new ones, but {limited} {most}; "
-                + (f"ask for at most {most - prompt} new ones" if most > prompt else "shorten it")
-            )
-
     @property
     def max_request_tokens(self) -> int | None:
         """Most tokens that one request can have; None until the blocks are allocated, if nothing else limits it."""
-        limits = [self._max_request_tokens, None if self.batch_processor is None else self.cache.max_request_tokens]
+        limits = [super().max_request_tokens, None if self.batch_processor is None else self.cache.max_request_tokens]
         return min((limit for limit in limits if limit is not None), default=None)
 
     @property
@@ -235,6 +157,8 @@ class PagedInt8BatchingManager(ContinuousBatchingManager):
             self._loop_ended.set()
             for state in drain_queue(self.input_queue):
                 self.output_router.fail_and_deliver(state, RuntimeError("the engine has stopped, or died"))
+            drain_queue(self.cancel_queue)
+            self.output_router.all_are_gone()
             self._put_attention_back()
 
     def _generation_step(self) -> None:
@@ -272,7 +196,11 @@ class PagedInt8BatchingManager(ContinuousBatchingManager):
         self, make_cache: Callable[..., PagedInt8AttentionCache] = PagedInt8AttentionCache
     ) -> ContinuousBatchProcessor:
         with_blocks = functools.partial(make_cache, options=self._options)
-        make = seeing(ContinuousBatchingManager._create_batch_processor, PagedAttentionCache=with_blocks)
+        make = seeing(
+            ContinuousBatchingManager._create_batch_processor,
+            PagedAttentionCache=with_blocks,
+            ContinuousBatchProcessor=BatchProcessor,
+        )
         try:
             self._loop_processor = make(self)
         except BaseException:

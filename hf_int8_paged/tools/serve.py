@@ -14,9 +14,10 @@ from typing import Any
 
 from transformers import ContinuousBatchingConfig, GenerationConfig, PreTrainedModel
 
-from ..batching import RequestTooLongError, int8_batching
+from ..batching import PromptError, RequestIdTakenError, RequestTooLongError, int8_batching
 from ..batching.engine import check_engine_options
 from ..batching.entry import check_start
+from ..batching.refusals import check_most
 
 
 class ServerError(RuntimeError):
@@ -73,6 +74,7 @@ class Server:
         given = {name: value for name, value in options.batching.items() if value is not None}
         engine = ContinuousBatchingConfig(**given)
         check_engine_options(engine)
+        check_most(options.max_request_tokens)
         self._socket = socket.create_server((options.host, options.port), family=_family(options.host))
         self.port = self._socket.getsockname()[1]
         self.state = GenerationState(continuous_batching=True, cb_config=engine)
@@ -85,12 +87,13 @@ class Server:
         except (ValueError, MemoryError, NotImplementedError) as error:
             self._socket.close()
             raise ServerError(f"{options.model} cannot be served: {error}") from error
-        self._limit = options.max_request_tokens or _context(self.model)
+        self._limit = _context(self.model) if options.max_request_tokens is None else options.max_request_tokens
         # transformers lists what the hub's cache holds; this server has one model.
         manager.get_gen_models = lambda *_: [{"id": options.model, "object": "model"}]  # type: ignore[assignment]
         handlers = _handlers(inspect.signature(build_server).parameters, manager, self.state)
         app = build_server(manager, generation_state=self.state, **handlers)
-        app.add_exception_handler(RequestTooLongError, _too_long)
+        for kind in _REFUSALS:
+            app.add_exception_handler(kind, _refused)
         self.uvicorn = uvicorn.Server(uvicorn.Config(app, log_level="warning"))
 
     def run(self) -> None:
@@ -138,12 +141,21 @@ def _handlers(parameters: Any, manager: Any, state: Any) -> dict[str, Any]:
     return {name: kind(manager, state) for name, kind in kinds.items()}
 
 
-async def _too_long(_request: Any, error: Exception) -> Any:
-    """400, in the form in which OpenAI's clients expect it."""
+#: Status and code of what a request is refused with. OpenAI's clients try again a little later after a 409.
+_REFUSALS: dict[type[Exception], tuple[int, str]] = {
+    PromptError: (400, "invalid_prompt"),
+    RequestIdTakenError: (409, "request_id_taken"),
+    RequestTooLongError: (400, "context_length_exceeded"),
+}
+
+
+async def _refused(_request: Any, error: Exception) -> Any:
+    """A refusal in the form in which OpenAI's clients expect it."""
     from fastapi.responses import JSONResponse
 
-    said = {"message": str(error), "type": "invalid_request_error", "code": "context_length_exceeded"}
-    return JSONResponse({"error": said}, status_code=400)
+    status, code = _REFUSALS[type(error)]
+    said = {"message": str(error), "type": "invalid_request_error", "code": code}
+    return JSONResponse({"error": said}, status_code=status)
 
 
 def _sampling(model: PreTrainedModel) -> GenerationConfig:

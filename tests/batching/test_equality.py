@@ -10,7 +10,7 @@ from tests.cache.conftest import backend
 from tests.models import tipped_roundings
 
 from .alone import Steps, check_nothing_is_held, children, difference, run
-from .models import ARCHITECTURES, batching_model, manager_for, prompts
+from .models import ARCHITECTURES, batching_model, manager_for, prompts, random_ids
 
 __all__ = ["backend"]
 
@@ -65,6 +65,38 @@ def test_forks_share_blocks_and_go_their_own_ways(architecture: str) -> None:
     for prompt, name in zip(asked, names):
         for own in (name + child for child in children(3)):
             assert difference(model, prompt, results[own], steps.lives[own], manager).logprob < most
+
+
+@pytest.mark.parametrize("architecture", ["llama: full attention", "gemma2: softcap, half windows"])
+@pytest.mark.parametrize("company", [0, 3], ids=["alone", "in company"])
+def test_prompts_of_one_token_are_forked_before_their_first_row(architecture: str, company: int) -> None:
+    """The engine gives them no row in the step after which it forks them, and maybe nobody else has one in it."""
+    model, asked = batching_model(architecture), [[7], *prompts(company), [8]]
+    with manager_for(model, {"do_sample": True, "num_return_sequences": 3}) as manager:
+        steps = Steps(manager.cache)
+        results, names = run(manager, asked, per_prompt=3)
+        check_nothing_is_held(manager.cache)
+    assert steps.forked == 2 * len(asked)
+    for prompt, name in zip(asked, names):
+        for own in (name + child for child in children(3)):
+            assert len(results[own].generated_tokens) == 10
+            found = difference(model, prompt, results[own], steps.lives[own], manager)
+            assert found.logprob < tipped_roundings(model)
+
+
+@pytest.mark.parametrize("company", [0, 3], ids=["alone", "in company"])
+def test_a_prompt_of_which_one_token_is_not_in_the_blocks_is_forked_before_it(company: int) -> None:
+    """Its other tokens are found where the first one with the same beginning has left them."""
+    model, prompt = batching_model("llama: full attention"), random_ids(33, seed=5).tolist()
+    with manager_for(model, {"do_sample": True, "num_return_sequences": 2}) as manager:
+        steps, asked = Steps(manager.cache), [prompt, *prompts(company)]
+        run(manager, [prompt], per_prompt=2)
+        results, names = run(manager, asked, per_prompt=2)
+        check_nothing_is_held(manager.cache)
+    for own in (names[0] + child for child in children(2)):
+        assert steps.lives[own][0].steps[:2] == [0, 32]
+        found = difference(model, prompt, results[own], steps.lives[own], manager)
+        assert found.logprob < tipped_roundings(model)
 
 
 @pytest.mark.parametrize("architecture", ["llama: full attention", "gpt_oss: sink logits, half windows, experts"])

@@ -177,6 +177,55 @@ def test_a_request_that_is_too_long_is_refused_at_once(running: Running, text: s
     running.settle()
 
 
+def test_a_prompt_without_tokens_is_refused(running: Running) -> None:
+    with pytest.raises(openai.BadRequestError, match="the prompt is empty") as refusal:
+        running.client.completions.create(model=running.model, prompt="", max_tokens=5, temperature=0)
+    assert refusal.value.code == "invalid_prompt"
+    running.settle()
+
+
+def test_a_number_of_tokens_that_no_request_has_is_refused_before_the_start(tiny_model_folder: Path) -> None:
+    with pytest.raises(ValueError, match=r"max_request_tokens must be a whole number of at least 2, .* got 0"):
+        Server(ServerOptions(str(tiny_model_folder), "127.0.0.1", 0, "cpu", None, 0, POOL))
+
+
+@pytest.mark.parametrize("first", ["at once", "streamed"])
+@pytest.mark.parametrize("second", ["at once", "streamed"])
+def test_two_requests_at_once_with_the_id_of_a_client(
+    running: Running, first: str, second: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The second one is refused, and the first one gets its whole answer; then the id can be given again."""
+    assert running.ask("are you there?", 5)[1] == 5
+    engine, has_begun, go_on = running.engine, threading.Event(), threading.Event()
+    step = engine._generation_step
+
+    def held() -> None:
+        has_begun.set()
+        assert go_on.wait(HANGS)
+        step()
+
+    monkeypatch.setattr(engine, "_generation_step", held)
+    mine = client_of(running.port).with_options(default_headers={"X-Request-Id": "mine"})
+
+    def asked(how: str) -> int:
+        if how == "streamed":
+            return collected(running.stream("one", 30, mine))[2]
+        return running.ask("one", 30, mine)[1]
+
+    with ThreadPoolExecutor(1) as pool:
+        try:
+            answer = pool.submit(asked, first)
+            assert has_begun.wait(HANGS)
+            with pytest.raises(openai.ConflictError, match="a request with the id 'mine' is under way") as refusal:
+                asked(second)
+            assert refusal.value.code == "request_id_taken"
+        finally:
+            go_on.set()
+        assert answer.result(HANGS) == 30
+    assert asked(second) == 30
+    running.settle()
+
+
 def test_what_cannot_be_served_is_refused_before_the_start(tiny_model_folder: Path) -> None:
     with socket.create_server(("127.0.0.1", 0)) as taken, pytest.raises(OSError, match="in use"):
         Server(ServerOptions(str(tiny_model_folder), "127.0.0.1", taken.getsockname()[1], "cpu", None, None, POOL))

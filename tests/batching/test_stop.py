@@ -8,10 +8,9 @@ from contextlib import contextmanager
 from typing import Any
 
 import pytest
-from transformers.generation.continuous_batching.requests import GenerationOutput, RequestState, RequestStatus
+from transformers.generation.continuous_batching.requests import RequestState
 
 from hf_int8_paged.batching import PagedInt8BatchingManager
-from hf_int8_paged.batching.router import Router
 from tests.processes import HANGS
 
 from .models import batching_model, manager_for, prompts
@@ -130,6 +129,18 @@ def test_a_request_that_comes_while_the_loop_ends_is_answered_with_an_error(monk
         ended(manager)
 
 
+def test_who_iterates_gets_the_last_result_of_a_stop_that_does_not_wait() -> None:
+    with held_with_one_request() as (manager, loop):
+        manager.stop(block=False)
+        loop.go_on.set()
+        ended(manager)
+        assert [len(result.generated_tokens) for result in manager.request_id_iter("mine")] == [10]
+        manager.start()
+        manager.add_request(prompts(1)[0], request_id="next")
+        manager.stop()
+        assert [result.request_id for result in manager] == ["next"]
+
+
 @pytest.mark.parametrize("why", ["it stops", "too long"])
 def test_a_refused_request_takes_nothing_from_one_of_the_same_id(why: str) -> None:
     with held_with_one_request() as (manager, loop):
@@ -141,14 +152,3 @@ def test_a_refused_request_takes_nothing_from_one_of_the_same_id(why: str) -> No
         result = manager.get_result(timeout=HANGS)
         assert result is not None
         assert len(result.generated_tokens) == 10
-
-
-def test_an_id_is_expected_until_its_last_result() -> None:
-    router = Router()
-    assert router.expect("a")
-    router.deliver(GenerationOutput(request_id="a", status=RequestStatus.DECODING))
-    assert not router.expect("a")
-    router.deliver(GenerationOutput(request_id="a", status=RequestStatus.FAILED))
-    assert router.expect("a")
-    router.forget("a")
-    assert router.expect("a")
