@@ -79,7 +79,7 @@ def test_what_is_no_file_is_not_replaced(tmp_path) -> None:
     with pytest.raises(IsADirectoryError, match=f"'{tmp_path}'"):
         write(tmp_path)
     os.mkfifo(tmp_path / "pipe")
-    with pytest.raises(OSError, match="no regular file.*pipe"):
+    with pytest.raises(OSError, match=r"no regular file.*pipe"):
         write(tmp_path / "pipe")
     assert (tmp_path / "pipe").is_fifo()
     assert list(tmp_path.parent.glob(".*.part")) == []
