@@ -88,8 +88,8 @@ def test_a_picture_of_more_sequences_than_colours_says_so() -> None:
         assert labels[8:-3] == expected
 
 
-def test_there_is_no_picture_of_a_cache_without_blocks() -> None:
+@pytest.mark.parametrize("axes", [None, []])
+def test_there_is_no_picture_of_a_cache_without_blocks(axes: Any) -> None:
     cache = PagedInt8Cache(MambaConfig(num_hidden_layers=2))
-    for axes in (None, []):
-        with pytest.raises(ValueError, match="no layer of this cache holds keys and values in blocks"):
-            cache.plot(axes)
+    with pytest.raises(ValueError, match="no layer of this cache holds keys and values in blocks"):
+        cache.plot(axes)
