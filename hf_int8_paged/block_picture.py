@@ -31,7 +31,8 @@ def picture_of(cache: Any, axes: Any = None) -> Any:
         The figure.
 
     Raises:
-        ValueError: the cache is preallocated, where sequence i has the i-th part of the blocks; or too few axes.
+        ValueError: the cache is preallocated, where sequence i has the i-th part of the blocks, or has no layers with
+            blocks; or too few axes.
     """
     from matplotlib.figure import Figure
 
@@ -39,6 +40,8 @@ def picture_of(cache: Any, axes: Any = None) -> Any:
     if not isinstance(sequences, GrowingSequences):
         raise ValueError("a preallocated cache shares no blocks: sequence i has the i-th part; describe() counts them")
     groups = list(sequences.groups.values())
+    if not groups:
+        raise ValueError("no layer of this cache holds keys and values in blocks: there are none to draw")
     if axes is None:
         sizes = [8 / width * rows for width, rows in map(_grid, groups)]
         figure = Figure(figsize=(8.4, sum(sizes) + 0.45 * len(sizes) + 0.5), layout="constrained")
@@ -64,6 +67,8 @@ def _explain(axes: Any, batch: int) -> None:
 
     several: Any = _shade(_COLORS[0], 5)
     shown = [Patch(color=color, label=f"sequence {row}") for row, color in enumerate(_COLORS[:batch])]
+    if batch > len(_COLORS):
+        shown.append(Patch(alpha=0, label=f"{batch - len(_COLORS)} more, colours again"))
     shown += [
         Patch(color=several, label="held by several"),
         Patch(color=_OTHERS, label="another cache's"),

@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 from decimal import Decimal
 
-_UNITS = {"": 1, "b": 1}
+_UNITS = {"": 1, "b": 1, "byte": 1, "bytes": 1}
 _UNITS |= {f"{letter}b": 1000**power for power, letter in enumerate("kmgt", start=1)}
 _UNITS |= {f"{letter}ib": 1024**power for power, letter in enumerate("kmgt", start=1)}
 
@@ -24,9 +24,11 @@ def parse_bytes(text: str) -> int:
 
 
 def bytes_as_text(count: float) -> str:
-    """A number of bytes in the largest binary unit that leaves at least 1, with up to four digits."""
-    for unit in ("bytes", "KiB", "MiB", "GiB"):
-        if abs(count) < 1024:
-            return f"{count:.0f} {unit}" if unit == "bytes" else f"{count:.4g} {unit}"
+    """A number of bytes in the largest binary unit that leaves at least 1, with up to four digits, or more before the
+    point where there is no larger unit. `parse_bytes` reads it, to within half of the last digit."""
+    for unit in ("bytes", "KiB", "MiB", "GiB", "TiB"):
+        if abs(count) < 1024 or unit == "TiB":
+            break
         count /= 1024
-    return f"{count:.4g} TiB"
+    whole = unit == "bytes" or abs(count) >= 1000  # "g" would write 100,000 as 1e+05
+    return f"{count:.0f} {unit}" if whole else f"{count:.4g} {unit}"

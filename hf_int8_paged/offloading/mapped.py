@@ -24,6 +24,8 @@ from .far_side import FarSide, WhichBlocks
 
 #: Of the disk, of its files, or of this process' open ones.
 _NO_ROOM = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EMFILE, errno.ENFILE)
+#: Somebody has deleted the folder, or has taken the right to write there.
+_NO_FOLDER = (errno.ENOENT, errno.ENOTDIR, errno.EACCES, errno.EPERM, errno.EROFS)
 #: Smaller tensors are read ahead as a whole, whatever holds tokens in them.
 _SMALL = 1 << 16
 _FORKED = (
@@ -59,9 +61,14 @@ class MappedFiles(FarSide):
                 # The tensor's storage keeps the mapping alive, and the mapping the file.
                 memory = torch.from_file(f"/dev/fd/{file.fileno()}", shared=True, size=size, dtype=torch.uint8)
         except OSError as error:
-            if error.errno not in _NO_ROOM:
+            if error.errno in _NO_ROOM:
+                what = f"{error.strerror}: {size:,} bytes for an offloaded layer in {self._folder}"
+                raise MemoryError(what) from error
+            if error.errno not in _NO_FOLDER:
                 raise
-            raise MemoryError(f"{error.strerror}: {size:,} bytes for an offloaded layer in {self._folder}") from error
+            what = f"no file can be made for an offloaded layer ({error.strerror})"
+            remedy = "make the folder again and repeat the step, or save() the cache and load it into another pool"
+            raise OSError(error.errno, f"{what}; {remedy}", self._folder) from error
         return memory.view(dtype).view(shape)
 
     def begin(self, layer: int, home: KvCacheQuant, blocks: int) -> None:

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import contextlib
+import errno
 import os
-import tempfile
+import secrets
+import stat
 from collections.abc import Iterator
 from pathlib import Path
 from typing import BinaryIO
@@ -16,6 +18,10 @@ except ImportError:  # Windows: what a killed process left behind then stays unt
 
 #: Ends the names of files that are being written.
 SUFFIX = ".part"
+#: Bytes of a file's name that stand in the one of its part, which has a dot, 9 for a random part and the suffix too.
+_NAME_MAX = 255 - 10 - len(SUFFIX)
+#: Of file systems that keep no order of names to wait for.
+_NOTHING_TO_SYNC = (errno.EINVAL, errno.EBADF, errno.ENOTSUP, errno.EOPNOTSUPP)
 
 
 @contextlib.contextmanager
@@ -26,19 +32,30 @@ def replacing(path: Path) -> Iterator[BinaryIO]:
     returns: whoever opens ``path`` finds the old file or the new one, also after the process or the machine stopped at
     any moment. What a process that was killed has left behind, the next one to write the same file deletes.
 
+    As with `open`, a symbolic link stays and the file that it names is written; permissions are those of the file that
+    was there, and of a new one what the process' mask leaves.
+
     Args:
         path: in a folder that exists.
 
     Raises:
-        OSError: the folder does not exist or cannot be written to, or the disk is full. ``path`` is as it was.
+        OSError: the folder does not exist or cannot be written to, the disk is full, or ``path`` is a folder, a device
+            or a pipe. It is as it was.
     """
-    number, name = _part_file(path)
+    if path.is_symlink():
+        path = Path(os.path.realpath(path))
+    permissions = _permissions(path)
+    number, name = _part_file(path, 0o666 if permissions is None else permissions)
     try:
         with open(number, "wb") as file:
-            _give_usual_permissions(file.fileno())
+            if permissions is not None and hasattr(os, "fchmod"):
+                with contextlib.suppress(OSError):  # a file system without; it was made with no more than these
+                    os.fchmod(file.fileno(), permissions)
             yield file
             file.flush()
             os.fsync(file.fileno())
+            if fcntl is None:
+                file.close()  # Windows renames no open file; elsewhere closing it would give up its lock
             os.replace(name, path)
     except BaseException:
         with contextlib.suppress(OSError):
@@ -47,36 +64,65 @@ def replacing(path: Path) -> Iterator[BinaryIO]:
     _sync_folder(path.parent)
 
 
-def _part_file(path: Path) -> tuple[int, str]:
+def _permissions(path: Path) -> int | None:
+    """Of the file that is there, or None."""
+    try:
+        mode = path.stat().st_mode
+    except FileNotFoundError:
+        return None
+    if stat.S_ISDIR(mode):
+        raise IsADirectoryError(errno.EISDIR, "this is a folder; give the name of a file in it", str(path))
+    if not stat.S_ISREG(mode):
+        raise OSError(errno.EINVAL, "this is no regular file, and would be replaced by one", str(path))
+    return mode & 0o777
+
+
+def _part_file(path: Path, permissions: int) -> tuple[int, Path]:
     """Descriptor and name of a new file beside ``path``, locked for as long as this process has it open. Those that
     nobody has locked, as their process was killed, are deleted first."""
+    name = path.name
+    while len(os.fsencode(name)) > _NAME_MAX:
+        name = name[:-1]
     if fcntl is None:
-        return tempfile.mkstemp(prefix=f".{path.name}.", suffix=SUFFIX, dir=path.parent)
-    folder = os.open(path.parent, os.O_RDONLY)
-    try:
-        fcntl.flock(folder, fcntl.LOCK_EX)  # between its creation and its lock a file would look abandoned
-        for left in path.parent.glob(f".{_escaped(path.name)}.*{SUFFIX}"):
+        return _new_file(path.parent, name, permissions)
+    with _locked(path.parent) as alone:  # between its creation and its lock a file would look abandoned
+        for left in path.parent.glob(f".{_escaped(name)}.*{SUFFIX}") if alone else ():
             with contextlib.suppress(OSError), open(left, "rb") as file:
                 fcntl.flock(file.fileno(), fcntl.LOCK_EX | fcntl.LOCK_NB)
                 left.unlink()
-        number, name = tempfile.mkstemp(prefix=f".{path.name}.", suffix=SUFFIX, dir=path.parent)
+        number, part = _new_file(path.parent, name, permissions)
         with contextlib.suppress(OSError):  # a file system without locks
             fcntl.flock(number, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        return number, name
+        return number, part
+
+
+def _new_file(folder: Path, name: str, permissions: int) -> tuple[int, Path]:
+    """A file that was not there, with what the process' mask leaves of the permissions."""
+    flags = os.O_CREAT | os.O_EXCL | os.O_RDWR | getattr(os, "O_BINARY", 0)
+    while True:
+        part = folder / f".{name}.{secrets.token_hex(4)}{SUFFIX}"
+        with contextlib.suppress(FileExistsError):
+            return os.open(part, flags, permissions), part
+
+
+@contextlib.contextmanager
+def _locked(folder: Path) -> Iterator[bool]:
+    """Whether nobody else is in here for the same folder: False on a file system that does not lock folders."""
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        alone = False
+        with contextlib.suppress(OSError):
+            fcntl.flock(descriptor, fcntl.LOCK_EX)
+            alone = True
+        yield alone
     finally:
-        os.close(folder)
+        with contextlib.suppress(OSError):
+            fcntl.flock(descriptor, fcntl.LOCK_UN)  # a child that was forked meanwhile has it open for longer
+        os.close(descriptor)
 
 
 def _escaped(name: str) -> str:
     return "".join(f"[{c}]" if c in "*?[" else c for c in name)
-
-
-def _give_usual_permissions(descriptor: int) -> None:
-    """Those of a file that `open` makes: temporary ones are for their owner alone."""
-    if hasattr(os, "fchmod"):
-        mask = os.umask(0)
-        os.umask(mask)
-        os.fchmod(descriptor, 0o666 & ~mask)
 
 
 def _sync_folder(folder: Path) -> None:
@@ -85,5 +131,8 @@ def _sync_folder(folder: Path) -> None:
     descriptor = os.open(folder, os.O_RDONLY)
     try:
         os.fsync(descriptor)
+    except OSError as error:
+        if error.errno not in _NOTHING_TO_SYNC:
+            raise
     finally:
         os.close(descriptor)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -18,7 +17,7 @@ from .fingerprint import difference, fingerprint
 from .header import read_header
 from .loading import fill
 from .saving import as_tensors
-from .tensor_file import CacheFileError, TensorFile, write_tensors
+from .tensor_file import CacheFileError, TensorFile, file_path, write_tensors
 
 if TYPE_CHECKING:
     from typing_extensions import Self
@@ -44,7 +43,7 @@ class SavedCaches:
         not change. Nobody else may use it meanwhile; other caches of its pool may be used.
 
         Args:
-            path: of the file, in a folder that exists; what is there is replaced.
+            path: of the file, in a folder that exists; what is there is replaced, and its permissions are kept.
 
         Raises:
             OSError: the file cannot be written. What was there before still is.
@@ -53,7 +52,7 @@ class SavedCaches:
         """
         model = None if self._config is None else fingerprint(self._config)
         header, tensors = as_tensors(self, model, __version__)
-        write_tensors(Path(path), header.as_metadata(), tensors)
+        write_tensors(file_path(path), header.as_metadata(), tensors)
 
     @classmethod
     def load(
@@ -90,7 +89,7 @@ class SavedCaches:
         """
         mine = decoder_config(config)
         chosen = _checked_arguments(pool, backend, max_bytes, device)
-        file = TensorFile(Path(path))
+        file = TensorFile(file_path(path))
         header = read_header(file)
         if header.model is not None:
             differs = difference(header.model, fingerprint(mine))

@@ -64,6 +64,18 @@ class Stored(NamedTuple):
         return count
 
 
+def file_path(path: str | os.PathLike) -> Path:
+    """The path that a caller means, who may write ``~`` for the home.
+
+    Raises:
+        TypeError: this is no path.
+        ValueError: it is empty.
+    """
+    if not os.fspath(path):
+        raise ValueError("path is empty; give the name of a file")
+    return Path(os.path.expanduser(path))
+
+
 def write_tensors(path: Path, metadata: dict[str, str], tensors: dict[str, Stored]) -> None:
     """Write a file as a whole, or leave ``path`` as it was.
 
@@ -127,8 +139,10 @@ class TensorFile:
         self.path = path
         try:
             header = self._open()
-        except (FileNotFoundError, IsADirectoryError) as error:
+        except FileNotFoundError as error:
             raise CacheFileError(f"{path}: there is no such file") from error
+        except IsADirectoryError as error:
+            raise CacheFileError(f"{path}: this is a folder; give the name of a file in it") from error
         try:
             self.metadata: dict[str, str] = self._file.metadata() or {}
             self.names = set(self._file.keys()) - {CHECKSUMS}

@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
+import os
+import re
 from pathlib import Path
 from typing import Any
 
 from transformers import AutoConfig
 
-from ..byte_sizes import bytes_as_text
-from ..options import checked_bytes
-from ..planning import Plan, plan
+from ..byte_sizes import bytes_as_text, parse_bytes
+from ..planning import Plan, memory_and_weights, plan
+
+#: What a name on the hub looks like; anything else is a path.
+_NAME_ON_THE_HUB = re.compile(r"\w[\w.-]*(/\w[\w.-]*)?", re.ASCII)
 
 
 def planned(model: str, memory: str, batch: int, weights: str | None) -> Plan:
@@ -17,16 +21,33 @@ def planned(model: str, memory: str, batch: int, weights: str | None) -> Plan:
 
     Raises:
         OSError: there is no such config here or on the hub.
-        ValueError: one of the others makes no sense.
+        ValueError: one of the others makes no sense, or the config does not.
     """
-    checked_bytes("memory", memory)  # before the hub is asked
-    return plan(AutoConfig.from_pretrained(model), memory, batch=batch, weights=weights)
+    memory_and_weights(memory, weights)  # before the hub is asked
+    return plan(_config(model), memory, batch=batch, weights=weights)
+
+
+def _config(model: str) -> Any:
+    path = os.path.expanduser(model)
+    if not os.path.exists(path) and not _NAME_ON_THE_HUB.fullmatch(model):
+        raise FileNotFoundError(f"there is no file or folder {model!r}, and no model on the hub can have that name")
+    try:
+        return AutoConfig.from_pretrained(path)
+    except (OSError, ValueError, ImportError):
+        raise
+    except Exception as error:  # of whatever kind transformers and the config's own checks raise
+        message = " ".join(str(error).split())
+        raise ValueError(f"the config of {model!r} cannot be read: {type(error).__name__}: {message}") from error
 
 
 def as_dict(plan: Plan) -> dict[str, Any]:
     """As plain JSON types."""
     record = {name: value for name, value in plan._asdict().items() if not callable(value)}
-    return record | {"kinds": [kind._asdict() for kind in plan.kinds]}
+    cross = plan.cross_attention
+    return record | {
+        "kinds": [kind._asdict() for kind in plan.kinds],
+        "cross_attention": None if cross is None else cross._asdict(),
+    }
 
 
 def print_plan(plan: Plan, model: str) -> None:
@@ -50,9 +71,11 @@ def print_plan(plan: Plan, model: str) -> None:
             column.justify = "right"
         console.print(table)
     limit = "" if plan.max_positions is None else f" The model was made for {plan.max_positions:,} positions."
-    room = bytes_as_text(plan.memory - plan.weights)
+    if plan.cross_attention is not None:
+        console.print(_cross_attention(plan), soft_wrap=True)
+    room = _limit(plan.memory - plan.weights)
     weights = f"Beside {bytes_as_text(plan.weights)} of weights" if plan.weights else "Without weights (--weights)"
-    console.print(f'{weights}: PagedInt8Cache(config, max_bytes="{room}").{limit}', soft_wrap=True)
+    console.print(f"{weights}: PagedInt8Cache(config, max_bytes={room}).{limit}", soft_wrap=True)
 
 
 def picture(plan: Plan, model: str, path: Path) -> None:
@@ -85,6 +108,20 @@ def picture(plan: Plan, model: str, path: Path) -> None:
     axes.spines[["top", "right"]].set_visible(False)
     axes.legend(frameon=False, loc="upper left")
     figure.savefig(path, dpi=150)
+
+
+def _limit(count: int) -> str:
+    """As an argument that means exactly so many bytes: a text may be rounded up."""
+    text = bytes_as_text(count)
+    return f'"{text}"' if parse_bytes(text) == count else str(count)
+
+
+def _cross_attention(plan: Plan) -> str:
+    assert plan.cross_attention is not None
+    each, most = plan.cross_attention
+    size = f"{bytes_as_text(each)} for each token of the encoder or image"
+    size += "" if most is None else f", {bytes_as_text(each * most)} for the {most:,} that it gives at most"
+    return f"Keys and values of cross-attention come on top and count as weights: {size}."
 
 
 def _sequences(plan: Plan) -> str:

@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 import torch
-from transformers import DynamicCache
+from transformers import DynamicCache, MambaConfig
 
 from hf_int8_paged import PagedInt8Cache, PagedInt8Pool
 from tests.models import random_ids, tiny_model
@@ -76,3 +76,20 @@ def test_a_picture_shows_every_block_by_its_owner() -> None:
         cache.plot(figure.axes[0])
     with pytest.raises(ValueError, match="preallocated cache shares no blocks"):
         PagedInt8Cache(model.config, max_batch_size=1, max_cache_len=40).plot()
+
+
+def test_a_picture_of_more_sequences_than_colours_says_so() -> None:
+    cache = PagedInt8Cache(tiny_model("llama").config)
+    for batch, expected in ((8, []), (11, ["3 more, colours again"])):
+        cache.reset()
+        step(tiny_model("llama"), cache, batch, 20)
+        labels = [text.get_text() for text in cache.plot().axes[0].get_legend().get_texts()]
+        assert labels[:8] == [f"sequence {row}" for row in range(8)]
+        assert labels[8:-3] == expected
+
+
+@pytest.mark.parametrize("axes", [None, []])
+def test_there_is_no_picture_of_a_cache_without_blocks(axes: Any) -> None:
+    cache = PagedInt8Cache(MambaConfig(num_hidden_layers=2))
+    with pytest.raises(ValueError, match="no layer of this cache holds keys and values in blocks"):
+        cache.plot(axes)

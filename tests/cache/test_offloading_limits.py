@@ -85,6 +85,20 @@ def test_no_descriptor_stays_open_and_no_mapping_outlives_the_cache(tmp_path: Pa
         assert str(tmp_path) not in maps.read_text()
 
 
+def test_a_folder_that_is_gone_is_named_and_the_step_can_be_repeated(tmp_path: Path) -> None:
+    model, folder = model_called("llama"), tmp_path / "folder"
+    folder.mkdir()
+    cache, plain = offloaded(model.config, "mapped", offload_folder=folder), PagedInt8Cache(model.config)
+    for one in (cache, plain):
+        step(model, one, 1, 20)
+    folder.rmdir()
+    message = "no file can be made for an offloaded layer.*; make the folder again and repeat the step.*" + str(folder)
+    with pytest.raises(FileNotFoundError, match=message):
+        step(model, cache, 1, 900)
+    folder.mkdir()
+    assert torch.equal(step(model, cache, 1, 900), step(model, plain, 1, 900))
+
+
 @pytest.mark.skipif(os.geteuid() == 0, reason="root may write everywhere")
 def test_a_folder_without_permission(tmp_path: Path) -> None:
     tmp_path.chmod(0o500)

@@ -245,6 +245,28 @@ def test_what_cannot_be_written_leaves_the_old_file(path, monkeypatch) -> None:
     step(model, cache, 2, 1)  # and the cache goes on
 
 
+def test_paths_are_those_that_people_write(tmp_path, monkeypatch) -> None:
+    """``~`` is the home, as it is for ``offload_folder``."""
+    model = model_called("llama")
+    cache = PagedInt8Cache(model.config)
+    prompt(model, cache)
+    monkeypatch.setenv("HOME", str(tmp_path))
+    monkeypatch.setenv("USERPROFILE", str(tmp_path))
+    cache.save("~/cache")
+    assert [file.name for file in tmp_path.iterdir()] == ["cache"]
+    for path in ("~/cache", Path("~/cache"), tmp_path / "cache"):
+        assert_same(PagedInt8Cache.load(path, model.config), cache)
+    for call in (cache.save, lambda path: PagedInt8Cache.load(path, model.config)):
+        with pytest.raises(ValueError, match="path is empty; give the name of a file"):
+            call("")
+    with pytest.raises(IsADirectoryError, match="this is a folder"):
+        cache.save(tmp_path)
+    with pytest.raises(CacheFileError, match="this is a folder"):
+        PagedInt8Cache.load(tmp_path, model.config)
+    with pytest.raises(CacheFileError, match="there is no such file"):
+        PagedInt8Cache.load(tmp_path / "nothing", model.config)
+
+
 @pytest.mark.parametrize("name", sorted(TINY))
 def test_every_tiny_model_in_half_precision(name, path) -> None:
     model: Any = model_called(name)

@@ -69,12 +69,13 @@ def alloc_paged_int8_layer(
         raise ValueError(f"backend {serving.NAME!r} reads tile_order {serving.TILE_ORDER!r}, not {order!r}")
     if order == "dot4" and head_dim % 4:
         raise ValueError(f"tile_order 'dot4' needs a head_dim that is a multiple of 4, got {head_dim}")
+    center = torch.zeros(num_kv_heads, head_dim, dtype=torch.float32, device=device) if center_keys else None
     return KvCacheQuant(
         *_segment(serving, (num_kv_heads, num_blocks, block_size), head_dim, v_head_dim, device, format, empty),
         backend=serving.NAME,
         tile_order=order,
         rotation=rotation,
-        key_center=torch.zeros(num_kv_heads, head_dim, device=device) if center_keys else None,
+        key_center=center,
         format=format,
         empty=empty,
     )

@@ -166,7 +166,7 @@ def packed_past(storage: KvCacheQuant, tokens: Tokens, first_tokens: FirstTokens
     head = order.narrow(1, 0, 1)
     skipped = (first - begin.expand_as(table).gather(1, head)).clamp(0, size - 1).squeeze(1)
     stop = skipped + seen.sum(1, dtype=torch.int32)
-    units = [torch.zeros(len(table), storage.num_kv_heads, device=table.device) for _ in range(2)]
+    units = [torch.zeros(len(table), storage.num_kv_heads, dtype=torch.float32, device=table.device) for _ in range(2)]
     begin_of_part = 0
     for part in packed.split(columns, 1):
         place = torch.arange(begin_of_part, begin_of_part + part.shape[1] * size, device=table.device)
