@@ -185,6 +185,7 @@ class CacheOperations(DynamicCache):
             if rows:
                 self._sequences.select(rows)
             else:
+                self._prompt_key = None
                 self._sequences.clear()  # no sequences, no tokens
 
     def _own_layers(self) -> list:

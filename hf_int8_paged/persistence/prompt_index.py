@@ -25,7 +25,8 @@ CREATE INDEX IF NOT EXISTS by_use ON entries (used);
 """
 #: What `_TABLES` makes.
 _NAMES = ("entries", "prefixes", "by_name", "by_use")
-#: Each finds nothing in a database that is sound.
+_MADE = f"SELECT count(*) FROM sqlite_master WHERE name IN {_NAMES}"
+#: Each finds nothing in a database that is sound; the first two also where there are no tables.
 _SOUND = (
     "SELECT * FROM pragma_integrity_check WHERE integrity_check != 'ok'",
     "PRAGMA foreign_key_check",
@@ -98,7 +99,7 @@ class PromptIndex:
         try:
             database.text_factory = lambda text: text.decode(errors="replace")  # of a damaged one too
             database.execute("PRAGMA foreign_keys = ON")
-            (made,) = database.execute(f"SELECT count(*) FROM sqlite_master WHERE name IN {_NAMES}").fetchone()
+            (made,) = database.execute(_MADE).fetchone()
             if made < len(_NAMES):
                 database.executescript(f"BEGIN IMMEDIATE; {_TABLES} COMMIT;")
         except BaseException:
@@ -111,7 +112,9 @@ class PromptIndex:
         with alone_in(self._path.parent):
             try:
                 with contextlib.closing(sqlite3.connect(self._path, timeout=60)) as database:
-                    if not any(database.execute(check).fetchall() for check in _SOUND):
+                    (made,) = database.execute(_MADE).fetchone()
+                    # Without tables it is the new one, whose maker has yet to get there.
+                    if not any(database.execute(check).fetchall() for check in _SOUND[: 4 if made else 2]):
                         return
             except _ERRORS as error:
                 if not _is_damage(error):

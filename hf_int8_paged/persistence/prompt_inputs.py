@@ -14,7 +14,7 @@ from .fingerprint import rope_kind, ropes
 #: Ids that a picture's, a sound's or a film's own embeddings take the place of.
 _PICTURE = re.compile(r"\w*(image|video|audio)_token_(id|index)")
 #: Parts of a model that read something else than tokens.
-_OTHER_PARTS = re.compile(r"\w*(vision|image|video|audio|speech)\w*")
+_OTHER_PARTS = re.compile(r"\w*(vision|image|video|audio|speech|vq|codec)\w*")
 
 
 def picture_ids(config: PreTrainedConfig) -> frozenset[int]:

@@ -18,9 +18,11 @@ from transformers import (
     T5Config,
     T5ForConditionalGeneration,
 )
+from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
 from hf_int8_paged import PagedInt8Cache, PagedInt8Pool, PromptStore
 from hf_int8_paged.persistence.fingerprint import difference, fingerprint
+from hf_int8_paged.persistence.prompt_inputs import picture_ids, unsaid
 from hf_int8_paged.persistence.prompt_keys import model_key
 from tests.models import random_ids, tiny_model
 
@@ -89,6 +91,21 @@ def test_pictures_need_a_name(tmp_path: Path) -> None:
     assert store.get(model, ids[:, :20])[1] == 0
     other = torch.cat([ids[:, :49], ids[:, 49:50], random_ids(1, 9, seed=7)], dim=1)
     assert store.get(model, other, extra_key="picture 1")[1] == 16
+
+
+def test_what_configs_say_of_pictures_and_sounds() -> None:
+    """Of text alone nothing; ids that stand for them, wherever the config has them; or that no id does."""
+    for text in ("llama", "gpt2", "dbrx"):
+        config = CONFIG_MAPPING[text]()
+        assert (picture_ids(config), unsaid(config)) == (frozenset(), None)
+    films = CONFIG_MAPPING["qwen2_vl"]()
+    assert picture_ids(films) == {films.image_token_id, films.video_token_id}
+    assert unsaid(films) is None
+    nested = CONFIG_MAPPING["phi4_multimodal"]()
+    assert picture_ids(nested) == {nested.vision_config.image_token_id, nested.audio_config.audio_token_id}
+    for name in ("git", "moshi", "chameleon"):
+        assert "for which no id stands" in str(unsaid(CONFIG_MAPPING[name]()))
+    assert "encoder's input" in str(unsaid(CONFIG_MAPPING["gpt2"](add_cross_attention=True)))
 
 
 def test_a_name_that_get_was_given_holds_for_put(tmp_path: Path) -> None:
@@ -235,7 +252,8 @@ def test_what_is_no_cache_and_no_model_is_named(tmp_path: Path) -> None:
 def test_a_cache_that_was_emptied_is_no_longer_the_models(tmp_path: Path) -> None:
     model, other, store = model_called("llama"), tiny_model("llama", initializer_range=0.21), PromptStore(tmp_path)
     stored(store, model, IDS[:, :40])
-    for empty in (PagedInt8Cache.reset, lambda cache: cache.crop(-40)):
+    emptied = (PagedInt8Cache.reset, lambda cache: cache.crop(-40), lambda cache: cache.batch_select_indices([]))
+    for empty in emptied:
         cache, _ = store.get(model, IDS)
         assert cache.fork()._prompt_key is not None
         empty(cache)
