@@ -29,11 +29,13 @@ class CacheOperations(DynamicCache):
     _sequences: Any  # `GrowingSequences` or `PreallocatedSequences`; tests look into either
     #: For encoder-decoder models: index of the layer updated last, and with how many tokens.
     _newest: tuple[int, int] | None = None
+    #: What a prompt store has handed the cache out for, until it is emptied: who fills it then is not known.
+    _prompt_key: Any = None
 
     @whole
     def reset(self) -> None:
         """Forget all tokens. The memory stays allocated."""
-        self._newest = None
+        self._newest = self._prompt_key = None
         self._sequences.clear()
         for layer in self._own_layers():
             layer.reset()
@@ -61,6 +63,8 @@ class CacheOperations(DynamicCache):
                 )
         self._newest = None
         self._sequences.truncate(max(self._sequences.length + tokens_to_remove, 0))
+        if not self._sequences.length:
+            self._prompt_key = None
         for layer in others:
             layer.crop(tokens_to_remove)
 
@@ -187,6 +191,7 @@ class CacheOperations(DynamicCache):
             if rows:
                 self._sequences.select(rows)
             else:
+                self._prompt_key = None
                 self._sequences.clear()  # no sequences, no tokens
 
     def _own_layers(self) -> list:

@@ -2,22 +2,27 @@
 
 from __future__ import annotations
 
+import contextlib
+import inspect
 import os
+import sqlite3
 from collections.abc import Sequence
-from pathlib import Path
+from functools import partial
 from typing import Any
 
 import torch
+from transformers.cache_utils import EncoderDecoderCache
 
 from .cache import PagedInt8Cache
 from .options import checked_bytes
+from .persistence.prompt_folder import ENDING, absolute_folder, delete_unknown
 from .persistence.prompt_index import Entry, PromptIndex, add, evict
-from .persistence.prompt_keys import PrefixHashes, model_key, token_ids
+from .persistence.prompt_inputs import check_one_prompt
+from .persistence.prompt_keys import Origin, token_ids
+from .persistence.saving import as_tensors
 from .persistence.tensor_file import CacheFileError, CacheFileMismatchError
 from .pool import PagedInt8Pool
-from .sequences.growing import GrowingSequences
-
-_ENDING = ".safetensors"
+from .version import __version__
 
 
 class PromptStore:
@@ -25,17 +30,29 @@ class PromptStore:
 
     A prompt is cut into blocks of tokens, and the hash of each block covers all before it and the model. So a prompt
     finds what any other has stored of their common beginning, whole blocks of it; a model with windows or recurrent
-    states, which cannot go back to a shorter prompt, finds prompts that were stored whole.
+    states, which cannot go back to a shorter prompt, finds prompts that were stored whole. So does one whose positions
+    are turned otherwise beyond some length (``"dynamic"`` and ``"longrope"`` RoPE), beyond that length.
+
+    A model is known by its config, some elements of every parameter and buffer, and the adapters that are active.
+    ``extra_key`` is for what neither that nor the ids say: a picture, an encoder's input, weights that were changed in
+    a few places. Where a config tells that ids leave something unsaid, a prompt without it is refused.
 
     Several processes and threads may use one folder: an SQLite database is the index, files are written beside it and
-    renamed. A process that is killed at any moment leaves a store that works.
+    renamed. A process that is killed at any moment leaves a store that works. What somebody else deletes or damages is
+    no longer stored, and files that are not the store's stay.
 
     Args:
         folder: where the files are; made if need be.
-        max_bytes: most bytes of all files: a number, or a text such as ``"20GiB"``. Beyond it those that were used
-            longest ago are deleted. ``None`` sets no limit.
+        max_bytes: most bytes of all files of prompts, without the index: a number, or a text such as ``"20GiB"``.
+            Beyond it those that were used longest ago are deleted, also when a store with a smaller limit is made.
+            ``None`` sets no limit.
+        cache_max_bytes: ``max_bytes`` of each cache that `get` returns without a pool.
         options: of the caches that `get` makes where it finds nothing: those of `PagedInt8Cache`. What it finds takes
-            from them ``backend``, ``max_bytes`` and what is about offloading; the rest is as it was stored.
+            from them ``backend`` and what is about offloading; the rest is as it was stored.
+
+    Raises:
+        TypeError, ValueError: an option is unknown, of the wrong kind or out of range.
+        OSError: the folder or its index cannot be made or read.
 
     Example:
 
@@ -47,17 +64,29 @@ class PromptStore:
     ```
     """
 
-    def __init__(self, folder: str | os.PathLike, max_bytes: int | str | None = None, **options: Any):
-        if options.get("max_batch_size") is not None:
-            raise ValueError("a prompt store holds caches that grow; leave out max_batch_size")
-        self.folder = Path(folder)
+    def __init__(
+        self,
+        folder: str | os.PathLike,
+        max_bytes: int | str | None = None,
+        *,
+        cache_max_bytes: int | str | None = None,
+        **options: Any,
+    ):
+        self.folder = absolute_folder(folder)
         self.max_bytes = checked_bytes("max_bytes", max_bytes)
-        self._options = options
+        self._options = _checked(options)
+        self._cache_max_bytes = checked_bytes("cache_max_bytes", cache_max_bytes)
         self.folder.mkdir(parents=True, exist_ok=True)
         self._index = PromptIndex(self.folder / "index.sqlite")
+        self._keep_limit()
 
     def get(
-        self, model: torch.nn.Module, ids: torch.Tensor | Sequence[int], pool: PagedInt8Pool | None = None
+        self,
+        model: torch.nn.Module,
+        ids: torch.Tensor | Sequence[int],
+        pool: PagedInt8Pool | None = None,
+        *,
+        extra_key: str | None = None,
     ) -> tuple[PagedInt8Cache, int]:
         """A cache that holds the longest stored prefix of a prompt, and how long that is.
 
@@ -67,21 +96,26 @@ class PromptStore:
 
         Args:
             model: that computes the rest.
-            ids: ``[tokens]`` or ``[1, tokens]``.
+            ids: ``[tokens]`` or ``[1, tokens]``, without padding.
             pool: take blocks from this pool.
+            extra_key: names what neither model nor ids say; only prompts that were stored under the same are found. To
+                be given where ids stand for pictures, sounds or films, where the model has an encoder, and where
+                weights are elsewhere (on ``meta``, as accelerate offloads them). A prefix never ends within a picture.
 
         Raises:
             CacheFullError: the pool's limit is reached.
+            TypeError, ValueError: an argument is of the wrong kind, or the ids need ``extra_key``.
+            OSError: the folder or its index cannot be read.
         """
-        key, numbers = model_key(model), token_ids(ids)
+        origin, numbers = Origin.of(model, extra_key), token_ids(ids)
+        origin.check(numbers)
         config: Any = model.config
-        fresh = PagedInt8Cache(config, pool=pool, **self._options)
-        hashes = PrefixHashes(_stored_as(key, fresh), numbers, fresh.pool.block_size)
-        most = len(numbers)
+        fresh = self._fresh(config, pool)
+        hashes, most = origin.hashes(numbers, fresh), len(numbers)
         lengths = {*range(fresh.pool.block_size, most, fresh.pool.block_size), *self._index.lengths(most)}
-        devices = {parameter.device for parameter in model.parameters()}
+        devices = {parameter.device for parameter in model.parameters() if not parameter.is_meta}
         device = devices.pop() if len(devices) == 1 else None  # of several, each layer goes where it was
-        for entry in self._index.find({hashes.of(tokens): tokens for tokens in lengths}):
+        for entry in self._index.find({hashes.of(tokens): tokens for tokens in origin.findable(lengths, numbers)}):
             cache = self._load(entry, config, fresh, pool, device)
             if cache is None:
                 continue
@@ -92,57 +126,64 @@ class PromptStore:
                 except (RuntimeError, NotImplementedError):  # a window or a state that cannot go back
                     continue
             self._index.touch(entry.name)
-            cache._prompt_key = key
+            cache._prompt_key = origin
             return cache, length
-        fresh._prompt_key = key
+        fresh._prompt_key = origin
         return fresh, 0
 
     def put(
-        self, cache: PagedInt8Cache, ids: torch.Tensor | Sequence[int], model: torch.nn.Module | None = None
+        self,
+        cache: PagedInt8Cache,
+        ids: torch.Tensor | Sequence[int],
+        model: torch.nn.Module | None = None,
+        *,
+        extra_key: str | None = None,
     ) -> None:
         """Store a cache under the tokens that it holds, unless it is stored already.
 
         Args:
             cache: of one sequence without padding, with the first of the ids: one that `get` has returned, or any.
             ids: ``[tokens]`` or ``[1, tokens]``, at least as many as the cache holds; those behind are not looked at.
-            model: that computed it. To be given unless `get` has returned the cache.
+            model: that computed it. To be given unless `get` has returned the cache, and it was not emptied since.
+            extra_key: as in `get`; ``None`` takes what `get` was given for this cache.
 
         Raises:
-            ValueError: the cache is preallocated, empty, of several sequences or longer than the ids, no model is
-                known, or the file alone is larger than ``max_bytes``.
-            OSError: the folder cannot be written to.
+            ValueError: the cache is preallocated, empty, padded as far as it knows, of several sequences or longer than
+                the ids, no model is known, the ids need ``extra_key``, or the file alone is larger than ``max_bytes``.
+            TypeError: an argument is of the wrong kind.
+            OSError: the folder or its index cannot be written to. The prompt is not stored then.
         """
+        if not isinstance(cache, PagedInt8Cache):
+            inside = isinstance(cache, EncoderDecoderCache)
+            what = "give its self_attention_cache" if inside else "make one with PagedInt8Cache(model.config)"
+            raise TypeError(f"a prompt store takes a PagedInt8Cache, and got a {type(cache).__name__}; {what}")
         numbers, length = token_ids(ids), int(cache.get_seq_length())
-        key = model_key(model) if model is not None else cache._prompt_key
-        if key is None:
+        origin: Origin | None = cache._prompt_key
+        if extra_key is None and origin is not None:
+            extra_key = origin.extra
+        if model is not None:
+            origin = Origin.of(model, extra_key)
+        elif origin is None:
             raise ValueError("which model computed the cache is not known; give it: put(cache, ids, model)")
-        if not isinstance(cache._sequences, GrowingSequences):
-            raise ValueError("a preallocated cache is not stored; make one without max_batch_size")
-        if cache._batch != 1 or not 0 < length <= len(numbers):
-            raise ValueError(
-                f"the cache holds {cache._batch or 0} sequences of {length} tokens; a prompt is one sequence with the "
-                f"first of the {len(numbers)} ids"
-            )
-        size = cache.pool.block_size
-        hashes = PrefixHashes(_stored_as(key, cache), numbers[:length], size)
-        entry = Entry(hashes.of(length) + _ENDING, length, length)
-        if entry.name in self._index.sizes():
-            return self._index.touch(entry.name)
-        windows = any(group.window is not None for group in cache._sequences.groups.values())
-        croppable = not windows and not cache._own_layers()
-        lengths = {*range(size, length, size), length} if croppable else {length}
-        with self._index.writing() as database:
-            self._delete_strangers({name for (name,) in database.execute("SELECT name FROM entries")})
-            path = self.folder / entry.name
-            cache.save(path)
-            written = path.stat().st_size
-            if self.max_bytes is not None and written > self.max_bytes:
-                path.unlink()
-                raise ValueError(f"the prompt takes {written} bytes, more than max_bytes={self.max_bytes} of the store")
-            add(database, entry, written, croppable, {hashes.of(tokens): tokens for tokens in lengths})
-            if self.max_bytes is not None:
-                for name in evict(database, self.max_bytes, entry.name):
-                    (self.folder / name).unlink(missing_ok=True)
+        origin = origin.named(extra_key)
+        sequences = cache._sequences
+        check_one_prompt(sequences, length, len(numbers))
+        numbers = numbers[:length]
+        origin.check(numbers)
+        hashes = origin.hashes(numbers, cache)
+        entry = Entry(hashes.of(length) + ENDING, length, length)
+        if entry.name in self._index.sizes() and (self.folder / entry.name).exists():
+            self._index.touch(entry.name)
+            return self._keep_limit(entry.name)
+        if self.max_bytes is not None:
+            self._check_size(sum(stored.nbytes for stored in as_tensors(cache, None, __version__)[1].values()))
+        croppable = not cache._own_layers() and all(group.window is None for group in sequences.groups.values())
+        if origin.limit is not None and length > origin.limit:
+            croppable = False
+        lengths = {*range(hashes.block_size, length, hashes.block_size), length} if croppable else {length}
+        self._index.write(
+            partial(self._write, cache, entry, croppable, {hashes.of(tokens): tokens for tokens in lengths})
+        )
 
     def __len__(self) -> int:
         """Prompts in the store."""
@@ -150,44 +191,109 @@ class PromptStore:
 
     @property
     def nbytes(self) -> int:
-        """Bytes of all files."""
+        """Bytes of all files of prompts; the index comes on top."""
         return sum(self._index.sizes().values())
 
     def clear(self) -> None:
-        """Delete all prompts."""
-        with self._index.writing() as database:
+        """Delete all prompts.
+
+        Raises:
+            OSError: the folder or its index cannot be written to.
+        """
+
+        def work(database: sqlite3.Connection) -> None:
             database.execute("DELETE FROM entries")
-            self._delete_strangers(set())
+            delete_unknown(self.folder, ())
+
+        self._index.write(work)
+
+    def _fresh(self, config: Any, pool: PagedInt8Pool | None) -> PagedInt8Cache:
+        """An empty cache with the store's options."""
+        if pool is None:
+            return PagedInt8Cache(config, max_bytes=self._cache_max_bytes, **self._options)
+        try:
+            return PagedInt8Cache(config, pool=pool, **self._options)
+        except ValueError as error:
+            given = ", ".join(f"{name}={value!r}" for name, value in self._options.items())
+            raise ValueError(
+                f"the store was made with {given}, and get(pool=...) cannot honour that: {error}"
+            ) from error
 
     def _load(
         self, entry: Entry, config: Any, like: PagedInt8Cache, pool: PagedInt8Pool | None, device: torch.device | None
     ) -> PagedInt8Cache | None:
         """The cache of an entry, or None if it cannot be had: evicted meanwhile, damaged, or of another kind."""
-        path = self.folder / entry.name
         if like.pool.offloaded is not None:
             pool = like.pool
         limits: dict[str, Any] = (
             {} if pool is not None else {"backend": like.pool.backend, "max_bytes": like.pool.max_bytes}
         )
         try:
-            return PagedInt8Cache.load(path, config, pool, device=device, **limits)
+            cache: PagedInt8Cache | None = PagedInt8Cache.load(
+                self.folder / entry.name, config, pool, device=device, **limits
+            )
         except CacheFileMismatchError:
             return None  # another process, machine or release may take it
         except CacheFileError:
-            with self._index.writing() as database:
-                database.execute("DELETE FROM entries WHERE name = ?", (entry.name,))
-                path.unlink(missing_ok=True)
+            cache = None
+        if cache is None or int(cache.get_seq_length()) != entry.tokens:
+            self._index.forget(entry.name)
             return None
+        return cache
 
-    def _delete_strangers(self, known: set[str]) -> None:
-        """Delete files that no entry names: left by a process that was killed between a file and its entry."""
-        for path in self.folder.glob(f"*{_ENDING}"):
-            if path.name not in known:
-                path.unlink(missing_ok=True)
+    def _write(
+        self,
+        cache: PagedInt8Cache,
+        entry: Entry,
+        croppable: bool,
+        prefixes: dict[str, int],
+        database: sqlite3.Connection,
+    ) -> None:
+        """Write a cache's file and its entry, inside `PromptIndex.write`."""
+        delete_unknown(self.folder, {name for (name,) in database.execute("SELECT name FROM entries")})
+        path = self.folder / entry.name
+        cache.save(path)
+        try:
+            written = path.stat().st_size
+            self._check_size(written)
+            add(database, entry, written, croppable, prefixes)
+            self._evict(database, entry.name)
+            database.execute("COMMIT")
+        except BaseException:
+            with contextlib.suppress(OSError):
+                path.unlink()
+            raise
+
+    def _check_size(self, nbytes: int) -> None:
+        if self.max_bytes is not None and nbytes > self.max_bytes:
+            raise ValueError(f"the prompt takes {nbytes} bytes, more than max_bytes={self.max_bytes} of the store")
+
+    def _keep_limit(self, but: str = "") -> None:
+        """Delete prompts until the limit holds, all but one if need be."""
+        if self.max_bytes is not None and self.nbytes > self.max_bytes:
+            self._index.write(partial(self._evict, but=but))
+
+    def _evict(self, database: sqlite3.Connection, but: str) -> None:
+        if self.max_bytes is not None:
+            for name in evict(database, self.max_bytes, but):
+                with contextlib.suppress(OSError):  # it has no entry any more, so the next prompt deletes it
+                    (self.folder / name).unlink()
 
 
-def _stored_as(key: str, cache: PagedInt8Cache) -> str:
-    """The key of a model and of how this cache stores its rows."""
-    pool = cache.pool
-    how = (pool.block_size, pool.rotation, pool.center_keys, pool.format, cache._sequences.sink_tokens)
-    return f"{key} {how}"
+def _checked(options: dict[str, Any]) -> dict[str, Any]:
+    """Options of caches, each of which a cache takes.
+
+    Raises:
+        TypeError, ValueError: one of them is unknown, another method's, of the wrong kind or out of range.
+    """
+    if options.get("max_batch_size") is not None:
+        raise ValueError("a prompt store holds caches that grow; leave out max_batch_size")
+    if "pool" in options:
+        raise TypeError("the pool is chosen by call: get(model, ids, pool=...)")
+    known = inspect.signature(PagedInt8Cache).parameters
+    names = [name for name in known if name not in ("config", "pool", "max_bytes")]
+    for name in options:
+        if name not in names:
+            raise TypeError(f"a prompt store has no option {name!r}; those of its caches are {', '.join(names)}")
+    PagedInt8Cache((), **options)
+    return options

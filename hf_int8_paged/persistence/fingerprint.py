@@ -26,8 +26,22 @@ def fingerprint(config: PreTrainedConfig) -> dict[str, Any]:
         config: of the decoder.
     """
     values = {name: getattr(config, name) for name in _FIELDS if getattr(config, name, None) is not None}
+    if any(rope_kind(rope) in ("dynamic", "longrope", "yarn") for rope in ropes(config)):
+        values["max_position_embeddings"] = getattr(config, "max_position_embeddings", None)
     values["layers"] = [[kind, kwargs.get("sliding_window")] for kind, kwargs in layer_types(config)]
     return json.loads(json.dumps(values, default=str))
+
+
+def ropes(config: PreTrainedConfig) -> list[dict[str, Any]]:
+    """The parameters of a config's rotary embeddings: one for all layers, or one for each kind of layer."""
+    parameters = getattr(config, "rope_parameters", None) or {}
+    return [x for x in parameters.values() if isinstance(x, dict)] if "rope_type" not in parameters else [parameters]
+
+
+def rope_kind(rope: dict[str, Any]) -> str:
+    """Its type. Those that contain "dynamic" are one: transformers computes their angles anew as a text grows."""
+    kind = str(rope.get("rope_type", "default"))
+    return "dynamic" if "dynamic" in kind else kind
 
 
 def difference(stored: dict[str, Any], mine: dict[str, Any]) -> str | None:

@@ -31,8 +31,6 @@ class SavedCaches:
 
     #: Of the decoder; None of a cache that was made of keys and values.
     _config: PreTrainedConfig | None
-    #: Of the model that a prompt store has handed the cache out for.
-    _prompt_key: str | None = None
 
     @whole
     def save(self, path: str | os.PathLike) -> None:

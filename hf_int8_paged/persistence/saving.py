@@ -132,8 +132,8 @@ def used_blocks(room: PreallocatedRoom, length: int) -> int:
 
 def ids_of(room: PreallocatedRoom, batch: int, length: int) -> torch.Tensor:
     """Ids of those blocks, sequence by sequence, int64 ``[batch * blocks]``."""
-    first = torch.arange(batch)[:, None] * room.allocated.blocks
-    return (first + torch.arange(used_blocks(room, length))).reshape(-1)
+    first = torch.arange(batch, device="cpu")[:, None] * room.allocated.blocks
+    return (first + torch.arange(used_blocks(room, length), device="cpu")).reshape(-1)
 
 
 def _layer(index: int, layer: Any, sequences: Any, header: Header, tensors: dict[str, Stored]) -> LayerHeader:
@@ -156,7 +156,7 @@ def _layer(index: int, layer: Any, sequences: Any, header: Header, tensors: dict
         kept = room.kept_rows if length else None
     else:
         ids = ids_of(room, header.batch_size, length)
-        last = torch.zeros(len(ids), dtype=torch.bool)
+        last = torch.zeros(len(ids), dtype=torch.bool, device="cpu")
         if length <= room.allocated.capacity:
             last = ids % room.allocated.blocks == used_blocks(room, length) - 1
         centred = storage.key_center is not None

@@ -21,19 +21,7 @@ from tests.models import random_ids
 from tests.processes import HANGS
 
 from .histories import assert_same, model_called
-
-
-@torch.no_grad()
-def feed(model: Any, cache: PagedInt8Cache, ids: torch.Tensor, known: int = 0) -> torch.Tensor:
-    """The rest of a prompt; logits."""
-    return model(ids[:, known:], **{CACHE_ARGUMENT: cache}).logits
-
-
-def stored(store: PromptStore, model: Any, ids: torch.Tensor) -> PagedInt8Cache:
-    cache = PagedInt8Cache(model.config)
-    feed(model, cache, ids)
-    store.put(cache, ids, model)
-    return cache
+from .prompts import feed, stored
 
 
 @pytest.mark.parametrize(
