@@ -6,9 +6,10 @@ VENV ?= .venv
 BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip --disable-pip-version-check
 PYTEST := $(BIN)/python -m pytest
-# One torch thread per worker: two workers on two cores would otherwise fight for them.
+# One torch thread per worker: two workers on two cores would otherwise fight for them. Each begins with a part of the
+# tests in their order, and who is done takes of another's rest: no core waits for the last long file.
 WORKERS ?= 2
-PARALLEL := OMP_NUM_THREADS=1 $(PYTEST) -n $(WORKERS) --dist loadfile
+PARALLEL := OMP_NUM_THREADS=1 $(PYTEST) -n $(WORKERS) --dist worksteal
 
 # `make test-versions`: the oldest and the newest supported release, laid over the environment without what they ask for.
 TRANSFORMERS ?= 5.18.0 5.24.0
@@ -17,11 +18,11 @@ OVERLAYS := $(abspath $(VENV))/overlays
 TRITON ?= 3.6.0 3.7.0 3.7.1 3.8.0
 AUDIT_OPTIONS ?= --json docs/gpu_versions.json
 # What is tested with them: the cache, and the engine's seam.
-VERSIONED := tests/cache $(patsubst %,tests/batching/test_%.py,equality entry engine capacity server start) \
+VERSIONED := tests/cache $(patsubst %,tests/batching/test_%.py,equality entry engine capacity server start ids refusals) \
 	$(patsubst %,tests/batching/upstream/test_%.py,allocators places requests pause)
 # Those of the cache's tests that are about the cache alone; releases of transformers differ in what the others touch.
-UNVERSIONED := block_policy block_table beam_reorder interrupted native_backend offloading_counts offloading_limits overhead read_only_views shared_pool_threads \
-	states_checked two_readers wide_batches
+UNVERSIONED := block_policy block_table beam_reorder interrupted native_backend memory_given_back numbers offloading_counts offloading_limits overhead read_only_views \
+	shared_pool_threads states_checked two_readers wide_batches
 # `make test-matrix`: rows of tests/matrix.py (none: all), where their environments are, arguments for pytest and for it.
 ROWS ?=
 MATRIX_ENVS ?= .matrix

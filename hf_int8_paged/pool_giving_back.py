@@ -50,7 +50,7 @@ class PoolGivingBack:
     def _give_back_unused(self) -> bool:
         """Give back what nobody uses. Returns whether there was any."""
         if self._is_unused():
-            had = any(x.nbytes for x in (*self.storages.values(), *list(self.first_tokens)))
+            had = any(x.nbytes for x in self.storages.values()) or any(x.nbytes for x in list(self.first_tokens))
             self._start_over()
             return had
         return self._give_back_ends()
