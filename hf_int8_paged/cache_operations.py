@@ -34,7 +34,8 @@ class CacheOperations(DynamicCache):
 
     @whole
     def reset(self) -> None:
-        """Forget all tokens. The memory stays allocated."""
+        """Forget all tokens. The memory stays allocated, and so does the mean key that ``center_keys`` subtracts: what
+        comes next is rounded as beside the old tokens, where a new cache would take its own mean."""
         self._newest = self._prompt_key = None
         self._sequences.clear()
         for layer in self._own_layers():

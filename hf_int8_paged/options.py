@@ -39,7 +39,7 @@ class PoolOptions(NamedTuple):
         Raises:
             TypeError, ValueError: one of them is of the wrong kind or out of range.
         """
-        block_size = _integer("block_size", self.block_size)
+        block_size = checked_integer("block_size", self.block_size)
         if block_size <= 0 or block_size % 16:
             raise ValueError(f"block_size must be a positive multiple of 16, got {block_size}")
         max_tokens = _limit("max_tokens", self.max_tokens)
@@ -69,7 +69,7 @@ class PoolOptions(NamedTuple):
 
     def _checked_offloading(self) -> dict[str, Any]:
         offloading = _switch("offloading", self.offloading)
-        resident_layers = _integer("resident_layers", self.resident_layers)
+        resident_layers = checked_integer("resident_layers", self.resident_layers)
         if resident_layers < 0:
             raise ValueError(f"resident_layers must be at least 0, got {resident_layers}")
         for name in ("resident_layers", "offload_folder"):
@@ -111,7 +111,7 @@ def check_cache_options(
     options = CacheOptions(
         _limit("max_batch_size", max_batch_size),
         _limit("max_cache_len", max_cache_len),
-        _integer("sink_tokens", sink_tokens),
+        checked_integer("sink_tokens", sink_tokens),
     )
     if not 0 <= options.sink_tokens <= MAX_FIRST_TOKENS:
         raise ValueError(f"sink_tokens must be between 0 and {MAX_FIRST_TOKENS}, got {sink_tokens}")
@@ -203,7 +203,12 @@ def checked_device(device: Any) -> torch.device:
     return asked
 
 
-def _integer(name: str, value: Any) -> int:
+def checked_integer(name: str, value: Any) -> int:
+    """An option that is an integer of any library, as Python's own.
+
+    Raises:
+        TypeError: it is none.
+    """
     try:
         if isinstance(value, bool):
             raise TypeError
@@ -216,7 +221,7 @@ def _integer(name: str, value: Any) -> int:
 def _limit(name: str, value: Any) -> int | None:
     if value is None:
         return None
-    limit = _integer(name, value)
+    limit = checked_integer(name, value)
     if limit < 1:
         raise ValueError(f"{name} must be at least 1, got {limit}; None sets no limit")
     return limit

@@ -10,7 +10,7 @@ import torch
 from .byte_sizes import bytes_as_text, parse_bytes
 from .geometry import LayerGeometry, layer_geometry
 from .kernels import INT8
-from .options import PoolOptions, _integer, check_cache_options, decoder_config
+from .options import PoolOptions, check_cache_options, checked_integer, decoder_config
 from .without_cache import keeps_no_cache
 
 #: No context is as long.
@@ -217,7 +217,7 @@ def _positive(config: Any, name: str) -> int | None:
 
 
 def _count(name: str, value: Any, least: int) -> int:
-    count = _integer(name, value)
+    count = checked_integer(name, value)
     if count < least:
         raise ValueError(f"{name} must be at least {least}, got {count}")
     return count
