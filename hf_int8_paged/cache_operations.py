@@ -101,11 +101,11 @@ class CacheOperations(DynamicCache):
         """Repeat every sequence ``repeats`` times in place. The copies share all blocks.
 
         Raises:
-            TypeError, ValueError: no integer, or a negative one. Nothing has changed then.
+            TypeError, RuntimeError: no integer, or a negative one. Nothing has changed then.
         """
         repeats = as_integer("batch_repeat_interleave takes a number of copies", repeats)
         if repeats < 0:
-            raise ValueError(f"batch_repeat_interleave takes a number of copies, at least 0, got {repeats}")
+            raise RuntimeError(f"batch_repeat_interleave takes a number of copies, at least 0, got {repeats}")
         rows = torch.arange(self._batch or 0).repeat_interleave(repeats).tolist()
         others = self._require("batch_repeat_interleave")
         self._select(rows)

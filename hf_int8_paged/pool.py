@@ -118,7 +118,8 @@ class PagedInt8Pool(PoolBudget, PoolCentring):
             only_user: whether no block of the layer holds a token of another cache; asked while nobody can allocate.
 
         Raises:
-            ValueError: another cache of this pool uses the layer with other heads or widths, or on another device.
+            ValueError: another cache of this pool uses the layer with another window, with other heads or widths, or on
+                another device.
             CacheFullError: the layer does not fit into ``max_bytes``.
         """
         with self.access.exclusive():
@@ -130,7 +131,15 @@ class PagedInt8Pool(PoolBudget, PoolCentring):
                 theirs = LayerShape(held.num_kv_heads, held.head_dim, held.v_head_dim, device)
             if held is not None and mine == theirs and layer in self._members[group]:
                 return held.backend
+            others = [name for name, layers in self._members.items() if name != group and layer in layers]
+            if any(self.allocators[name].num_used for name in others):
+                raise ValueError(
+                    f"layer {layer} of this pool holds tokens as one of {', '.join(others)}, but keys came for one of "
+                    f"{group}; use one pool per model"
+                )
             if theirs is None or mine == theirs or only_user():
+                for name in others:
+                    self._members[name].remove(layer)
                 empty = None if self.offloaded is None else self.offloaded.memory_for(layer, mine.device)
                 blocks = self.blocks_that_fit(layer, group, mine)
                 try:

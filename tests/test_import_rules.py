@@ -61,7 +61,6 @@ SEAM = (
     "masks",
     "once",
     "dense_attention",
-    "gradients",
     "mask_function",
     "operators",
     "attention",

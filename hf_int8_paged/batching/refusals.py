@@ -16,12 +16,12 @@ class PromptError(ValueError):
 
 
 class RequestIdTakenError(ValueError):
-    """A request with the id of one that is under way."""
+    """A request with the id of one that is under way, or whose results nobody has taken."""
 
     def __init__(self, request_id: str):
         super().__init__(
-            f"a request with the id {request_id!r} is under way; wait for its end, cancel it and wait for the engine's "
-            "next steps, or give another id"
+            f"a request with the id {request_id!r} is under way; wait for its end and take its results, cancel it and "
+            "wait for the engine's next steps, or give another id"
         )
 
 

@@ -77,6 +77,7 @@ class Router(OutputRouter):
         with self._lock:
             self.result_handlers.pop(request_id, None)  # type: ignore[arg-type]
             self._expected.discard(request_id)
+            self._forgotten.pop(request_id, None)
             self._forgotten[request_id] = None
             if len(self._forgotten) > FORGOTTEN:
                 del self._forgotten[next(iter(self._forgotten))]
@@ -101,7 +102,7 @@ class Router(OutputRouter):
         """
         with self._lock:
             under_way = [name for name in (request_id, *self._children(request_id)) if name in self._expected]
-            for name in under_way:
+            for name in {*under_way, *self._waiting(request_id)}:
                 self.forget(name)
                 self.take(name)
             self.forget(request_id)
@@ -126,11 +127,12 @@ class Router(OutputRouter):
             others: those of the other sequences that it returns.
 
         Returns:
-            Whether all these ids are free; else nothing has changed.
+            Whether all these ids are free, and no result of an earlier request with one of them waits to be taken;
+            else nothing has changed.
         """
         names = {request_id, *others}
         with self._lock:
-            if not self.are_free(names):
+            if not self.are_free(names) or not names.isdisjoint(self._waiting(request_id)):
                 return False
             self._expected |= names
             for name in names:
@@ -151,6 +153,12 @@ class Router(OutputRouter):
             waiting.clear()
             waiting.extend(others)
             return mine
+
+    def _waiting(self, request_id: str) -> set[str]:
+        """Of a request and the other sequences that it returns, those whose results wait in the queue."""
+        with self.output_queue.mutex:
+            names = {output.request_id for output in self.output_queue.queue}
+        return {name for name in names if name == request_id or str(name).startswith(f"{request_id}__child#")}
 
     def _children(self, request_id: str | None) -> list[str]:
         return [name for name in self._expected if name.startswith(f"{request_id}__child#")]

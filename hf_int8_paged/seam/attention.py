@@ -24,7 +24,6 @@ from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
 from ..kernels import MAX_DECODE_ROWS, Scoring
 from .dense_attention import dense_attention
-from .gradients import RecomputedAttention, learns
 from .mask_function import Pattern, int8_paged_mask, pattern_of
 from .masks import causal_rows, with_bias, with_selected_keys
 from .once import hint_at_another_cache, no_weights
@@ -108,6 +107,8 @@ def int8_paged_attention(
         build_block_mask: Any = module.indexer.build_block_mask  # type: ignore[union-attr]
         attention_mask = build_block_mask(block_indices, attention_mask, *size, position_ids.expand(len(query), -1))
     window = None
+    # Kernels have no gradients.
+    learns = torch.is_grad_enabled() and (query.requires_grad or (s_aux is not None and s_aux.requires_grad))
     if torch.compiler.is_compiling():
         if isinstance(key, PagedView):
             # A cache that grows: what reads its block tables is no part of a graph.
@@ -118,7 +119,8 @@ def int8_paged_attention(
         layer = layer_of(key, value)
         if layer is not None and query.shape[2] > 1 and attention_mask is None:
             attention_mask = layer.rows_that_see(query.shape[2])
-        if layer is not None and position_bias is None and not dropout and query.shape[2] == 1 and sinks is None:
+        plain = position_bias is None and sinks is None and not dropout and not learns
+        if layer is not None and plain and query.shape[2] == 1:
             mask = None if attention_mask is None else attention_mask[:, 0, 0].expand(query.shape[0], -1)
             scale = query.shape[-1] ** -0.5 if scaling is None else scaling
             of_all_heads = attention_mask is None or attention_mask.shape[1] == 1
@@ -129,7 +131,7 @@ def int8_paged_attention(
         window = content.layer.window
         paired = value.content == content and value.is_values > key.is_values
         pattern = pattern_of(attention_mask)
-        if paired and position_bias is None and sinks is None and not dropout:
+        if paired and position_bias is None and sinks is None and not dropout and not learns:
             causal = is_causal if is_causal is not None else getattr(module, "is_causal", True)
             key_mask = _as_key_mask(attention_mask, pattern, query, key, causal)
             scale = query.shape[-1] ** -0.5 if scaling is None else scaling
@@ -138,21 +140,7 @@ def int8_paged_attention(
                 scoring = plain_scoring(scale, softcap)
                 if s_aux is not None or key_mask[0] is not None:
                     scoring = Scoring(scale, softcap, s_aux, *key_mask)
-                if not learns(query, s_aux):
-                    return content.layer.attend(query, scoring, content.stop), None
-
-                def kernel(query: torch.Tensor, s_aux: torch.Tensor | None) -> torch.Tensor:
-                    return content.layer.attend(query, scoring, content.stop)
-
-                def dense(query: torch.Tensor, s_aux: torch.Tensor | None) -> torch.Tensor:
-                    keys, values, mask = _as_dense(key, value, attention_mask)
-                    keys, values = keys.to(query.dtype), values.to(query.dtype)
-                    return _attend_densely(
-                        module, query, keys, values, mask,
-                        window=window, scaling=scaling, is_causal=is_causal, softcap=softcap, sinks=s_aux,
-                    )  # fmt: skip
-
-                return RecomputedAttention.apply(query, s_aux, kernel, dense), None
+                return content.layer.attend(query, scoring, content.stop), None
             if key_mask is not None and content.fresh is not None and _may_extend(content, query):
                 content.check_epoch()
                 fresh = content.fresh[0].to(query.dtype), content.fresh[1].to(query.dtype)
@@ -257,8 +245,6 @@ def _may_extend(content: Content, query: torch.Tensor) -> bool:
     are those that SDPA would take."""
     assert content.fresh is not None
     if not query.shape[2] == content.fresh[0].shape[2] < content.stop or not content.layer.long_chunks:
-        return False
-    if learns(query):
         return False
     return _autocasts(query) or all(x.dtype == query.dtype for x in content.fresh)
 

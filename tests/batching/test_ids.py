@@ -40,6 +40,26 @@ def test_two_requests_at_once_cannot_have_one_id() -> None:
         manager.stop()
 
 
+def test_an_id_whose_results_nobody_has_taken() -> None:
+    """The next request's caller would take them for its own."""
+    with held_with_one_request() as (manager, loop):
+        manager.add_request([1, 2, 3], request_id="other")
+        loop.go_on.set()
+        while len(manager.output_router.output_queue.queue) < 2:
+            assert manager.is_running()
+            time.sleep(0.01)
+        for request_id in ("mine", "other"):
+            with pytest.raises(RequestIdTakenError, match="take its results"):
+                manager.add_request([4, 5], request_id=request_id)
+        assert finished(manager).request_id in ("mine", "other")
+        manager.cancel_request("mine")
+        manager.cancel_request("other")
+        assert not manager.output_router.output_queue.queue
+        manager.add_request([4, 5], request_id="mine", max_new_tokens=3)
+        assert len(finished(manager).generated_tokens) == 3
+        manager.stop()
+
+
 def test_the_engines_own_ids_are_those_that_are_free() -> None:
     with manager_for(batching_model(LLAMA)) as manager:
         manager.add_request([1, 2], request_id="req_0")
@@ -146,12 +166,14 @@ def test_what_is_cancelled_while_it_does_not_run_cancels_no_later_request(when: 
         manager.stop()
 
 
-def test_an_id_is_expected_until_its_last_result() -> None:
+def test_an_id_is_expected_until_its_last_result_is_taken() -> None:
     router = Router()
     assert router.expect("a", [])
     router.deliver(GenerationOutput(request_id="a", status=RequestStatus.DECODING))
     assert not router.expect("a", [])
     router.deliver(GenerationOutput(request_id="a", status=RequestStatus.FAILED))
+    assert not router.expect("a", []), "nobody has taken its results"
+    assert len(router.take("a")) == 2
     assert router.expect("a", [])
     router.refuse("a")
     assert router.expect("a", ["a__child#0"])

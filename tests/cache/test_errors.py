@@ -215,6 +215,26 @@ def test_a_pool_of_another_model():
         PagedInt8Cache(llama().config, pool=pool, block_size=32)
 
 
+@pytest.mark.parametrize("max_bytes", [None, 100 << 10])
+def test_a_pool_of_a_model_whose_layers_have_other_windows(max_bytes):
+    pool = PagedInt8Pool(max_bytes=max_bytes)
+    mine, windows = llama(), tiny_model("mistral")
+    windows.set_attn_implementation("int8_paged")
+    cache, other = PagedInt8Cache(mine.config, pool=pool), PagedInt8Cache(windows.config, pool=pool)
+    with torch.no_grad():
+        mine(random_ids(2, 40), past_key_values=cache)
+        before = contents(cache)
+        with pytest.raises(ValueError, match="layer 0 of this pool holds tokens as one of full_attention"):
+            windows(random_ids(2, 20), past_key_values=other)
+        assert_unchanged(cache, before)
+        del before
+        cache.reset()
+        windows(random_ids(2, 20), past_key_values=other)  # nothing is in the way then
+        assert other.get_seq_length() == 20
+        with pytest.raises(ValueError, match="layer 0 of this pool holds tokens as one of sliding_attention_20"):
+            mine(random_ids(2, 40), past_key_values=cache)
+
+
 def test_faulty_rows_reach_the_output_as_nan_and_only_where_they_are_seen():
     model = llama()
     cache = filled(model, batch=2)

@@ -70,6 +70,24 @@ def test_a_later_step_has_the_gradients_of_dense_attention(name: str, tokens: in
         torch.testing.assert_close(found["int8_paged"][parameter], expected, rtol=0, atol=atol, msg=parameter)
 
 
+@pytest.mark.parametrize("options", [{}, {"max_batch_size": 1, "max_cache_len": 256}], ids=["growing", "preallocated"])
+def test_gradients_are_those_of_what_a_step_has_read(options: dict[str, Any]):
+    """Whatever the cache has let go since: a window moves on, and the cache is reset before the backward pass."""
+    model, found = tiny_model("mistral", num_hidden_layers=1), []
+    for implementation in ("eager", "int8_paged"):
+        model.set_attn_implementation(implementation)
+        cache = PagedInt8Cache(model.config, backend="reference", **options)
+        with torch.no_grad():
+            model(random_ids(1, 30), past_key_values=cache)
+        model.zero_grad()
+        steps = random_ids(1, 120, seed=3).split(1, dim=1)
+        loss: Any = sum(model(ids, past_key_values=cache).logits.logsumexp(-1).mean() for ids in steps)
+        cache.reset()
+        loss.backward()
+        found.append(model.model.layers[0].self_attn.q_proj.weight.grad)
+    torch.testing.assert_close(found[1], found[0], rtol=0, atol=1e-5 * float(found[0].abs().max()))
+
+
 def test_gradient_checkpointing_leaves_the_cache_empty():
     """transformers says so, and goes on without a cache."""
     model = tiny_model("llama")

@@ -194,7 +194,7 @@ def test_a_backend_takes_only_its_own_tile_order(backend: str) -> None:
 
 @pytest.mark.skipif(os.environ.get("TRITON_INTERPRET") == "1", reason="the interpreter serves the CPU")
 def test_a_named_backend_that_cannot_serve_the_device_is_refused_not_replaced() -> None:
-    with pytest.raises(ValueError, match=r"backend 'triton' cannot serve device 'cpu' .*working here: reference"):
+    with pytest.raises(ValueError, match=r"backend 'triton' cannot serve device 'cpu': .*working here: reference"):
         resolve_backend("triton", torch.device("cpu"))
     with pytest.raises(ValueError, match="backend 'cpu' cannot serve device 'cuda'"):
         resolve_backend("cpu", torch.device("cuda"))
