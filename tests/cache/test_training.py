@@ -88,6 +88,20 @@ def test_gradients_are_those_of_what_a_step_has_read(options: dict[str, Any]):
     torch.testing.assert_close(found[1], found[0], rtol=0, atol=1e-5 * float(found[0].abs().max()))
 
 
+def test_a_compiled_step_has_the_same_gradients():
+    model, found = tiny_model("llama", num_hidden_layers=1), []
+    model.set_attn_implementation("int8_paged")
+    for forward in (model.forward, torch.compile(model.forward, backend="aot_eager")):
+        cache = PagedInt8Cache(model.config, backend="reference", max_batch_size=2, max_cache_len=64)
+        with torch.no_grad():
+            model(random_ids(2, 30), past_key_values=cache)
+        model.zero_grad()
+        forward(random_ids(2, 1, seed=3), past_key_values=cache).logits.logsumexp(-1).mean().backward()
+        found.append(model.model.layers[0].self_attn.q_proj.weight.grad)
+    assert found[0].abs().max() > 0
+    torch.testing.assert_close(found[1], found[0], rtol=0, atol=1e-5 * float(found[0].abs().max()))
+
+
 def test_gradient_checkpointing_leaves_the_cache_empty():
     """transformers says so, and goes on without a cache."""
     model = tiny_model("llama")
