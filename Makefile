@@ -21,7 +21,7 @@ AUDIT_OPTIONS ?= --json docs/gpu_versions.json
 VERSIONED := tests/cache $(patsubst %,tests/batching/test_%.py,equality entry engine capacity server start ids refusals) \
 	$(patsubst %,tests/batching/upstream/test_%.py,allocators places requests pause)
 # Those of the cache's tests that are about the cache alone; releases of transformers differ in what the others touch.
-UNVERSIONED := block_policy block_table beam_reorder interrupted native_backend memory_given_back numbers offloading_counts offloading_limits overhead read_only_views \
+UNVERSIONED := block_policy block_table beam_reorder interrupted native_backend memory_given_back refused_giving_back numbers offloading_counts offloading_limits overhead read_only_views \
 	shared_pool_threads states_checked two_readers wide_batches
 # `make test-matrix`: rows of tests/matrix.py (none: all), where their environments are, arguments for pytest and for it.
 ROWS ?=
