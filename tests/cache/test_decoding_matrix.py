@@ -227,7 +227,9 @@ def test_a_position_bias_over_a_preallocated_cache(which: str, implementation: s
     model, ids = model_of("t5"), random_ids(2, 37, seed=6)
     model.set_attn_implementation(implementation)
     room: dict[str, Any] = {"max_batch_size": 2, "max_cache_len": 40}
-    of_cross = {} if which == "decoder" else room if implementation == "int8_paged" else room | {"max_cache_len": 37}
+    # In 5.18 T5 keeps the name from its decoder, which reads dense views.
+    knows = model.get_decoder().config._attn_implementation == "int8_paged"
+    of_cross = {} if which == "decoder" else room if knows else room | {"max_cache_len": 37}
     tokens = []
     for options in (({}, {}), (room, of_cross)):
         cache = EncoderDecoderCache(*(PagedInt8Cache(model.config, backend="reference", **x) for x in options))
