@@ -1,27 +1,10 @@
-"""Which sequences of a batch an index means, and which number is one, decided on the host before anything changes."""
+"""Which sequences of a batch an index means, decided on the host before anything changes."""
 
 from __future__ import annotations
 
-import operator
 from typing import Any
 
 import torch
-
-
-def as_integer(what: str, value: Any) -> int:
-    """An integer of any library as Python's own.
-
-    Args:
-        what: the operation and what it takes, for the message.
-        value: an integer, also in an array or a tensor without axes.
-
-    Raises:
-        TypeError: it is none.
-    """
-    try:
-        return operator.index(value)
-    except TypeError as error:
-        raise TypeError(f"{what}, an integer, got {value!r}") from error
 
 
 def selected_rows(indices: Any, batch: int) -> list[int]:

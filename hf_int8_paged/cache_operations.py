@@ -8,11 +8,12 @@ from typing import TYPE_CHECKING, Any
 import torch
 from transformers.cache_utils import DynamicCache, LinearAttentionCacheLayerMixin
 
-from .batch_rows import as_integer, reordered_rows, selected_rows
+from .batch_rows import reordered_rows, selected_rows
 from .hybrid import PagedInt8HybridLayer
 from .layer import PagedInt8Layer
 from .offloading.storages import made_for_offloading
 from .one_thread import whole
+from .options import checked_integer
 
 if TYPE_CHECKING:
     from typing_extensions import Self
@@ -53,7 +54,7 @@ class CacheOperations(DynamicCache):
             RuntimeError: tokens have fallen out of a sliding window that would be visible again, or a layer has not
                 recorded its past; see `activate_past_recording`. Nothing has changed then.
         """
-        tokens_to_remove = as_integer("crop takes minus the number of tokens to remove", tokens_to_remove)
+        tokens_to_remove = checked_integer("tokens_to_remove", tokens_to_remove)
         if tokens_to_remove > 0:
             raise ValueError(f"crop takes minus the number of tokens to remove, got {tokens_to_remove}")
         others = self._require("crop")
@@ -103,7 +104,7 @@ class CacheOperations(DynamicCache):
         Raises:
             TypeError, RuntimeError: no integer, or a negative one. Nothing has changed then.
         """
-        repeats = as_integer("batch_repeat_interleave takes a number of copies", repeats)
+        repeats = checked_integer("repeats", repeats)
         if repeats < 0:
             raise RuntimeError(f"batch_repeat_interleave takes a number of copies, at least 0, got {repeats}")
         rows = torch.arange(self._batch or 0).repeat_interleave(repeats).tolist()

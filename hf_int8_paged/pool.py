@@ -138,8 +138,6 @@ class PagedInt8Pool(PoolBudget, PoolCentring):
                     f"{group}; use one pool per model"
                 )
             if theirs is None or mine == theirs or only_user():
-                for name in others:
-                    self._members[name].remove(layer)
                 empty = None if self.offloaded is None else self.offloaded.memory_for(layer, mine.device)
                 blocks = self.blocks_that_fit(layer, group, mine)
                 try:
@@ -161,6 +159,8 @@ class PagedInt8Pool(PoolBudget, PoolCentring):
                     self._starts_over = True
                     raise
                 self.storages[layer] = new
+                for name in others:
+                    self._members[name].remove(layer)
                 if layer not in self._members[group]:
                     self._members[group].append(layer)
                 return new.backend

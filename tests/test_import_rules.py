@@ -54,17 +54,7 @@ ORDER = (
     "prompt_store",
 )
 #: Within folders.
-SEAM = (
-    "read_only",
-    "views",
-    "padding",
-    "masks",
-    "once",
-    "dense_attention",
-    "mask_function",
-    "operators",
-    "attention",
-)
+SEAM = ("read_only", "views", "padding", "masks", "once", "dense_attention", "mask_function", "operators", "attention")
 SEQUENCES = (
     "block_table", "first_tokens", "state", "group", "prompts", "memory", "room", "growing_room",
     "recovery", "growing", "preallocated_budget", "preallocated_room", "preallocated", "device_step",

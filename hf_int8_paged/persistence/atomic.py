@@ -7,7 +7,7 @@ import errno
 import os
 import secrets
 import stat
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import BinaryIO
 
@@ -83,16 +83,13 @@ def _part_file(path: Path, permissions: int) -> tuple[int, Path]:
     name = path.name
     while len(os.fsencode(name)) > _NAME_MAX:
         name = name[:-1]
-    if fcntl is None:
-        return _new_file(path.parent, name, permissions)
-    with _locked(path.parent) as alone:  # between its creation and its lock a file would look abandoned
-        for left in path.parent.glob(f".{_escaped(name)}.*{SUFFIX}") if alone else ():
-            with contextlib.suppress(OSError), open(left, "rb") as file:
-                fcntl.flock(file.fileno(), fcntl.LOCK_EX | fcntl.LOCK_NB)
-                left.unlink()
+    with alone_in(path.parent) as alone:
+        if alone:
+            delete_abandoned(path.parent.glob(f".{_escaped(name)}.*{SUFFIX}"))
         number, part = _new_file(path.parent, name, permissions)
-        with contextlib.suppress(OSError):  # a file system without locks
-            fcntl.flock(number, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        if fcntl is not None:
+            with contextlib.suppress(OSError):  # a file system without locks
+                fcntl.flock(number, fcntl.LOCK_EX | fcntl.LOCK_NB)
         return number, part
 
 
@@ -105,9 +102,21 @@ def _new_file(folder: Path, name: str, permissions: int) -> tuple[int, Path]:
             return os.open(part, flags, permissions), part
 
 
+def delete_abandoned(parts: Iterable[Path]) -> None:
+    """Delete those of some files that nobody has locked: the processes that wrote them were killed. Call it inside
+    `alone_in`, as between its creation and its lock a file looks abandoned."""
+    for part in parts:
+        with contextlib.suppress(OSError), open(part, "rb") as file:
+            fcntl.flock(file.fileno(), fcntl.LOCK_EX | fcntl.LOCK_NB)
+            part.unlink()
+
+
 @contextlib.contextmanager
-def _locked(folder: Path) -> Iterator[bool]:
-    """Whether nobody else is in here for the same folder: False on a file system that does not lock folders."""
+def alone_in(folder: Path) -> Iterator[bool]:
+    """Whether nobody else is in here for the same folder: False where folders cannot be locked."""
+    if fcntl is None:
+        yield False
+        return
     descriptor = os.open(folder, os.O_RDONLY)
     try:
         alone = False

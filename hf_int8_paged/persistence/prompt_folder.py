@@ -5,16 +5,11 @@ from __future__ import annotations
 import contextlib
 import os
 import re
-from collections.abc import Collection, Iterator
+from collections.abc import Collection
 from pathlib import Path
 from typing import Any
 
-from .atomic import SUFFIX
-
-try:
-    import fcntl
-except ImportError:  # Windows: files that killed processes were writing stay until somebody deletes them
-    fcntl = None  # type: ignore[assignment]
+from .atomic import SUFFIX, alone_in, delete_abandoned
 
 #: Ends the names of stored prompts.
 ENDING = ".safetensors"
@@ -38,23 +33,6 @@ def absolute_folder(folder: Any) -> Path:
     return Path(os.path.abspath(os.path.expanduser(path)))
 
 
-@contextlib.contextmanager
-def alone_in(folder: Path) -> Iterator[None]:
-    """Nobody else makes files that are to replace others, or begins an index anew, in this folder meanwhile."""
-    if fcntl is None:
-        yield
-        return
-    number = os.open(folder, os.O_RDONLY)
-    try:
-        with contextlib.suppress(OSError):  # a file system without locks
-            fcntl.flock(number, fcntl.LOCK_EX)
-        yield
-    finally:
-        with contextlib.suppress(OSError):
-            fcntl.flock(number, fcntl.LOCK_UN)  # for processes, too, that were forked meanwhile
-        os.close(number)
-
-
 def delete_unknown(folder: Path, known: Collection[str]) -> None:
     """Delete files of a store that no entry names, and those that nobody writes any more: left by killed processes.
 
@@ -69,11 +47,7 @@ def delete_unknown(folder: Path, known: Collection[str]) -> None:
         if _STORED.fullmatch(name) and name not in known:
             with contextlib.suppress(OSError):
                 os.unlink(folder / name)
-    parts = [name for name in names if _PART.fullmatch(name)]
-    if fcntl is None or not parts:
-        return
-    with alone_in(folder):  # between its creation and its lock a file looks abandoned
-        for name in parts:
-            with contextlib.suppress(OSError), open(folder / name, "rb") as file:
-                fcntl.flock(file.fileno(), fcntl.LOCK_EX | fcntl.LOCK_NB)
-                os.unlink(folder / name)
+    parts = [folder / name for name in names if _PART.fullmatch(name)]
+    if parts:
+        with alone_in(folder) as alone:
+            delete_abandoned(parts if alone else ())

@@ -9,7 +9,7 @@ from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from .prompt_folder import alone_in
+from .atomic import alone_in
 
 _TABLES = """
 CREATE TABLE IF NOT EXISTS entries (

@@ -146,61 +146,41 @@ def int8_paged_attention(
                 fresh = content.fresh[0].to(query.dtype), content.fresh[1].to(query.dtype)
                 scoring = Scoring(scale, softcap, s_aux, *key_mask)
                 return content.layer.attend(query, scoring, content.stop, fresh), None
-        key, value, attention_mask, position_bias = _as_dense(key, value, attention_mask, position_bias)
+        columns, (key, value) = key.shape[2], (key.tokens(), value.tokens())
+        # Of a preallocated cache they go on behind the newest token.
+        if attention_mask is not None and attention_mask.shape[-1] == columns:
+            attention_mask = attention_mask[..., : key.shape[2]]
+        if position_bias is not None and position_bias.shape[-1] == columns:
+            position_bias = position_bias[..., : key.shape[2]]
     elif key.shape[2] > query.shape[2]:
         hint_at_another_cache(sys._getframe(2))
-    out = _attend_densely(
-        module, query, key, value, attention_mask,
-        window=window, dropout=dropout, scaling=scaling, is_causal=is_causal, softcap=softcap,
-        position_bias=position_bias, sinks=s_aux if sinks is None else sinks,
-    )  # fmt: skip
-    return out, None
-
-
-def _as_dense(key: Any, value: Any, *by_column: torch.Tensor | None) -> tuple[Any, ...]:
-    """Of two `PagedView` dense keys and values, and of what has a column for each key, or is None, those columns. A
-    preallocated cache has columns behind the newest token too."""
-    columns, keys, values = key.shape[2], key.tokens(), value.tokens()
-    cut = (x if x is None or x.shape[-1] != columns else x[..., : keys.shape[2]] for x in by_column)
-    return (keys, values, *cut)
-
-
-def _attend_densely(
-    module: torch.nn.Module,
-    query: torch.Tensor,
-    key: torch.Tensor,
-    value: torch.Tensor,
-    attention_mask: torch.Tensor | None,
-    *,
-    window: int | None,
-    dropout: float = 0.0,
-    scaling: float | None = None,
-    is_causal: bool | None = None,
-    softcap: float | None = None,
-    position_bias: torch.Tensor | None = None,
-    sinks: torch.Tensor | None = None,
-) -> torch.Tensor:
-    """Attention over dense keys and values: SDPA's, or ours where SDPA has no such argument. Arguments are those of
-    `int8_paged_attention`, ``sinks`` also ``[num_q_heads]``; ``window`` is the layer's, where the mask says nothing."""
     causal = is_causal if is_causal is not None else getattr(module, "is_causal", True)
     q_len, kv_len = query.shape[2], key.shape[2]
     # Without a mask a chunk over a past sees what the kernels would let it see, and a first prompt all, as in SDPA.
     if attention_mask is None and causal and 1 < q_len < kv_len:
         attention_mask = causal_rows(q_len, kv_len, query.device, window)
-    if softcap is None and sinks is None:
-        out, _ = sdpa_attention_forward(
-            module, query, key, value, attention_mask,
-            dropout=dropout, scaling=scaling, is_causal=is_causal, position_bias=position_bias,
-        )  # fmt: skip
-        return out
+    if softcap is None and s_aux is None and sinks is None:
+        return sdpa_attention_forward(
+            module,
+            query,
+            key,
+            value,
+            attention_mask,
+            dropout=dropout,
+            scaling=scaling,
+            is_causal=is_causal,
+            position_bias=position_bias,
+        )
     if position_bias is not None:
         if attention_mask is None and causal and q_len > 1:
             attention_mask = causal_rows(q_len, kv_len, query.device)
         attention_mask = with_bias(attention_mask, position_bias)
-    return dense_attention(
+    sinks = s_aux if sinks is None else sinks
+    out = dense_attention(
         query, key, value, attention_mask,
         dropout=dropout, scaling=scaling, causal=causal, softcap=softcap, sinks=sinks,
     )  # fmt: skip
+    return out, None
 
 
 #: `Scoring` of a factor and a softcap alone: all layers of most models share one.

@@ -21,7 +21,7 @@ PREALLOCATED = {"max_batch_size": 4, "max_cache_len": 40}
 def test_numbers_that_are_no_integers(operation: str, number: object, options: dict[str, Any]):
     cache = filled(llama(), **options)
     before = contents(cache)
-    with pytest.raises(TypeError, match=rf"{operation} takes .*, an integer, got {re.escape(repr(number))}"):
+    with pytest.raises(TypeError, match=rf"must be an integer, got {re.escape(repr(number))}"):
         getattr(cache, operation)(number)
     assert all(map(torch.equal, contents(cache), before))
 

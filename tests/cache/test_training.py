@@ -44,6 +44,16 @@ def test_a_first_prompt_has_the_gradients_of_the_dense_cache(implementation, mon
     assert not cache.layers[0].keys.clone().requires_grad
 
 
+def after_a_prompt(model, implementation: str, batch: int, **options: Any) -> PagedInt8Cache:
+    """A cache with a prompt of 30 tokens in it, and a model without gradients."""
+    model.set_attn_implementation(implementation)
+    cache = PagedInt8Cache(model.config, backend="reference", **options)
+    with torch.no_grad():
+        model(random_ids(batch, 30), past_key_values=cache)
+    model.zero_grad()
+    return cache
+
+
 @pytest.mark.parametrize("name", ["llama", "mistral", "gpt_oss"])
 @pytest.mark.parametrize("tokens", [1, 5, 16, 17])
 @pytest.mark.parametrize("options", [{}, {"max_batch_size": 2, "max_cache_len": 64}], ids=["growing", "preallocated"])
@@ -55,11 +65,7 @@ def test_a_later_step_has_the_gradients_of_dense_attention(name: str, tokens: in
         model = tiny_model(name, num_hidden_layers=1)
     found = {}
     for implementation in ("eager", "int8_paged"):
-        model.set_attn_implementation(implementation)
-        cache = PagedInt8Cache(model.config, backend="reference", **options)
-        with torch.no_grad():
-            model(random_ids(2, 30), past_key_values=cache)
-        model.zero_grad()
+        cache = after_a_prompt(model, implementation, 2, **options)
         ids = random_ids(2, tokens, seed=3)
         model(ids, past_key_values=cache).logits.logsumexp(-1).mean().backward()
         found[implementation] = {k: x.grad for k, x in model.named_parameters() if x.grad is not None}
@@ -75,11 +81,7 @@ def test_gradients_are_those_of_what_a_step_has_read(options: dict[str, Any]):
     """Whatever the cache has let go since: a window moves on, and the cache is reset before the backward pass."""
     model, found = tiny_model("mistral", num_hidden_layers=1), []
     for implementation in ("eager", "int8_paged"):
-        model.set_attn_implementation(implementation)
-        cache = PagedInt8Cache(model.config, backend="reference", **options)
-        with torch.no_grad():
-            model(random_ids(1, 30), past_key_values=cache)
-        model.zero_grad()
+        cache = after_a_prompt(model, implementation, 1, **options)
         steps = random_ids(1, 120, seed=3).split(1, dim=1)
         loss: Any = sum(model(ids, past_key_values=cache).logits.logsumexp(-1).mean() for ids in steps)
         cache.reset()
@@ -90,12 +92,8 @@ def test_gradients_are_those_of_what_a_step_has_read(options: dict[str, Any]):
 
 def test_a_compiled_step_has_the_same_gradients():
     model, found = tiny_model("llama", num_hidden_layers=1), []
-    model.set_attn_implementation("int8_paged")
     for forward in (model.forward, torch.compile(model.forward, backend="aot_eager")):
-        cache = PagedInt8Cache(model.config, backend="reference", max_batch_size=2, max_cache_len=64)
-        with torch.no_grad():
-            model(random_ids(2, 30), past_key_values=cache)
-        model.zero_grad()
+        cache = after_a_prompt(model, "int8_paged", 2, max_batch_size=2, max_cache_len=64)
         forward(random_ids(2, 1, seed=3), past_key_values=cache).logits.logsumexp(-1).mean().backward()
         found.append(model.model.layers[0].self_attn.q_proj.weight.grad)
     assert found[0].abs().max() > 0
