@@ -74,7 +74,6 @@ def time_steps(
     """Seconds per forward pass of one token, a list for each context length and contestant. All take turns: a machine
     that slows down for a while slows all of them."""
     compile_config = compile_config or CompileConfig()
-    torch._dynamo.config.recompile_limit = 2 * len(contexts) * len(CONTESTANTS)  # a graph for each cache's sizes
     runners = list(itertools.product(contexts, CONTESTANTS))
     caches = {
         (context, name): filled(model, CONTESTANTS[name][1], batch, context, warmup + rounds)
@@ -83,19 +82,25 @@ def time_steps(
     ids = torch.ones(batch, 1, dtype=torch.long, device=model.device)
     times: dict[tuple[int, str], list[float]] = {runner: [] for runner in runners}
     shuffle = random.Random(0)
-    for step in tqdm(range(warmup + rounds), desc=f"batch {batch}", leave=False):
-        for context, name in shuffle.sample(runners, len(runners)):
-            model.set_attn_implementation(CONTESTANTS[name][0])
-            positions = torch.full((batch, 1), context + step, device=model.device)
-            forward = model.get_compiled_call(compile_config) if name in COMPILED else model
-            start = time.perf_counter()
-            forward(
-                ids, **{CACHE_ARGUMENT: caches[context, name]}, position_ids=positions, use_cache=True, logits_to_keep=1
-            )
-            if model.device.type == "cuda":
-                torch.cuda.synchronize()
-            if step >= warmup:
-                times[context, name].append(time.perf_counter() - start)
+    graphs = 2 * len(contexts) * len(CONTESTANTS)  # one for each cache's sizes
+    with torch._dynamo.config.patch(recompile_limit=graphs):
+        for step in tqdm(range(warmup + rounds), desc=f"batch {batch}", leave=False):
+            for context, name in shuffle.sample(runners, len(runners)):
+                model.set_attn_implementation(CONTESTANTS[name][0])
+                positions = torch.full((batch, 1), context + step, device=model.device)
+                forward = model.get_compiled_call(compile_config) if name in COMPILED else model
+                start = time.perf_counter()
+                forward(
+                    ids,
+                    **{CACHE_ARGUMENT: caches[context, name]},
+                    position_ids=positions,
+                    use_cache=True,
+                    logits_to_keep=1,
+                )
+                if model.device.type == "cuda":
+                    torch.cuda.synchronize()
+                if step >= warmup:
+                    times[context, name].append(time.perf_counter() - start)
     return times
 
 

@@ -13,7 +13,6 @@ import torch
 
 from ..kernels import Backend, FirstTokens, KvCacheQuant, Scoring, Tokens, load_backend, mean_key
 from ..layer_checks import LayerShape, check_first_states, shape_of
-from ..offloading.storages import Blocks
 from ..pool_centring import enough_for_mean
 from ..seam.views import PagedView
 from .memory import PreallocatedMemory
@@ -41,9 +40,6 @@ class PreallocatedRoom:
         self.window = window
         #: None before the first keys.
         self.memory: PreallocatedMemory | None = None
-        self.storages: dict[int, KvCacheQuant] = {}
-        self.for_reading: Blocks = self.storages
-        self.for_appending: Blocks = self.storages
         #: dtypes of the newest keys and values.
         self.dtypes = (torch.float32, torch.float32)
         #: Views made before tokens were moved are no longer valid.
@@ -65,6 +61,12 @@ class PreallocatedRoom:
     @property
     def batch_size(self) -> int | None:
         return self.sequences.batch_size
+
+    @property
+    def storages(self) -> dict[int, KvCacheQuant]:
+        return {} if self.memory is None else {self.index: self.memory.storage}
+
+    for_reading = for_appending = storages
 
     @property
     def storage(self) -> KvCacheQuant:
@@ -101,8 +103,7 @@ class PreallocatedRoom:
             )
         self.dtypes, self.may_be_empty, self.counted, self.first_held = dtypes, True, 0, 0
         self.epoch += 1
-        self.memory, self.storages = memory, {self.index: memory.storage}
-        self.for_reading = self.for_appending = self.storages
+        self.memory = memory
 
     def center(self, keys: torch.Tensor, tokens: torch.Tensor | None) -> None:
         center = self.storage.key_center

@@ -69,11 +69,17 @@ class Room(Protocol):
 
     preallocated: bool
     index: int
-    storages: dict[int, KvCacheQuant]
-    for_reading: Blocks
-    for_appending: Blocks
     window: int | None
     dtypes: tuple[torch.dtype, torch.dtype]
+
+    @property
+    def storages(self) -> dict[int, KvCacheQuant]: ...
+
+    @property
+    def for_reading(self) -> Blocks: ...
+
+    @property
+    def for_appending(self) -> Blocks: ...
 
     @property
     def shape(self) -> LayerShape | None: ...

@@ -1,7 +1,8 @@
 """The drill: an exception at every line of the package that an operation passes, and what the caller finds then.
 
 ``python -m tests.drill.drill`` injects at every point of every scenario and prints the counts; ``--sample 2000`` takes
-points at random. After each injection the caller either repeats the operation, or resets the cache and begins anew:
+points at random, ``--lines`` one at each line. After each injection the caller either repeats the operation, or resets
+the cache and begins anew:
 
 * the cache then holds exactly what an undisturbed one holds, or a sentence came (a ValueError or RuntimeError that
   names ``crop`` or ``reset``) whose advice leads there;
@@ -20,7 +21,7 @@ import sys
 import time
 import zlib
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from multiprocessing import get_context
 from typing import Any, NamedTuple
@@ -211,6 +212,18 @@ def injections() -> Iterator[Injection]:
                     yield Injection(name, kind, backend, point, EXCEPTIONS[number % 2], "resets")
 
 
+def one_at_each_line(everywhere: Iterable[Injection], seed: int) -> list[Injection]:
+    """One at every line that caches which grow pass, and one at every line that preallocated ones pass, all chosen at
+    random. Whether layers are offloaded is left to chance."""
+    shuffled = list(everywhere)
+    random.Random(seed).shuffle(shuffled)
+    chosen: dict[tuple[bool, str, int], Injection] = {}
+    for injection in shuffled:
+        point = injection.point
+        chosen.setdefault((injection.kind == "preallocated", point.file, point.line), injection)
+    return list(chosen.values())
+
+
 def drill(chosen: Sequence[Injection], show: int = 0) -> tuple[Counter[str], Counter[str]]:
     """Carry out these injections. Returns how often each outcome came, and how often each failure did.
 
@@ -243,6 +256,7 @@ def main() -> int:
     """Command line; the exit status says whether anything failed."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--sample", type=int, help="so many injections, chosen at random (default: all)")
+    parser.add_argument("--lines", action="store_true", help="one injection at each line, chosen at random")
     parser.add_argument("--seed", type=int, default=0, help="of the choice")
     parser.add_argument("--only", default="", help="scenarios whose name contains this")
     parser.add_argument("--kind", choices=sorted(KINDS), help="of the cache (default: all)")
@@ -255,6 +269,9 @@ def main() -> int:
     chosen = [x for x in chosen if options.at in f"{x.point.file}:{x.point.line} "]
     points = len({injection[:4] for injection in chosen})
     print(f"{points} points, {len(chosen)} injections")
+    if options.lines:
+        chosen = one_at_each_line(chosen, options.seed)
+        print(f"of them {len(chosen)}, one at each line, chosen with seed {options.seed}")
     if options.sample is not None:
         chosen = random.Random(options.seed).sample(chosen, min(options.sample, len(chosen)))
         print(f"of them {len(chosen)}, chosen with seed {options.seed}")
