@@ -58,13 +58,13 @@ def test_memory_refused_anywhere(way: str, monkeypatch: pytest.MonkeyPatch) -> N
     for number in count():
         cache = full_and_reset(pool_of(way))
         before = contents(cache)
-        operations, raised = run(lambda cache=cache: do(cache, 16, 8), number)  # type: ignore[misc]
+        lines, raised = run(lambda cache=cache: do(cache, 16, 8), number)  # type: ignore[misc]
         if isinstance(raised, CacheFullError):
             refused += 1
             assert contents(cache) == before
             do(cache, 16, 8)
         if raised is None or isinstance(raised, CacheFullError):  # else it was refused to the caller's own operation
             assert contents(cache) == expected
-        if number >= operations:
+        if number >= len(lines):
             break
     assert refused > 20

@@ -22,7 +22,7 @@ FILES = {
     "save_load": ("persistence", "save_load", "triton"),
     "files_between_backends": ("persistence", "save_load", "triton and every_other and llama"),
     "offloading": ("cache", "offloading", "triton"),
-    "layers_in_slots": ("cache", "offloading", "triton and copied and gemma2 and (beams or padded)"),
+    "layers_in_slots": ("cache", "offloading", "triton and copied and gemma2 and beams"),
 }
 
 

@@ -1,18 +1,20 @@
 """Memory refused at every operation that may ask for some, and what the caller finds then.
 
-``python -m tests.drill.refusals`` refuses at every one of every scenario of the drill and prints the counts. The caller
-meets `CacheFullError`; the cache holds what it held before, and goes on: the operation, made once more, leads to what
-an undisturbed one leads to.
+``python -m tests.drill.refusals`` refuses at every one of every scenario of the drill and prints the counts, with
+``--lines`` at one of each line of the package that may ask. The caller meets `CacheFullError`; the cache holds what it
+held before, and goes on: the operation, made once more, leads to what an undisturbed one leads to.
 """
 
 from __future__ import annotations
 
 import argparse
+import inspect
 import json
+import random
 import sys
 import traceback
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ProcessPoolExecutor
 from multiprocessing import get_context
 from pathlib import Path
@@ -29,12 +31,17 @@ from .scenarios import KINDS, SCENARIOS, World
 
 
 class Refusal(NamedTuple):
-    """Memory refused to the ``number``-th operation on tensors, counted from 0, of a scenario's last operation."""
+    """Memory refused to the ``number``-th operation on tensors, counted from 0, of a scenario's last operation.
+
+    Attributes:
+        line: of the package, ``path:number``, from which this operation comes; empty for the caller's own.
+    """
 
     scenario: str
     kind: str
     backend: str
     number: int
+    line: str
 
 
 class _Refusing(TorchDispatchMode):
@@ -43,17 +50,26 @@ class _Refusing(TorchDispatchMode):
     def __init__(self, number: int = -1):
         super().__init__()
         self.number = number
-        self.seen = 0
+        self.lines: list[str] = []
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        self.seen += 1
-        if self.seen == self.number + 1:
+        self.lines.append(_line_that_asks())
+        if len(self.lines) == self.number + 1:
             raise torch.OutOfMemoryError("injected: out of memory")
         return func(*args, **(kwargs or {}))
 
 
-def run(operation: Callable[[], object], number: int = -1) -> tuple[int, BaseException | None]:
-    """Run an operation with memory refused once; returns how many operations on tensors came, and what was raised."""
+def _line_that_asks() -> str:
+    """The innermost line of the package on the stack."""
+    frame = inspect.currentframe()
+    while frame is not None and not frame.f_code.co_filename.startswith(FOLDERS):
+        frame = frame.f_back
+    return "" if frame is None else f"{frame.f_code.co_filename}:{frame.f_lineno}"
+
+
+def run(operation: Callable[[], object], number: int = -1) -> tuple[list[str], BaseException | None]:
+    """Run an operation with memory refused once; returns the lines from which operations on tensors came, and what was
+    raised."""
     mode, raised = _Refusing(number), None
     try:
         with mode:
@@ -66,7 +82,7 @@ def run(operation: Callable[[], object], number: int = -1) -> tuple[int, BaseExc
         while came is not None:  # an exception that somebody keeps keeps what its frames held
             came.__traceback__ = None
             came = came.__context__
-    return mode.seen, raised
+    return mode.lines, raised
 
 
 class _OfTheCaller(Exception):
@@ -81,8 +97,15 @@ def refusals() -> Iterator[Refusal]:
                 world = World(kind, backend)
                 for action in scenario.history:
                     action(world)
-                count, _ = run(lambda s=scenario, w=world: s.operation(w))  # type: ignore[misc]
-                yield from (Refusal(name, kind, backend, number) for number in range(count))
+                lines, _ = run(lambda s=scenario, w=world: s.operation(w))  # type: ignore[misc]
+                yield from (Refusal(name, kind, backend, number, line) for number, line in enumerate(lines))
+
+
+def one_at_each_line(everywhere: Iterable[Refusal], seed: int) -> list[Refusal]:
+    """One at every line that asks, for each kind of cache whose operations pass it, chosen at random."""
+    shuffled = list(everywhere)
+    random.Random(seed).shuffle(shuffled)
+    return list({(refusal.kind, refusal.line): refusal for refusal in shuffled}.values())
 
 
 def check(refusal: Refusal) -> str:
@@ -145,10 +168,16 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--only", default="", help="scenarios whose name contains this")
     parser.add_argument("--kind", choices=sorted(KINDS), help="of the cache (default: all)")
+    parser.add_argument("--lines", action="store_true", help="one refusal at each line that asks, chosen at random")
+    parser.add_argument("--seed", type=int, default=0, help="of the choice")
     parser.add_argument("--workers", type=int, default=1, help="processes")
     parser.add_argument("--json", type=Path, help="write the counts of these kinds there, and leave those of others")
     options = parser.parse_args()
+    if options.json is not None and (options.lines or options.only):
+        parser.error("--json is for the counts of all places: leave --lines and --only out")
     chosen = [refusal for refusal in refusals() if options.only in refusal.scenario]
+    if options.lines:
+        chosen = one_at_each_line(chosen, options.seed)
     failed = 0
     for kind in [options.kind] if options.kind else KINDS:
         of_kind = [refusal for refusal in chosen if refusal.kind == kind]
