@@ -31,7 +31,7 @@ import torch
 from hf_int8_paged import CacheFullError, PagedInt8Cache
 from hf_int8_paged.seam.attention import int8_paged_attention
 
-from .injection import Point, collect_garbage, inject, only_new_garbage, points_of, time_limit
+from .injection import Point, collect_garbage, inject, one_of_each, only_new_garbage, points_of, time_limit
 from .scenarios import KINDS, LAYERS, SCENARIOS, Scenario, Step, World
 
 BACKENDS = ("cpu", "reference")
@@ -215,13 +215,7 @@ def injections() -> Iterator[Injection]:
 def one_at_each_line(everywhere: Iterable[Injection], seed: int) -> list[Injection]:
     """One at every line that caches which grow pass, and one at every line that preallocated ones pass, all chosen at
     random. Whether layers are offloaded is left to chance."""
-    shuffled = list(everywhere)
-    random.Random(seed).shuffle(shuffled)
-    chosen: dict[tuple[bool, str, int], Injection] = {}
-    for injection in shuffled:
-        point = injection.point
-        chosen.setdefault((injection.kind == "preallocated", point.file, point.line), injection)
-    return list(chosen.values())
+    return one_of_each(everywhere, lambda x: (x.kind == "preallocated", x.point.file, x.point.line), seed)
 
 
 def drill(chosen: Sequence[Injection], show: int = 0) -> tuple[Counter[str], Counter[str]]:

@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 import gc
+import random
 import signal
 import sys
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Hashable, Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from types import FrameType
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeVar
+
+T = TypeVar("T")
 
 ROOT = Path(__file__).parent.parent.parent
 #: Code that counts as the package's own.
@@ -79,6 +82,13 @@ def inject(operation: Callable[[], object], point: Point, exception: type[BaseEx
             came = came.__context__
         return error
     return None
+
+
+def one_of_each(everything: Iterable[T], what: Callable[[T], Hashable], seed: int) -> list[T]:
+    """One for each value of ``what``, chosen at random."""
+    shuffled = list(everything)
+    random.Random(seed).shuffle(shuffled)
+    return list({what(each): each for each in shuffled}.values())
 
 
 @contextmanager

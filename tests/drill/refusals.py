@@ -10,7 +10,6 @@ from __future__ import annotations
 import argparse
 import inspect
 import json
-import random
 import sys
 import traceback
 from collections import Counter
@@ -26,7 +25,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from hf_int8_paged import CacheFullError
 
 from .drill import BACKENDS, Failure, check_accounting, contents, react, right_outcomes
-from .injection import FOLDERS, only_new_garbage
+from .injection import FOLDERS, one_of_each, only_new_garbage
 from .scenarios import KINDS, SCENARIOS, World
 
 
@@ -103,9 +102,7 @@ def refusals() -> Iterator[Refusal]:
 
 def one_at_each_line(everywhere: Iterable[Refusal], seed: int) -> list[Refusal]:
     """One at every line that asks, for each kind of cache whose operations pass it, chosen at random."""
-    shuffled = list(everywhere)
-    random.Random(seed).shuffle(shuffled)
-    return list({(refusal.kind, refusal.line): refusal for refusal in shuffled}.values())
+    return one_of_each(everywhere, lambda refusal: (refusal.kind, refusal.line), seed)
 
 
 def check(refusal: Refusal) -> str:
